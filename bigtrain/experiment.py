@@ -1,0 +1,154 @@
+"""Experiment: the one root config, and the contracts of what stands in its fields.
+
+An experiment file holds plain functions that return an Experiment. A new model, dataset, optimizer
+or objective is a @config class that fulfils one of the contracts below; nothing registers it.
+"""
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING
+
+from bigtrain.config import config
+from bigtrain.sharding import Mesh
+
+if TYPE_CHECKING:
+  import jax
+  import numpy as np
+  import optax
+  from flax import nnx
+
+  from bigtrain.objectives import Output
+
+
+class ModelConfig(abc.ABC):
+  """A model's shape. `make` builds its module."""
+
+  __slots__ = ()
+
+  @abc.abstractmethod
+  def make(self, key: "jax.Array") -> "nnx.Module":
+    """The module with fresh float32 parameters; the same bits on any mesh."""
+
+  def check(self) -> None:
+    """Refuses impossible combinations of fields by raising `Refused`."""
+
+
+class OptimizerConfig(abc.ABC):
+  """An optimizer with its schedule."""
+
+  __slots__ = ()
+
+  @abc.abstractmethod
+  def make(self, steps: int) -> "optax.GradientTransformation":
+    """The gradient transformation of a run of that many steps."""
+
+  @abc.abstractmethod
+  def learning_rate(self, steps: int) -> "optax.Schedule":
+    """The learning rate as a function of the step, for the record."""
+
+  def check(self) -> None: ...
+
+
+class Data(abc.ABC):
+  """A prepared dataset. Batches are pure functions of their arguments and the seed it was made with.
+
+  A batch is a dict of numpy arrays whose first dim is the batch. Language data has, all (B, T):
+  `tokens` int32, `targets` int32, `weights` float32 (0 where nothing is predicted), `segments` int32
+  (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within each
+  document). Evaluation batches also have `bytes` float32: the UTF-8 bytes of each target token.
+  """
+
+  @abc.abstractmethod
+  def spec(self, size: int) -> "dict[str, jax.ShapeDtypeStruct]":
+    """Shapes and dtypes of a global batch of `size` rows, touching no data."""
+
+  @abc.abstractmethod
+  def batch(
+    self, example: int, size: int, rows: "slice | None" = None
+  ) -> "dict[str, np.ndarray]":
+    """Rows `rows` (all if None) of the batch of `size` examples from global index `example` on."""
+
+  @abc.abstractmethod
+  def eval_examples(self) -> int:
+    """How many examples (rows) the held-out split has."""
+
+  @abc.abstractmethod
+  def eval_batch(
+    self, example: int, size: int, rows: "slice | None" = None
+  ) -> "dict[str, np.ndarray]":
+    """Held-out rows in a fixed order, each once; past the last one, padding of weight 0."""
+
+
+class DataConfig(abc.ABC):
+  """Where examples come from and how they are prepared."""
+
+  __slots__ = ()
+
+  @abc.abstractmethod
+  def make(self, seed: int) -> Data:
+    """The dataset, prepared (and cached) where that is needed."""
+
+  def check(self) -> None: ...
+
+
+class ObjectiveConfig(abc.ABC):
+  """What is minimised."""
+
+  __slots__ = ()
+
+  @abc.abstractmethod
+  def __call__(
+    self, model: "nnx.Module", batch: "dict[str, jax.Array]", key: "jax.Array | None"
+  ) -> "Output":
+    """Sums over this batch. `key` is None in evaluation (no dropout)."""
+
+  def check(self) -> None: ...
+
+
+@config
+class Evaluation:
+  """Evaluation on the held-out split, every example exactly once."""
+
+  every: int = 500  # Steps; 0 only at the end.
+  batch: int = 32  # Rows.
+  prompts: tuple[str, ...] = ()  # Continued at every evaluation, greedily sampled text in events.
+  sample_tokens: int = 100  # Length of each continuation.
+
+
+@config
+class Checkpoints:
+  """When the run is saved and what is kept. The last step is always saved."""
+
+  every: int = 500  # Steps.
+  keep: int = 2  # The newest ones.
+  keep_every: int | None = None  # Steps; multiples of it are kept for ever.
+
+
+@config
+class Logging:
+  """What is written while training."""
+
+  every: int = 10  # Steps between rows of metrics.jsonl and lines on the console.
+  tensorboard: bool = True  # Also write TensorBoard files.
+
+
+@config
+class Experiment:
+  """Everything that decides what a run computes."""
+
+  model: ModelConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  objective: ObjectiveConfig
+  steps: int  # Updates.
+  batch: int  # Global batch, rows.
+  batch_stages: tuple[tuple[int, int], ...] = ()  # (step, batch): that batch from that step on.
+  microbatches: int = 1  # Equal parts of the batch whose gradients are added up before an update.
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+  checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+  logging: Logging = dataclasses.field(default_factory=Logging)
+  weights_from: str | None = None  # A run directory whose newest weights this run starts from.
+  seed: int = 0  # Of initialisation, data order and dropout.
+
+

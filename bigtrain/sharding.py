@@ -1,0 +1,109 @@
+"""Which mesh axis each dimension letter is sharded over: the only place that names mesh axes.
+
+Axes: `data` (replicas, also across slices), `fsdp` (batch and parameters), `tensor` (heads, hidden,
+vocabulary). An axis of size 1 costs nothing, so one table serves every topology. Without a mesh
+every helper does nothing, and the same model code runs in a notebook on one device.
+
+Letters: B batch, T query position, S key position, D model, K kv heads, G queries per kv head,
+H head, F hidden, V vocabulary. A letter that is in no table is not sharded.
+"""
+
+import math
+
+import jax
+from jax import P
+
+from bigtrain.config import Refused, config
+
+AXES = ("data", "fsdp", "tensor")
+WEIGHT = {"D": "fsdp", "K": "tensor", "F": "tensor", "V": "tensor"}
+ACTIVATION = {"B": ("data", "fsdp"), "K": "tensor", "F": "tensor", "V": "tensor"}
+GATHERED = ("fsdp",)  # Weights are stored sharded over these axes and gathered where they are used.
+
+
+@config
+class Mesh:
+  """How many devices each mesh axis spans. At most one axis may be -1: what the others leave."""
+
+  data: int = 1  # Replicas of the parameters.
+  fsdp: int = -1  # Shards of the batch, the parameters and the optimizer state.
+  tensor: int = 1  # Shards of heads, hidden units and vocabulary.
+
+  def shape(self, devices: int) -> dict[str, int]:
+    """The size of every axis on that many devices.
+
+    Raises:
+      Refused: the axes do not multiply to `devices`, or more than one is -1.
+    """
+    sizes = {axis: getattr(self, axis) for axis in AXES}
+    said = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+      raise Refused(f"mesh ({said}): sizes are positive, and one axis at most is -1 (what is left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+      sizes[free[0]] = devices // fixed
+    wanted = fixed * max(sizes[free[0]], 1) if free else fixed
+    if wanted != devices:
+      raise Refused(
+        f"mesh wants {'a multiple of ' if free else ''}{wanted} devices ({said}) but {devices} "
+        f"{'is' if devices == 1 else 'are'} attached; set --mesh.fsdp -1 and the other axes to a "
+        f"divisor of {devices} to use what is there"
+      )
+    return sizes
+
+  def make(self) -> jax.sharding.Mesh:
+    """The mesh over all attached devices, every axis explicit."""
+    sizes = self.shape(jax.device_count())
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+
+
+def spec(table: dict, dims: str) -> P | None:
+  """The partition spec of an array with these dimension letters; None without a mesh.
+
+  Only explicit axes are named: an island's manual axes drop out.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return None
+
+  def explicit(axes) -> tuple[str, ...] | None:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(a for a in axes if a in mesh.explicit_axes) or None
+
+  return P(*(explicit(table.get(d)) for d in dims))
+
+
+def weight(dims: str) -> P | None:
+  """The spec of a stored parameter."""
+  return spec(WEIGHT, dims)
+
+
+def act(dims: str) -> P | None:
+  """The spec of an activation, or of a batch (`act("BT")`)."""
+  return spec(ACTIVATION, dims)
+
+
+def axis_size(letter: str) -> int:
+  """Over how many devices activations shard this dimension letter, in the mesh in force."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = ACTIVATION.get(letter) or ()
+  axes = (axes,) if isinstance(axes, str) else axes
+  return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
+
+
+def use(w, dtype=None) -> jax.Array:
+  """A stored parameter, cast to the compute dtype and then all-gathered over fsdp.
+
+  The cast comes first, so that the gather moves the smaller type. The gradient is summed back onto
+  the shards in that type, then cast to the parameter's.
+  """
+  w = w[...].astype(dtype or w.dtype)
+  if jax.sharding.get_abstract_mesh().empty:
+    return w
+  return jax.sharding.reshard(w, P(*(_without_gathered(a) for a in jax.typeof(w).sharding.spec)))
+
+
+def _without_gathered(axes):
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return tuple(a for a in axes if a not in GATHERED) or None
