@@ -6,7 +6,7 @@ or objective is a @config class that fulfils one of the contracts below; nothing
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from bigtrain.config import config
 from bigtrain.sharding import Mesh
@@ -29,8 +29,23 @@ class ModelConfig(abc.ABC):
   def make(self, key: "jax.Array") -> "nnx.Module":
     """The module with fresh float32 parameters; the same bits on any mesh."""
 
+  def dims(self) -> dict[str, tuple[str, int]]:
+    """{field: (dimension letter, size)} of every dim that a mesh axis must divide.
+
+    The letters are those of `sharding.py`, as in {"kv_heads": ("K", 8), "vocab": ("V", 50304)}.
+    """
+    return {}
+
+  def vocabulary(self) -> int | None:
+    """How many tokens the model knows, checked against the data's; None without tokens."""
+    return None
+
   def check(self) -> None:
     """Refuses impossible combinations of fields by raising `Refused`."""
+
+  def smoke(self) -> Self:
+    """A copy that trains in seconds on a CPU, for --smoke: few layers, narrow, short rows."""
+    return self
 
 
 class OptimizerConfig(abc.ABC):
@@ -50,12 +65,12 @@ class OptimizerConfig(abc.ABC):
 
 
 class Data(abc.ABC):
-  """A prepared dataset. Batches are pure functions of their arguments and the seed it was made with.
+  """A prepared dataset. Batches are pure functions of their arguments and the seed it has.
 
   A batch is a dict of numpy arrays whose first dim is the batch. Language data has, all (B, T):
-  `tokens` int32, `targets` int32, `weights` float32 (0 where nothing is predicted), `segments` int32
-  (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within each
-  document). Evaluation batches also have `bytes` float32: the UTF-8 bytes of each target token.
+  `tokens` int32, `targets` int32, `weights` float32 (0 where nothing is predicted), `segments`
+  int32 (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within
+  each document). Evaluation batches also have `bytes` float32: the UTF-8 bytes of each target.
   """
 
   @abc.abstractmethod
@@ -63,9 +78,7 @@ class Data(abc.ABC):
     """Shapes and dtypes of a global batch of `size` rows, touching no data."""
 
   @abc.abstractmethod
-  def batch(
-    self, example: int, size: int, rows: "slice | None" = None
-  ) -> "dict[str, np.ndarray]":
+  def batch(self, example: int, size: int, rows: "slice | None" = None) -> "dict[str, np.ndarray]":
     """Rows `rows` (all if None) of the batch of `size` examples from global index `example` on."""
 
   @abc.abstractmethod
@@ -78,6 +91,10 @@ class Data(abc.ABC):
   ) -> "dict[str, np.ndarray]":
     """Held-out rows in a fixed order, each once; past the last one, padding of weight 0."""
 
+  def stage(self, step: int) -> "Data":
+    """The data that update `step` (from 0) consumes, where it changes in the course of the run."""
+    return self
+
 
 class DataConfig(abc.ABC):
   """Where examples come from and how they are prepared."""
@@ -88,7 +105,15 @@ class DataConfig(abc.ABC):
   def make(self, seed: int) -> Data:
     """The dataset, prepared (and cached) where that is needed."""
 
+  def vocabulary(self) -> int | None:
+    """How many tokens the tokenizer has, touching no data; None where that is not known yet."""
+    return None
+
   def check(self) -> None: ...
+
+  def smoke(self) -> Self:
+    """A copy that is prepared and read in seconds, for --smoke."""
+    return self
 
 
 class ObjectiveConfig(abc.ABC):
@@ -150,5 +175,3 @@ class Experiment:
   logging: Logging = dataclasses.field(default_factory=Logging)
   weights_from: str | None = None  # A run directory whose newest weights this run starts from.
   seed: int = 0  # Of initialisation, data order and dropout.
-
-

@@ -11,6 +11,7 @@ H head, F hidden, V vocabulary. A letter that is in no table is not sharded.
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import P
 
 from bigtrain.config import Refused, config
@@ -84,12 +85,26 @@ def act(dims: str) -> P | None:
   return spec(ACTIVATION, dims)
 
 
+def mergeable(dims: str) -> bool:
+  """Whether these dims of an activation can become one without moving data: only the first is sharded."""
+  return not any(act(dims[1:]) or ())
+
+
+def merged(*groups: str) -> P | None:
+  """The spec of an activation whose groups of (mergeable) dims have each become one dim."""
+  return act("".join(group[0] for group in groups))
+
+
+def axes(letter: str) -> tuple[str, ...]:
+  """The mesh axes over which activations shard this dimension letter."""
+  axes = ACTIVATION.get(letter) or ()
+  return (axes,) if isinstance(axes, str) else axes
+
+
 def axis_size(letter: str) -> int:
   """Over how many devices activations shard this dimension letter, in the mesh in force."""
   mesh = jax.sharding.get_abstract_mesh()
-  axes = ACTIVATION.get(letter) or ()
-  axes = (axes,) if isinstance(axes, str) else axes
-  return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes)
+  return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes(letter))
 
 
 def use(w, dtype=None) -> jax.Array:
@@ -107,3 +122,15 @@ def use(w, dtype=None) -> jax.Array:
 def _without_gathered(axes):
   axes = (axes,) if isinstance(axes, str) else axes or ()
   return tuple(a for a in axes if a not in GATHERED) or None
+
+
+def dropout(x, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes elements with probability `rate` and scales the rest; the same bits on any mesh.
+
+  Without a key (evaluation) or at rate 0 it is the identity.
+  """
+  if key is None or rate == 0.0:
+    return x
+  out_sharding = None if act("") is None else jax.typeof(x).sharding.spec
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=out_sharding)
+  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

@@ -1,0 +1,101 @@
+"""Self-attention: multi-head and grouped-query, with the variations that published decoders use.
+
+Dims: B batch, T query position, S key position, D model, K kv heads, G queries per kv head, H head.
+"""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from bigtrain.config import Refused, config
+from bigtrain.kernels.attention import Tokens, attend, visible
+from bigtrain.models.initial import Initializer
+from bigtrain.models.norm import NormConfig
+from bigtrain.models.position import Rotary, rotate
+from bigtrain.precision import project
+
+
+@config
+class AttentionConfig:
+  heads: int  # Query heads.
+  kv_heads: int | None = None  # Key-value heads, a divisor of `heads`; None for as many.
+  head_dim: int | None = None  # None for the model's dim / heads.
+  causal: bool = True  # A position sees itself and what is before it.
+  window: int | None = None  # Positions seen, itself included; None for all.
+  rotary: Rotary | None = None
+  qk_norm: NormConfig | None = None  # Normalises each head of q and k (arXiv:2010.04245).
+  softcap: float | None = None  # Scores are squashed to this magnitude by tanh.
+  bias: bool = False  # On the q, k and v products.
+  out_bias: bool = False  # On the output product.
+  dropout: float = 0.0  # Of attention weights.
+
+  def sizes(self, dim: int) -> dict[str, int]:
+    """The letters of the weights and their sizes."""
+    kv_heads = self.kv_heads or self.heads
+    head_dim = self.head_dim or dim // self.heads
+    return {"D": dim, "K": kv_heads, "G": self.heads // kv_heads, "H": head_dim}
+
+  def check_dim(self, dim: int) -> None:
+    """Refuses head counts and sizes that do not fit a model of that width."""
+    if self.kv_heads is not None and self.heads % self.kv_heads:
+      raise Refused(f"attention: {self.heads} heads are not divisible by kv_heads={self.kv_heads}")
+    if self.head_dim is None and dim % self.heads:
+      raise Refused(
+        f"attention: dim {dim} is not divisible by {self.heads} heads; set head_dim, or a number of "
+        f"heads that divides {dim}"
+      )
+    if self.rotary is not None and self.sizes(dim)["H"] % 2:
+      raise Refused(
+        f"attention: rotary positions need an even head_dim, not {self.sizes(dim)['H']}"
+      )
+
+  def make(self, dim: int, init: Initializer, key: jax.Array) -> "Attention":
+    return Attention(self, dim, init, key)
+
+
+class Attention(nnx.Module):
+  def __init__(self, c: AttentionConfig, dim: int, init: Initializer, key: jax.Array):
+    self.c = c
+    kq, kk, kv, ko = jax.random.split(key, 4)
+    sizes = c.sizes(dim)
+    self.q_DKGH = init.weight(kq, "DKGH", sizes, fan_in="D")
+    self.k_DKH = init.weight(kk, "DKH", sizes, fan_in="D")
+    self.v_DKH = init.weight(kv, "DKH", sizes, fan_in="D")
+    self.o_KGHD = init.residual(ko, "KGHD", sizes, fan_in="KGH")
+    self.q_bias_KGH = init.constant("KGH", sizes) if c.bias else None
+    self.k_bias_KH = init.constant("KH", sizes) if c.bias else None
+    self.v_bias_KH = init.constant("KH", sizes) if c.bias else None
+    self.o_bias_D = init.constant("D", sizes) if c.out_bias else None
+    self.q_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
+    self.k_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
+
+  def __call__(self, x_BTD, tokens: Tokens, key=None, cache=None):
+    """Attends within `tokens`, or, with a cache, to all that it holds and these.
+
+    Returns:
+      The output (B, T, D), and the cache with the keys and values of `tokens` (None without one).
+    """
+    q_BTKGH, k_BSKH, v_BSKH = self._heads(x_BTD, tokens)
+    keys = tokens
+    if cache is not None:
+      cache = cache.extended(k_BSKH, v_BSKH)
+      k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
+    mask_BTS = visible(tokens, keys, causal=self.c.causal, window=self.c.window)
+    y_BTKGH = attend(
+      q_BTKGH, k_BSKH, v_BSKH, mask_BTS, softcap=self.c.softcap, dropout=self.c.dropout, key=key
+    )
+    y_BTKGH = checkpoint_name(y_BTKGH, "attention")
+    return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D), cache
+
+  def _heads(self, x_BTD, tokens: Tokens):
+    q_BTKGH = project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH, self.q_bias_KGH)
+    k_BSKH = project("BSD,DKH->BSKH", x_BTD, self.k_DKH, self.k_bias_KH)
+    v_BSKH = project("BSD,DKH->BSKH", x_BTD, self.v_DKH, self.v_bias_KH)
+    if self.q_norm is not None:
+      q_BTKGH, k_BSKH = self.q_norm(q_BTKGH), self.k_norm(k_BSKH)
+    if self.c.rotary is not None:
+      q_BTKGH = rotate(self.c.rotary, q_BTKGH, tokens.positions)
+      k_BSKH = rotate(self.c.rotary, k_BSKH, tokens.positions)
+    return tuple(
+      checkpoint_name(x, name) for x, name in ((q_BTKGH, "q"), (k_BSKH, "k"), (v_BSKH, "v"))
+    )

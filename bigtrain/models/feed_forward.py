@@ -1,0 +1,61 @@
+"""The position-wise network.
+
+Dims: B batch, T position, D model, F hidden.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from bigtrain.config import config
+from bigtrain.models.initial import Initializer
+from bigtrain.precision import project
+
+ACTIVATIONS = {
+  "relu": jax.nn.relu,
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668.
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "silu": jax.nn.silu,
+}
+
+
+@config
+class FeedForwardConfig:
+  hidden: int  # Units.
+  activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+  gated: bool = (
+    False  # The activation multiplies a second product (Shazeer 2020, arXiv:2002.05202).
+  )
+  bias: bool = False
+
+  def make(self, dim: int, init: Initializer, key: jax.Array) -> "FeedForward":
+    return FeedForward(self, dim, init, key)
+
+
+class FeedForward(nnx.Module):
+  def __init__(self, c: FeedForwardConfig, dim: int, init: Initializer, key: jax.Array):
+    self.c = c
+    ku, kg, kd = jax.random.split(key, 3)
+    sizes = {"D": dim, "F": c.hidden}
+    self.up_DF = init.weight(ku, "DF", sizes, fan_in="D")
+    self.gate_DF = init.weight(kg, "DF", sizes, fan_in="D") if c.gated else None
+    self.down_FD = init.residual(kd, "FD", sizes, fan_in="F")
+    self.up_bias_F = init.constant("F", sizes) if c.bias else None
+    self.gate_bias_F = init.constant("F", sizes) if c.bias and c.gated else None
+    self.down_bias_D = init.constant("D", sizes) if c.bias else None
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F)
+    up_BTF = checkpoint_name(up_BTF, "up")
+    activation = ACTIVATIONS[self.c.activation]
+    if self.gate_DF is None:
+      h_BTF = activation(up_BTF)
+    else:
+      gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F)
+      h_BTF = activation(checkpoint_name(gate_BTF, "gate")) * up_BTF
+    return project("BTF,FD->BTD", h_BTF, self.down_FD, self.down_bias_D)

@@ -1,0 +1,101 @@
+"""A decoder language model: embedding, transformer, logits.
+
+Dims: B batch, T position, D model, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bigtrain import sharding
+from bigtrain.config import Refused, config
+from bigtrain.experiment import ModelConfig
+from bigtrain.kernels.attention import Tokens
+from bigtrain.models.initial import Initializer
+from bigtrain.models.position import Learned, Sinusoidal, lookup, sinusoid
+from bigtrain.models.transformer import Cache, Transformer, TransformerConfig
+from bigtrain.precision import Dtype, compute_dtype
+
+
+@config
+class LanguageModelConfig(TransformerConfig, ModelConfig):
+  """A transformer between a vocabulary and itself."""
+
+  vocab: int  # Tokens; must be what the tokenizer has, or more.
+  position: Learned | Sinusoidal | None = None  # Added to the embedding; rotations are attention's.
+  tied: bool = True  # The output table is the embedding.
+  dtype: Dtype = "auto"  # Of activations: bfloat16 on accelerators, float32 on CPU.
+
+  def make(self, key: jax.Array) -> "LanguageModel":
+    return LanguageModel(self, key)
+
+  def check(self) -> None:
+    TransformerConfig.check(self)
+    if self.vocab < 1:
+      raise Refused(f"model: vocab is {self.vocab}; it must be positive")
+
+
+class LanguageModel(nnx.Module):
+  def __init__(self, c: LanguageModelConfig, key: jax.Array):
+    self.c = c
+    init = Initializer(c.init, c.layers)
+    ke, kp, kt, ko = jax.random.split(key, 4)
+    sizes = {"V": c.vocab, "D": c.dim}
+    self.embed_VD = init.weight(ke, "VD", sizes, fan_in="D")
+    self.position_VD = None
+    if isinstance(c.position, Learned):
+      self.position_VD = init.weight(kp, "TD", {"T": c.position.length, "D": c.dim}, fan_in="D")
+    self.transformer = Transformer(c, kt)
+    self.norm = None if c.norm_placement == "post" else c.norm.make(c.dim)
+    self.output_table_VD = None if c.tied else init.weight(ko, "VD", sizes, fan_in="D")
+
+  def __call__(self, tokens_BT, positions_BT=None, segments_BT=None, key=None) -> jax.Array:
+    """Logits (B, T, V) float32 of the token after each position.
+
+    Args:
+      tokens_BT: token ids.
+      positions_BT: position of each token in its document; by default a row is one document.
+      segments_BT: the document of each token within its row; attention stays within it.
+      key: dropout's key; None (no dropout) outside training.
+    """
+    return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT, key))
+
+  def hidden(self, tokens_BT, positions_BT=None, segments_BT=None, key=None) -> jax.Array:
+    """The normalised last hidden state (B, T, D), in the compute dtype."""
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return self._run(tokens_BT, Tokens(positions_BT, segments_BT), key, None)[0]
+
+  def decode(self, tokens_BT, positions_BT, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits (B, T, V) of tokens that follow what the cache holds, and the extended cache.
+
+    A negative position marks padding: nothing attends to it.
+    """
+    x_BTD, cache = self._run(tokens_BT, Tokens(positions_BT), None, cache)
+    return self.logits(x_BTD), cache
+
+  def cache(self, batch: int, length: int) -> Cache:
+    """An empty key-value cache for `decode`."""
+    return self.transformer.cache(batch, length, compute_dtype(self.c.dtype))
+
+  def logits(self, x_BTD) -> jax.Array:
+    """Logits (B, T, V) float32 of a hidden state."""
+    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(), preferred_element_type=jnp.float32)
+
+  def output_VD(self) -> jax.Array:  # noqa: N802
+    """The table whose products with the hidden state are the logits: gathered, compute dtype."""
+    table_VD = self.embed_VD if self.output_table_VD is None else self.output_table_VD
+    return sharding.use(table_VD, compute_dtype(self.c.dtype))
+
+  def _run(self, tokens_BT, tokens: Tokens, key, cache: Cache | None):
+    dtype = compute_dtype(self.c.dtype)
+    kd, kt = (None, None) if key is None else jax.random.split(key)
+    with jax.named_scope("embed"):
+      x_BTD = lookup(self.embed_VD, tokens_BT, dtype)
+      if self.position_VD is not None:
+        x_BTD += lookup(self.position_VD, tokens.positions, dtype)
+      elif self.c.position is not None:
+        x_BTD += sinusoid(self.c.position, tokens.positions, self.c.dim).astype(dtype)
+      x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
+    x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
+    return (x_BTD if self.norm is None else self.norm(x_BTD)), cache

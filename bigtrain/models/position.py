@@ -1,0 +1,78 @@
+"""Positions: rotations of queries and keys, and tables added to the embedding.
+
+Dims: B batch, T position, D model, H head, h half of the head.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bigtrain import sharding
+from bigtrain.config import config
+
+
+@config
+class Llama3Scaling:
+  """Slows the rotations that do not turn once in the original context (Llama 3.1, arXiv:2407.21783)."""
+
+  factor: float = 8.0
+  low: float = 1.0  # Wavelengths longer than original / low are stretched by the whole factor,
+  high: float = 4.0  # those shorter than original / high not at all.
+  original: int = 8192  # Positions of the first training.
+
+
+@config
+class Rotary:
+  """Rotary embedding (Su et al. 2021, arXiv:2104.09864)."""
+
+  theta: float = 10_000.0  # Wavelengths grow from 2 pi to 2 pi theta positions.
+  scaling: Llama3Scaling | None = None
+
+
+@config
+class Learned:
+  """One trained vector for each position (GPT-2)."""
+
+  length: int  # Positions.
+
+
+@config
+class Sinusoidal:
+  """Fixed sines and cosines of geometric wavelengths (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+  wavelength: float = 10_000.0  # The longest, over 2 pi.
+
+
+def frequencies(c: Rotary, head_dim: int) -> jax.Array:
+  """Radians by position of each pair, (h,) float32."""
+  freq_h = c.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  if (s := c.scaling) is None:
+    return freq_h
+  turns_h = s.original * freq_h / (2 * math.pi)  # In the original context.
+  keep_h = jnp.clip((turns_h - s.low) / (s.high - s.low), 0.0, 1.0)
+  return freq_h * (keep_h + (1 - keep_h) / s.factor)
+
+
+def rotate(c: Rotary, x_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+  """Turns the pairs (h, h + H/2) of the last dim by the position; dims between T and H are free."""
+  H = x_BTKH.shape[-1]
+  angle_BTh = positions_BT[..., None].astype(jnp.float32) * frequencies(c, H)
+  angle_BTh = jnp.expand_dims(angle_BTh, tuple(range(2, x_BTKH.ndim - 1)))
+  cos, sin = jnp.cos(angle_BTh), jnp.sin(angle_BTh)
+  a, b = jnp.split(x_BTKH.astype(jnp.float32), 2, axis=-1)
+  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return out.astype(x_BTKH.dtype)
+
+
+def sinusoid(c: Sinusoidal, positions_BT: jax.Array, dim: int) -> jax.Array:
+  """(B, T, D) float32: sines in the first half, cosines in the second."""
+  freq_h = c.wavelength ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  angle_BTh = positions_BT[..., None].astype(jnp.float32) * freq_h
+  return jnp.concatenate([jnp.sin(angle_BTh), jnp.cos(angle_BTh)], axis=-1)
+
+
+def lookup(table_VD: nnx.Param, ids_BT: jax.Array, dtype) -> jax.Array:
+  """Rows of a stored table, (B, T, D) in `dtype`."""
+  return sharding.use(table_VD, dtype).at[ids_BT].get(out_sharding=sharding.act("BTD"))

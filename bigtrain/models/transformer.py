@@ -1,0 +1,211 @@
+"""The stack of blocks: a pattern of blocks repeated over the depth, scanned segment by segment.
+
+Dims: B batch, T position, S cached position, D model, K kv heads, H head. Stacked parameters and
+caches have one more dim in front, the repeats of their segment.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bigtrain import sharding
+from bigtrain.config import Refused, config
+from bigtrain.kernels.attention import Tokens
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.initial import FanIn, Initializer, Normal
+from bigtrain.models.norm import NormConfig, RMSNormConfig
+
+# What the forward pass keeps for the backward pass: names as given by checkpoint_name.
+KEPT = {
+  "full": (),  # Only the input of each block; all else is computed again.
+  "attention": ("attention",),
+  "qkv": ("q", "k", "v", "attention"),
+  "products": ("q", "k", "v", "attention", "up", "gate"),
+}
+Remat = Literal["none", "full", "attention", "qkv", "products"]
+
+
+@config
+class BlockConfig:
+  """What one layer is made of."""
+
+  attention: AttentionConfig
+  feed_forward: FeedForwardConfig
+
+
+@config
+class TransformerConfig:
+  """A stack: `first` once, then `pattern` over and over until there are `layers` blocks."""
+
+  dim: int  # Width of the residual stream.
+  layers: int  # Blocks in all.
+  pattern: tuple[BlockConfig, ...]
+  first: tuple[BlockConfig, ...] = ()
+  norm: NormConfig = dataclasses.field(default_factory=RMSNormConfig)
+  # Where each branch is normalised: its input (`pre`), its sum with the residual (`post`), or its
+  # input and its output (`sandwich`).
+  norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+  dropout: float = 0.0  # Of the embedding and of each branch before it is added.
+  init: Normal | FanIn = dataclasses.field(default_factory=Normal)
+  remat: Remat = "full"  # What the backward pass need not compute again.
+  unroll: int = 1  # Repeats of the pattern in one iteration of the loop over layers.
+
+  def segments(self) -> list[tuple[tuple[BlockConfig, ...], int]]:
+    """(blocks, repeats) from the first layer to the last."""
+    repeats, rest = divmod(self.layers - len(self.first), len(self.pattern))
+    parts = [(self.first, 1), (self.pattern, repeats), (self.pattern[:rest], 1)]
+    return [(blocks, n) for blocks, n in parts if blocks and n]
+
+  def check(self) -> None:
+    if not self.pattern:
+      raise Refused("model: `pattern` is empty; give at least one block")
+    if self.layers < len(self.first) + 1:
+      raise Refused(
+        f"model: {self.layers} layers leave none for the pattern after {len(self.first)} first "
+        f"blocks; set layers to {len(self.first) + 1} or more"
+      )
+    for block in (*self.first, *self.pattern):
+      block.attention.check_dim(self.dim)
+
+
+class Block(nnx.Module):
+  """Attention, then a feed-forward network, each added to the residual stream."""
+
+  def __init__(self, c: BlockConfig, stack: TransformerConfig, init: Initializer, key: jax.Array):
+    self.dropout, self.placement = stack.dropout, stack.norm_placement
+    ka, kf = jax.random.split(key)
+    norm = functools.partial(stack.norm.make, stack.dim)
+    self.attention = c.attention.make(stack.dim, init, ka)
+    self.feed_forward = c.feed_forward.make(stack.dim, init, kf)
+    self.attention_norm, self.feed_forward_norm = norm(), norm()
+    sandwich = stack.norm_placement == "sandwich"
+    self.attention_out_norm = norm() if sandwich else None
+    self.feed_forward_out_norm = norm() if sandwich else None
+
+  def __call__(self, x_BTD, tokens: Tokens, key=None, cache=None):
+    """The block's output (B, T, D) and its extended cache."""
+    ka, *kd = (None,) * 3 if key is None else jax.random.split(key, 3)
+    pre = self.placement != "post"
+    with jax.named_scope("attention"):
+      h_BTD = self.attention_norm(x_BTD) if pre else x_BTD
+      y_BTD, cache = self.attention(h_BTD, tokens, ka, cache)
+      x_BTD = self._add(x_BTD, y_BTD, self.attention_norm, self.attention_out_norm, kd[0])
+    with jax.named_scope("feed_forward"):
+      h_BTD = self.feed_forward_norm(x_BTD) if pre else x_BTD
+      y_BTD = self.feed_forward(h_BTD)
+      x_BTD = self._add(x_BTD, y_BTD, self.feed_forward_norm, self.feed_forward_out_norm, kd[1])
+    return x_BTD, cache
+
+  def _add(self, x_BTD, y_BTD, norm, out_norm, key):
+    if out_norm is not None:
+      y_BTD = out_norm(y_BTD)
+    x_BTD = x_BTD + sharding.dropout(y_BTD, self.dropout, key)
+    return norm(x_BTD) if self.placement == "post" else x_BTD
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """Keys and values of one layer, and where they stand in the text."""
+
+  k_BSKH: jax.Array
+  v_BSKH: jax.Array
+  tokens: Tokens  # Of all S slots; the position of an empty one is negative.
+  length: jax.Array  # Slots that were filled before this call, ().
+
+  def extended(self, k_BTKH, v_BTKH) -> "LayerCache":
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.length, axis=1)
+    k_BSKH = write(self.k_BSKH, k_BTKH.astype(self.k_BSKH.dtype))
+    v_BSKH = write(self.v_BSKH, v_BTKH.astype(self.v_BSKH.dtype))
+    return dataclasses.replace(self, k_BSKH=k_BSKH, v_BSKH=v_BSKH)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of a whole stack: for each segment and each block of its pattern, a pair."""
+
+  pairs: list  # [segment][block] = (k, v), each (repeats, B, S, K, H).
+  positions_BS: jax.Array
+  length: jax.Array
+
+
+class Transformer(nnx.Module):
+  """Blocks with stacked parameters: `segments[i][j]` is block j of segment i, over its repeats."""
+
+  def __init__(self, c: TransformerConfig, key: jax.Array):
+    self.c = c
+    init = Initializer(c.init, c.layers)
+    keys = jax.random.split(key, c.layers)
+    self.segments = nnx.List()
+    for blocks, repeats in c.segments():
+      here, keys = keys[: len(blocks) * repeats], keys[len(blocks) * repeats :]
+      stacked = [
+        jax.vmap(lambda k, block=block: Block(block, c, init, k))(here[j :: len(blocks)])
+        for j, block in enumerate(blocks)
+      ]
+      self.segments.append(nnx.List(stacked))
+
+  def __call__(self, x_BTD, tokens: Tokens, key=None, cache: Cache | None = None):
+    """All layers in turn. Returns the output (B, T, D) and the extended cache (None without one)."""
+    keys = None if key is None else jax.random.split(key, self.c.layers)
+    if cache is not None:
+      positions_BS = jax.lax.dynamic_update_slice_in_dim(
+        cache.positions_BS, tokens.positions, cache.length, axis=1
+      )
+      cache = dataclasses.replace(cache, positions_BS=positions_BS)
+    pairs = []
+    for i, (_, repeats) in enumerate(self.c.segments()):
+      blocks = self.segments[i]
+      here = None
+      if keys is not None:
+        n = len(blocks) * repeats
+        here, keys = keys[:n].reshape(repeats, len(blocks)), keys[n:]
+      layers = (list(blocks), here, cache and cache.pairs[i])
+      unroll = min(self.c.unroll, repeats)
+      apply = self._remat(unroll == repeats)
+      body = functools.partial(_repeat, apply=apply, tokens=tokens, cache=cache)
+      x_BTD, pair = jax.lax.scan(body, x_BTD, layers, unroll=unroll)
+      pairs.append(pair)
+    if cache is not None:
+      length = cache.length + x_BTD.shape[1]
+      cache = dataclasses.replace(cache, pairs=pairs, length=length)
+    return x_BTD, cache
+
+  def _remat(self, unrolled: bool):
+    apply = lambda block, *args: block(*args)
+    if self.c.remat == "none":
+      return apply
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.c.remat])
+    # Within a loop the compiler cannot merge the two computations; outside it must be kept from it.
+    return jax.checkpoint(apply, policy=policy, prevent_cse=unrolled)
+
+  def cache(self, batch: int, length: int, dtype) -> Cache:
+    """An empty cache for `length` positions."""
+    pairs = []
+    for blocks, repeats in self.c.segments():
+      sizes = [block.attention.sizes(self.c.dim) for block in blocks]
+      shapes = [(repeats, batch, length, s["K"], s["H"]) for s in sizes]
+      pairs.append([(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes])
+    positions_BS = jnp.full((batch, length), -1, jnp.int32)
+    return Cache(pairs=pairs, positions_BS=positions_BS, length=jnp.zeros((), jnp.int32))
+
+
+def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None):
+  """One repeat of a pattern: the body of the scan."""
+  blocks, keys, pairs = layer
+  extended = []
+  for j, block in enumerate(blocks):
+    layer_cache = None
+    if cache is not None:
+      layer_cache = LayerCache(*pairs[j], Tokens(cache.positions_BS), cache.length)
+    key = None if keys is None else keys[j]
+    with jax.named_scope(f"block{j}"):
+      x_BTD, layer_cache = apply(block, x_BTD, tokens, key, layer_cache)
+    extended.append(layer_cache and (layer_cache.k_BSKH, layer_cache.v_BSKH))
+  return x_BTD, extended

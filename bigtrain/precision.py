@@ -1,0 +1,52 @@
+"""Numbers: the compute dtype, and the one function through which every weight product goes.
+
+Parameters are float32. Activations are in the compute dtype, and a product takes the dtype of the
+activation that enters it; norms, softmax and losses reduce in float32. Low-precision products
+belong in `project`.
+"""
+
+import math
+import re
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from bigtrain import sharding
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def compute_dtype(name: Dtype) -> jnp.dtype:
+  """`auto` is float32 on CPU, where bfloat16 is emulated, and bfloat16 on accelerators."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
+def project(dims: str, x, w, bias=None) -> jax.Array:
+  """A weight product, plus a bias: `project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH)`.
+
+  `x` ends in the contracted dims and `w`, a stored parameter, begins with them; it is gathered here,
+  in the dtype of `x`. The product is made on two-dimensional operands: on CPU the weight gradient of
+  a (B*T, D) operand is twice as fast as that of a (B, T, D) one. Where a dim inside a group is
+  sharded, the group cannot be merged without moving data, and the einsum itself serves.
+  """
+  x_dims, w_dims, out = re.split(",|->", dims)
+  n = sum(d in w_dims for d in x_dims)
+  rows, inner, columns = x_dims[:-n], w_dims[:n], w_dims[n:]
+  assert x_dims[-n:] == inner and rows + columns == out, dims
+  w = sharding.use(w, x.dtype)
+  if all(map(sharding.mergeable, (rows, inner, columns))):
+    shape = (*x.shape[:-n], *w.shape[n:])
+    x_NC, w_CM = _matrix(x, rows, inner), _matrix(w, inner, columns)
+    y_NM = jnp.matmul(x_NC, w_CM, out_sharding=sharding.merged(rows, columns))
+    y = jnp.reshape(y_NM, shape, out_sharding=sharding.act(out))
+  else:
+    y = jnp.einsum(dims.lower(), x, w, out_sharding=sharding.act(out))
+  return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def _matrix(a, rows: str, columns: str) -> jax.Array:
+  shape = (math.prod(a.shape[: len(rows)]), math.prod(a.shape[len(rows) :]))
+  return jnp.reshape(a, shape, out_sharding=sharding.merged(rows, columns))
