@@ -1,0 +1,174 @@
+"""The softmax cross-entropy of a vocabulary projection, without the logits of the whole batch.
+
+Each device goes through its own tokens in chunks. When a gradient is wanted, a chunk's gradients
+are computed beside its loss (Liger Kernel, arXiv:2410.10989), while its logits are at hand: three
+matrix products instead of the four of recomputation, and nothing of size T * V is ever kept.
+
+Dims: B batch, T position, D model, V vocabulary, C chunks, N tokens (of a chunk).
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import P
+
+from bigtrain.sharding import axes
+
+
+def cross_entropy(
+  x_BTD: jax.Array,
+  table_VD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  chunk: int | None,
+  z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Weighted sum over tokens of -log softmax(x @ table.T)[target], with its two usual extras.
+
+  A token's loss is `(1 - s) * nll + s * mean over V of -log p + z_loss * logsumexp^2`, with s the
+  label smoothing (Szegedy 2015, arXiv:1512.00567) and the last term PaLM's (arXiv:2204.02311).
+  Reductions are in float32. Under a mesh this is an island over every axis: B may be sharded, and
+  V of the table; each gradient is summed over devices once, whatever the number of chunks.
+
+  Args:
+    x_BTD: final hidden states in the compute dtype, D whole.
+    table_VD: output table in the compute dtype, D whole.
+    targets_BT: int32 below V.
+    weights_BT: float32 factors of the tokens' losses. They receive no gradient.
+    chunk: most tokens a device takes at once, with float32 logits. None: all of them at once, with
+      logits rounded to the compute dtype.
+    z_loss: factor of the squared logsumexp.
+    label_smoothing: share of the target's probability that is spread over the vocabulary.
+
+  Returns:
+    The loss, which can be differentiated, and a dict of weighted sums which cannot: `nll`, `z_loss`
+    (with its factor) and `correct` (no logit is higher than the target's).
+  """
+  settings = (chunk, z_loss, label_smoothing)
+  return _cross_entropy(settings, x_BTD, table_VD, targets_BT, weights_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(settings, *arrays) -> Any:
+  return _island(settings, False, *arrays)
+
+
+def _forward(settings, *arrays):
+  loss, sums, *gradients = _island(settings, True, *arrays)
+  return (loss, sums), gradients
+
+
+def _backward(_, gradients, cotangents):
+  scale = lambda gradient: (cotangents[0] * gradient).astype(gradient.dtype)
+  return *map(scale, gradients), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _island(settings, differentiate: bool, *arrays) -> Any:
+  """(loss, sums) of the whole batch, and (dx, dtable) where they are wanted."""
+  local = functools.partial(_local, settings, differentiate)
+  manual = set(jax.sharding.get_abstract_mesh().explicit_axes)
+  if not manual:  # No mesh, or already inside an island: those do not nest.
+    return local(*arrays)
+  specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
+  out_specs = (P(), P(), *specs[: 2 * differentiate])
+  return jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names=manual)(*arrays)
+
+
+def _local(settings, differentiate, x_BTD, table_VD, targets_BT, weights_BT):
+  """What one device does with its tokens and its rows of the table."""
+  chunk, z_loss, label_smoothing = settings
+  tokens = targets_BT.size
+  chunks = math.ceil(tokens / (chunk or tokens))
+  split = lambda a: _split(a.reshape(tokens, *a.shape[2:]), chunks)
+  logits_dtype = jnp.float32 if chunk else x_BTD.dtype
+  vocabulary = _vocabulary_axes(table_VD)
+
+  def step(dtable_VD: Any, xs) -> Any:
+    x_ND, targets_N, weights_N = xs
+    logits_NV = _product("nd,vd->nv", x_ND, table_VD).astype(logits_dtype).astype(jnp.float32)
+    sums, dlogits_NV = _token_sums(
+      logits_NV, targets_N, weights_N, vocabulary, z_loss, label_smoothing
+    )
+    if not differentiate:
+      return dtable_VD, (sums, ())
+    dlogits_NV = dlogits_NV.astype(x_ND.dtype)
+    dx_ND = _product("nv,vd->nd", dlogits_NV, table_VD).astype(x_ND.dtype)
+    return dtable_VD + _product("nv,nd->vd", dlogits_NV, x_ND), (sums, dx_ND)
+
+  start: Any = ()
+  if differentiate:
+    start = jnp.zeros(table_VD.shape, jnp.float32)
+    start = jax.lax.pcast(start, (*(_varying(x_BTD) | _varying(table_VD)),), to="varying")
+  dtable_VD, (sums, dx_CND) = jax.lax.scan(
+    step, start, (*map(split, (x_BTD, targets_BT, weights_BT)),)
+  )
+  sums = {name: jax.lax.psum(s_C.sum(), (*_varying(s_C),)) for name, s_C in sums.items()}
+  loss = sums.pop("loss")
+  if not differentiate:
+    return loss, sums
+  dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape)
+  return loss, sums, _typed_as(dx_BTD, x_BTD), _typed_as(dtable_VD.astype(table_VD.dtype), table_VD)
+
+
+def _token_sums(logits_NV, targets_N, weights_N, split, z_loss, label_smoothing):
+  """A chunk's weighted sums, and the gradient of its loss with respect to the logits.
+
+  `split` names the axes over which the vocabulary is spread.
+  """
+  rows = logits_NV.shape[-1]
+  V, first = rows, 0
+  if split:
+    V, first = rows * jax.lax.axis_size(split), rows * jax.lax.axis_index(split)
+  over_vocabulary = lambda reduce, a: reduce(a, split) if split else a
+  # Not take_along_axis: a device holds the target's logit or it does not.
+  hit_NV = targets_N[:, None] == first + jnp.arange(rows)
+  highest_N = over_vocabulary(jax.lax.pmax, logits_NV.max(-1))
+  exp_NV = jnp.exp(logits_NV - highest_N[:, None])
+  total_N, target_N, sum_N = over_vocabulary(
+    jax.lax.psum, (exp_NV.sum(-1), jnp.where(hit_NV, logits_NV, 0).sum(-1), logits_NV.sum(-1))
+  )
+  logsumexp_N = highest_N + jnp.log(total_N)
+  nll_N = logsumexp_N - target_N
+  z_N = z_loss * logsumexp_N**2
+  tokens = {
+    "loss": nll_N + label_smoothing * (target_N - sum_N / V) + z_N,
+    "nll": nll_N,
+    "z_loss": z_N,
+    "correct": target_N >= highest_N,
+  }
+  sums = {name: (weights_N * value_N).sum() for name, value_N in tokens.items()}
+  p_NV = exp_NV * ((1 + 2 * z_loss * logsumexp_N) / total_N)[:, None]
+  wanted_NV = (1 - label_smoothing) * hit_NV + label_smoothing / V
+  return sums, weights_N[:, None] * (p_NV - wanted_NV)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _split(a_N, chunks):
+  """(tokens, ...) -> (chunks, N, ...); zeros, so of weight 0, fill the last chunk."""
+  a_N = jnp.pad(a_N, ((0, -len(a_N) % chunks),) + ((0, 0),) * (a_N.ndim - 1))
+  return a_N.reshape(chunks, -1, *a_N.shape[1:])
+
+
+def _varying(a) -> frozenset[str]:
+  """The manual axes over which the devices' values differ."""
+  return jax.typeof(a).mat.varying
+
+
+def _vocabulary_axes(table_VD) -> tuple[str, ...]:
+  """The axes that really split the table's rows."""
+  split = lambda axis: axis in _varying(table_VD) and jax.lax.axis_size(axis) > 1
+  return tuple(filter(split, axes("V")))
+
+
+def _typed_as(gradient, primal):
+  """Sums a gradient over the devices that share the primal."""
+  return jax.lax.psum(gradient, (*(_varying(gradient) - _varying(primal)),))
