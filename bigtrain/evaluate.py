@@ -1,0 +1,77 @@
+"""Evaluation: metrics over the whole held-out split, and continued prompts.
+
+Every held-out example counts exactly once: the last batch is padded with rows of weight 0, and sums
+and weights are added up before they are divided, so that the number of processes changes nothing.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from bigtrain import sharding
+from bigtrain.data.feed import put
+from bigtrain.parts import Part
+
+if TYPE_CHECKING:
+  from bigtrain.run import Run
+
+
+class Evaluator:
+  """Computes the held-out metrics of a run's current weights, by a step compiled once."""
+
+  def __init__(self, run: "Run"):
+    self.run = run
+    objective = run.experiment.objective
+
+    def add(sums, model, batch):
+      output = objective(model, batch, None)
+      metrics = {k: jnp.stack(pair).astype(jnp.float32) for k, pair in output.metrics.items()}
+      return metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
+
+    self._add = jax.jit(add)
+
+  def metrics(self) -> dict[str, float]:
+    """Each metric's mean by weight; `perplexity` too where there is a loss."""
+    data, size = self.run.data, self.run.experiment.evaluation.batch
+    place = sharding.batch_sharding()
+    sums = None
+    for example in range(0, data.eval_examples(), size):
+      rows = lambda wanted, example=example: data.eval_batch(example, size, wanted)
+      sums = self._add(sums, self.run.weights, put(rows, size, place))
+    values = {k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()}
+    if "loss" in values:
+      values["perplexity"] = math.exp(min(values["loss"], 700.0))
+    return values
+
+
+class Evaluating(Part):
+  """Evaluates and samples at the interval and at the end."""
+
+  def start(self, run: "Run", step: int) -> None:
+    super().start(run, step)
+    self.evaluator = Evaluator(run)
+
+  def after_step(self, step: int, metrics) -> None:
+    c, last = self.run.experiment.evaluation, self.run.experiment.steps
+    if not (c.every and step % c.every == 0) and step != last:
+      return
+    with self.run.away("evaluate", step=step):
+      values = self.evaluator.metrics()
+    values = {f"eval/validation/{name}": value for name, value in values.items()}
+    self.run.record(step, "eval", values)
+    if c.prompts:
+      with self.run.away("sample", step=step):
+        self._sample(step)
+
+  def _sample(self, step: int) -> None:
+    from bigtrain.generate import Sampling, generate_text
+
+    c = self.run.experiment.evaluation
+    sampling = Sampling(temperature=c.temperature, seed=self.run.experiment.seed)
+    texts = generate_text(
+      self.run.weights, self.run.data.tokenizer, list(c.prompts), c.sample_tokens, sampling
+    )
+    for prompt, text in zip(c.prompts, texts, strict=True):
+      self.run.text(step, prompt, text)

@@ -1,0 +1,125 @@
+"""Parts: what happens around the training step. The loop calls them and knows none of them.
+
+A new one is a class with the methods below, given to `train(..., parts=[...])`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+import jax
+
+if TYPE_CHECKING:
+  from bigtrain.cli import Profile
+  from bigtrain.run import Run
+
+
+class Part:
+  """Called around each step, on every process. Steps are numbered by completed updates."""
+
+  run: Run
+
+  def start(self, run: Run, step: int) -> None:
+    """Before the first step of this process, which follows `step` completed ones."""
+    self.run = run
+
+  def before_step(self, step: int) -> None:
+    """Before the update that follows `step` completed ones."""
+
+  def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """After update number `step` was dispatched; `metrics` may still be on their way."""
+
+  def on_save(self, step: int) -> None:
+    """Before the state after `step` updates is saved: what belongs to it is made durable."""
+
+  def close(self) -> None:
+    """At the end, also after an error."""
+
+
+class Saver(Part):
+  """Saves at the interval, at the last step, and when the run leaves."""
+
+  def after_step(self, step: int, metrics) -> None:
+    every, last = self.run.experiment.checkpoints.every, self.run.experiment.steps
+    if not (every and step % every == 0) and step != last and not self.run.left:
+      return
+    for part in self.run.parts:
+      part.on_save(step)
+    with self.run.away("save", step=step):
+      self.run.store.save(step, self.run.state, self.run.experiment)
+
+
+class Signals(Part):
+  """SIGTERM and Ctrl-C: the run saves at one step agreed by all processes, and leaves.
+
+  A second Ctrl-C stops at once.
+  """
+
+  def start(self, run: Run, step: int) -> None:
+    super().start(run, step)
+    self.received: str | None = None
+    self.before = {}
+    if threading.current_thread() is not threading.main_thread():
+      return
+    names = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+    for name in names:
+      self.before[name] = signal.signal(name, self._handle)
+
+  def _handle(self, number, frame) -> None:
+    self.received = signal.Signals(number).name
+    signal.signal(number, self.before[number])
+    if jax.process_count() > 1:  # JAX tells all processes of a SIGTERM to one.
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def after_step(self, step: int, metrics) -> None:
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      if multihost_utils.reached_preemption_sync_point(step):
+        self.received = self.received or "SIGTERM"
+        self.run.left = True
+    elif self.received:
+      self.run.left = True
+    if self.run.left:
+      self.run.directory.event("signal", name=self.received, step=step)
+
+  def close(self) -> None:
+    for name, handler in getattr(self, "before", {}).items():
+      signal.signal(name, handler)
+
+
+class Profiler(Part):
+  """A trace of some steps in RUN/profile, for xprof, TensorBoard or Perfetto."""
+
+  def __init__(self, first: int, steps: int):
+    self.first, self.last, self.tracing = first, first + steps, False
+
+  def before_step(self, step: int) -> None:
+    if step == self.first:
+      jax.profiler.start_trace(os.fspath(self.run.directory.path / "profile"))
+      self.tracing = True
+
+  def after_step(self, step: int, metrics) -> None:
+    if step == self.last:
+      jax.block_until_ready(metrics)
+      self.close()
+
+  def close(self) -> None:
+    if self.tracing:
+      jax.profiler.stop_trace()
+      self.tracing = False
+      self.run.directory.event("profile", first=self.first, last=self.last)
+
+
+def default_parts(profile: Profile | None) -> list[Part]:
+  """The parts of every run. Evaluation comes before saving: its rows belong to the checkpoint."""
+  from bigtrain.evaluate import Evaluating
+  from bigtrain.metrics import Recorder
+
+  parts: list[Part] = [Signals(), Recorder(), Evaluating(), Saver()]
+  if profile is not None and profile.start is not None:
+    parts.append(Profiler(profile.start, profile.steps))
+  return parts

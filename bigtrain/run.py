@@ -1,0 +1,178 @@
+"""Run: an experiment, its directory and its state; what training returns and a notebook holds."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from bigtrain import checkpoint, load, processes
+from bigtrain.checkpoint import Store
+from bigtrain.data.feed import Feed, Sizes
+from bigtrain.experiment import Data, Experiment
+from bigtrain.optim.average import averaged
+from bigtrain.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+  from bigtrain.parts import Part
+  from bigtrain.train import State
+  from bigtrain.writers import Writer
+
+
+class OnMesh:
+  """A model whose calls run on its mesh, so that whoever calls it need not know of one."""
+
+  def __init__(self, model, mesh: jax.sharding.Mesh):
+    self._model, self._mesh = model, mesh
+
+  def __call__(self, *args, **kwargs):
+    with jax.set_mesh(self._mesh):
+      return self._model(*args, **kwargs)
+
+  def __getattr__(self, name: str):
+    return getattr(self._model, name)
+
+
+class Run:
+  """One run, live or loaded."""
+
+  feed: Feed  # While it trains.
+  left: bool = False  # A signal asked it to leave.
+
+  def __init__(
+    self, experiment: Experiment, directory: RunDirectory, mesh: jax.sharding.Mesh | None
+  ):
+    self.experiment, self.directory, self.mesh = experiment, directory, mesh
+    self.parts: list[Part] = []
+    self.state: State | None = None
+    self.writers: list[Writer] = []  # Where records go besides the run directory.
+    self.phases: dict[str, float] = {}  # Seconds of what was not training.
+
+  @functools.cached_property
+  def data(self) -> Data:
+    return self.experiment.data.make(self.experiment.seed)
+
+  @functools.cached_property
+  def store(self) -> Store:
+    return Store(self.directory.checkpoints, self.experiment.checkpoints)
+
+  @property
+  def weights(self):
+    """The module to evaluate and sample with: averaged weights, where the optimizer keeps them."""
+    assert self.state is not None
+    return averaged(self.state.optimizer, self.state.model)
+
+  @property
+  def model(self):
+    """The module, to be called: `run.model(tokens_BT)` gives logits, on the run's mesh."""
+    return self.weights if self.mesh is None else OnMesh(self.weights, self.mesh)
+
+  @property
+  def metrics(self) -> dict[str, np.ndarray]:
+    """The rows of metrics.jsonl as arrays by name: one entry for each logged step."""
+    return _columns(self.directory.rows("train"))
+
+  @property
+  def evaluations(self) -> dict[str, np.ndarray]:
+    """The same for evaluations: `evaluations["eval/validation/loss"]` at `evaluations["step"]`."""
+    return _columns(self.directory.rows("eval"))
+
+  def evaluate(self) -> dict[str, float]:
+    """Metrics of the weights on the held-out split."""
+    from bigtrain.evaluate import Evaluator
+
+    with self.in_mesh():
+      return Evaluator(self).metrics()
+
+  def sample(self, prompt: str = "", *, tokens: int = 200, samples: int = 1, **sampling):
+    """Continuations of a prompt, a list of texts; `sampling` are the fields of Sampling."""
+    from bigtrain.generate import Sampling, generate_text
+
+    with self.in_mesh():
+      return generate_text(
+        self.weights, self.data.tokenizer, [prompt] * samples, tokens, Sampling(**sampling)
+      )
+
+  def in_mesh(self):
+    """A context in which the run's mesh, if it has one, is in force."""
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  def spec(self, step: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the first array of the batch that update `step` (from 0) consumes."""
+    sizes = Sizes(self.experiment.batch, self.experiment.batch_stages)
+    return next(iter(self.data.stage(step).spec(sizes.at(step)).values()))
+
+  def record(self, step: int, kind: str, values: dict[str, float]) -> None:
+    """Writes a row to metrics.jsonl and to whoever else wants it; on the first process only."""
+    if self.directory.writes:
+      self.directory.row(step, kind, values)
+      for writer in self.writers:
+        writer.row(step, kind, values)
+
+  def text(self, step: int, prompt: str, text: str) -> None:
+    """Records a continued prompt."""
+    if self.directory.writes:
+      self.directory.event("text", step=step, prompt=prompt, text=text)
+      for writer in self.writers:
+        writer.text(step, prompt, text)
+
+  def seconds_away(self) -> float:
+    """Seconds that went to anything but training, so far."""
+    return sum(self.phases.values())
+
+  @contextlib.contextmanager
+  def away(self, phase: str, **fields) -> Iterator[None]:
+    """Marks time that is not training: it is counted by phase, and an event says how long it was."""
+    started = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started
+    self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+    self.directory.event(phase, **fields, seconds=round(seconds, 3))
+
+  @contextlib.contextmanager
+  def closing(self) -> Iterator[None]:
+    """Closes the parts and the records, also when training fails, which it records."""
+    try:
+      self.directory.event("start", processes=jax.process_count(), devices=jax.device_count())
+      yield
+      self.store.wait()
+      self.directory.event("left" if self.left else "end")
+    except BaseException as error:
+      self.directory.event("error", error=f"{type(error).__name__}: {error}"[:2000])
+      raise
+    finally:
+      with contextlib.ExitStack() as stack:
+        stack.callback(self.directory.close)
+        stack.callback(self.store.close)
+        for part in (*self.writers, *self.parts):
+          stack.callback(part.close)
+
+
+def load_run(run_dir: str | os.PathLike, step: int | None = None) -> Run:
+  """The run in a directory, with the weights of its newest checkpoint (or of `step`).
+
+  It runs on the devices that are here, whatever mesh trained it.
+
+  Raises:
+    Refused: the directory holds no run, or no checkpoint yet.
+  """
+  from bigtrain.train import Program
+
+  processes.initialize()
+  experiment, _ = load.read(run_dir)
+  directory = RunDirectory(run_dir, writes=False)
+  mesh = experiment.mesh.make() if jax.device_count() > 1 else None
+  run = Run(experiment, directory, mesh)
+  with run.in_mesh():
+    abstract = Program(experiment, mesh).abstract()
+    run.state = checkpoint.newest(directory.checkpoints, abstract, step)
+  return run
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+  names = {name for row in rows for name in row} - {"kind"}
+  return {name: np.array([row.get(name, np.nan) for row in rows]) for name in sorted(names)}

@@ -1,0 +1,146 @@
+"""The run directory: what a run writes about itself, and how that is read back.
+
+    RUN/  config.json  experiment.py  environment.json  metrics.jsonl  events.jsonl
+          checkpoints/  tensorboard/  profile/
+
+Only the first process writes. Rows of metrics.jsonl are unique by (step, kind): when a run resumes,
+rows past the restored step are dropped before new ones are written.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from bigtrain import config, load
+from bigtrain.config import Refused
+from bigtrain.experiment import Experiment
+
+PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class RunDirectory:
+  """Paths and records of one run. With `writes` False (other processes) nothing is written."""
+
+  def __init__(self, path: str | os.PathLike, *, writes: bool = True):
+    self.path = epath.Path(os.path.expanduser(os.fspath(path)))
+    if "://" not in str(self.path):
+      self.path = epath.Path(os.path.abspath(self.path))  # Orbax takes no relative path.
+    self.writes = writes
+    self._files: dict[str, Any] = {}
+
+  @property
+  def checkpoints(self) -> epath.Path:
+    return self.path / "checkpoints"
+
+  def begin(self, experiment: Experiment, source: Path | None, *, allow_changes: bool) -> None:
+    """Writes what the run is, or checks it against what an earlier start wrote.
+
+    Raises:
+      Refused: the directory holds a run of another config, and `allow_changes` is False.
+    """
+    if (self.path / "config.json").exists():
+      before, _ = load.read(self.path)
+      if (changes := config.diff(before, experiment)) and not allow_changes:
+        raise Refused(
+          f"{self.path} holds a run of another config:\n  "
+          + "\n  ".join(changes)
+          + "\ntake another directory with --dir, or go on with the new config: --allow-changes"
+        )
+    elif self.path.exists() and any(map(_foreign, self.path.iterdir())):
+      raise Refused(f"{self.path} exists and is no run directory; take another with --dir")
+    if self.writes:
+      load.write(experiment, self.path, source)
+      text = json.dumps(environment(), indent=2)
+      (self.path / "environment.json").write_text(text + "\n")
+
+  def event(self, name: str, **fields) -> None:
+    """Adds a line to events.jsonl, with the time."""
+    self._append("events.jsonl", {"time": round(time.time(), 3), "event": name, **fields})
+
+  def row(self, step: int, kind: str, values: dict[str, float]) -> None:
+    """Adds a row to metrics.jsonl."""
+    self._append("metrics.jsonl", {"step": step, "kind": kind, **values})
+
+  def drop_rows_after(self, step: int) -> None:
+    """Forgets the metrics of steps that a restored run will do again."""
+    path = self.path / "metrics.jsonl"
+    if not self.writes or not path.exists():
+      return
+    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+    aside = self.path / "metrics.jsonl.new"
+    aside.write_text("".join(kept))
+    aside.replace(path)
+
+  def rows(self, kind: str) -> list[dict[str, Any]]:
+    """The rows of that kind ("train" or "eval"), in order."""
+    path = self.path / "metrics.jsonl"
+    return [r for r in read_rows(path) if r["kind"] == kind] if path.exists() else []
+
+  def close(self) -> None:
+    for file in self._files.values():
+      file.close()
+    self._files.clear()
+
+  def _append(self, name: str, record: dict[str, Any]) -> None:
+    if not self.writes:
+      return
+    if name not in self._files:
+      self._files[name] = (self.path / name).open("a")
+    self._files[name].write(json.dumps(record) + "\n")
+    self._files[name].flush()
+
+
+def read_rows(path: epath.Path) -> list[dict[str, Any]]:
+  """The rows of a JSON-lines file; a last line that a kill cut short is not one."""
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return rows
+
+
+def environment() -> dict[str, Any]:
+  """Versions, devices, code revision and command of this process."""
+  import jax
+
+  devices = jax.devices()
+  return {
+    "command": sys.argv,
+    "python": platform.python_version(),
+    "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+    "devices": [len(devices), devices[0].platform, devices[0].device_kind],
+    "processes": jax.process_count(),
+    "revision": _revision(),
+  }
+
+
+def _foreign(path: epath.Path) -> bool:
+  """Whether this is more than a start leaves that was killed before it wrote config.json."""
+  return path.name != config.FILE and path.suffix != ".unfinished"
+
+
+def _installed(name: str) -> bool:
+  try:
+    return bool(metadata.version(name))
+  except metadata.PackageNotFoundError:
+    return False
+
+
+def _revision() -> str | None:
+  """The git revision of the code, with a + if files differ from it; None outside a checkout."""
+  command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return done.stdout.strip()
