@@ -1,0 +1,155 @@
+"""Sources: where documents come from, and which of them are held out.
+
+Everything is streamed: a document at a time is in memory. What cannot be used is never dropped in
+silence: it comes out of the stream as a `Problem` with its file and line.
+"""
+
+import glob
+import hashlib
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+from bigtrain.config import Refused, config, nearest
+from bigtrain.data.readers import Problem, kind_of, read
+
+CORPUS = pathlib.Path(__file__).parent / "corpus"
+NOVELS = (
+  "emma",
+  "mansfield_park",
+  "northanger_abbey",
+  "persuasion",
+  "pride_and_prejudice",
+  "sense_and_sensibility",
+)
+CHAPTER = re.compile(r"^(?:volume [ivx]+\s+)?chapter (?:[ivxl]+|\d+)[ \t]*$", re.I | re.M)
+
+
+class Document(NamedTuple):
+  text: str
+  held_out: bool  # Validation, not training.
+
+
+class Input(NamedTuple):
+  path: pathlib.Path
+  held_out: bool | None  # All of it or nothing; None where each document decides.
+
+
+Advance = Callable[[int], None]  # Told how many bytes of a file were read.
+
+
+@config
+class Austen:
+  """The six completed novels of Jane Austen, in the package: 4 MB, one document a chapter.
+
+  The tenth of every twenty chapters of a novel is held out.
+  """
+
+  def inputs(self) -> list[Input]:
+    return [Input(CORPUS / f"{name}.txt.zst", None) for name in NOVELS]
+
+  def settings(self) -> str:
+    return "austen 1"
+
+  def documents(self, advance: Advance) -> Iterator[Document | Problem]:
+    for path, _ in self.inputs():
+      for novel in read(path, "", 2**20, advance):
+        if isinstance(novel, Problem):
+          raise Refused(f"{novel}; the embedded corpus is damaged: install bigtrain again")
+        starts = [found.start() for found in CHAPTER.finditer(novel)]
+        # The title page belongs to the first chapter.
+        edges = [0, *starts[1:], len(novel)]
+        for i, (start, end) in enumerate(itertools.pairwise(edges)):
+          yield Document(novel[start:end].strip(), held_out=i % 20 == 9)
+
+
+@config
+class Files:
+  """Text files: .txt (a file is a document), .jsonl and .parquet (a line or row is one).
+
+  .txt and .jsonl may be compressed (.gz, .zst).
+  """
+
+  pattern: str  # A folder (with all below it), a glob such as "data/**/*.jsonl.zst", or a file.
+  # Held out: a share of the documents, chosen by a hash of their text so that equal texts are never
+  # on both sides; or the pattern of other files.
+  validation: float | str = 0.01
+  text_field: str = "text"  # Of .jsonl and .parquet.
+  max_bytes: int = 2**27  # Of one document; a longer one is bad input.
+  on_error: Literal["skip", "refuse"] = "skip"  # Keep bad input out and report it, or stop at it.
+
+  def check(self) -> None:
+    if isinstance(self.validation, (int, float)) and not 0 <= self.validation < 1:
+      raise Refused(
+        f"validation is {self.validation}: a share is at least 0 and below 1; or give the "
+        "pattern of the held-out files"
+      )
+    if self.max_bytes < 1:
+      raise Refused(f"max_bytes is {self.max_bytes}: documents have at least 1 byte")
+    self.inputs()
+
+  def inputs(self) -> list[Input]:
+    """The files in order of their paths.
+
+    Raises:
+      Refused: a pattern matches nothing, or a file is both training and held out.
+    """
+    files = _expand(self.pattern)
+    if not isinstance(self.validation, str):
+      return [Input(path, None) for path in files]
+    held_out = _expand(self.validation)
+    if both := sorted({p.resolve() for p in files} & {p.resolve() for p in held_out}):
+      raise Refused(
+        f"{both[0]} and {len(both) - 1} more are in both {self.pattern} and {self.validation}; "
+        "held-out files must not be trained on"
+      )
+    return [Input(path, False) for path in files] + [Input(path, True) for path in held_out]
+
+  def settings(self) -> str:
+    share = "files" if isinstance(self.validation, str) else float(self.validation)
+    return f"files 1 {share} {self.text_field!r} {self.max_bytes} {self.on_error}"
+
+  def documents(self, advance: Advance) -> Iterator[Document | Problem]:
+    for path, held_out in self.inputs():
+      for found in read(path, self.text_field, self.max_bytes, advance):
+        if not isinstance(found, Problem):
+          found = Document(found, self._held_out(found) if held_out is None else held_out)
+        elif self.on_error == "refuse":
+          raise Refused(f"{found}; source.on_error='skip' keeps it out and goes on")
+        yield found
+
+  def _held_out(self, text: str) -> bool:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < float(self.validation) * 2**64
+
+
+def _expand(pattern: str) -> list[pathlib.Path]:
+  """The files of a folder, glob or path, hidden ones left out, sorted."""
+  path = pathlib.Path(pattern).expanduser()
+  wanted = glob.escape(str(path)) if path.exists() else str(path)
+  found = glob.iglob(f"{wanted}/**" if path.is_dir() else wanted, recursive=True)
+  files = sorted(p for p in map(pathlib.Path, found) if p.is_file())
+  if not files:
+    raise Refused(f"no files match {pattern}{_near(path)}")
+  if not any(kind_of(p) for p in files):
+    raise Refused(
+      f"{files[0]} is not .txt, .jsonl (also .gz, .zst) or .parquet, as sources must be"
+    )
+  return files
+
+
+def _near(path: pathlib.Path) -> str:
+  """The names nearest to the first part of the path that does not exist."""
+  parent, name = pathlib.Path(path.anchor), ""
+  for name in path.parts[bool(path.anchor) :]:
+    if glob.has_magic(name) or not (parent / name).exists():
+      break
+    parent /= name
+  if parent == path:
+    return ": the folder is empty"
+  if not parent.is_dir():
+    return f": {parent} is a file"
+  here = [p.name for p in parent.iterdir() if p.name[0] != "."]
+  return f": {parent}/ has no {name}{nearest(name, here)}"

@@ -1,0 +1,63 @@
+"""Stages: other data from a step on, such as longer rows or a better mixture at a run's end."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from bigtrain.config import Refused, config
+from bigtrain.experiment import Data, DataConfig
+
+if TYPE_CHECKING:
+  import jax
+
+
+@config
+class Stages(DataConfig):
+  """Data by step. The position goes on counting: a stage begins within its own epoch.
+
+  Held-out data is that of the last stage, which is what the run is heading for.
+  """
+
+  stages: tuple[tuple[int, DataConfig], ...]  # (step, data): that data from that step on.
+
+  def make(self, seed: int) -> "StagedData":
+    return StagedData(tuple((step, data.make(seed)) for step, data in self.stages))
+
+  def vocabulary(self) -> int | None:
+    return self.stages[0][1].vocabulary()
+
+  def row_length(self) -> int | None:
+    return max((data.row_length() or 0 for _, data in self.stages), default=None)
+
+  def check(self) -> None:
+    steps = [step for step, _ in self.stages]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+      raise Refused(f"stages begin at steps {steps}: the first is 0 and each is after the last")
+    if len(sizes := {data.vocabulary() for _, data in self.stages}) > 1:
+      raise Refused(f"stages have vocabularies of {sizes} tokens: give all the same tokenizer")
+
+  def smoke(self) -> Self:
+    return dataclasses.replace(self, stages=tuple((s, data.smoke()) for s, data in self.stages))
+
+
+class StagedData(Data):
+  """`stage` picks the data of a step; asked without a step, it is the first stage's."""
+
+  def __init__(self, stages: tuple[tuple[int, Data], ...]):
+    self._stages = stages
+
+  def stage(self, step: int) -> Data:
+    return next(data for start, data in reversed(self._stages) if start <= step)
+
+  def spec(self, size: int) -> "dict[str, jax.ShapeDtypeStruct]":
+    return self.stage(0).spec(size)
+
+  def batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+    return self.stage(0).batch(example, size, rows)
+
+  def eval_examples(self) -> int:
+    return self._stages[-1][1].eval_examples()
+
+  def eval_batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+    return self._stages[-1][1].eval_batch(example, size, rows)

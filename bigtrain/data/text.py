@@ -1,0 +1,112 @@
+"""Text: documents of a source, tokenised, packed into rows. The config and the prepared data."""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from bigtrain.config import Refused, config
+from bigtrain.data.cache import Prepared, prepare
+from bigtrain.data.pack import Packing
+from bigtrain.data.rows import FIELDS, Rows
+from bigtrain.data.sources import Austen, Files
+from bigtrain.data.tokenizers import BPE, Bytes, Tokenizer, TokenizerFile
+from bigtrain.experiment import Data, DataConfig
+
+if TYPE_CHECKING:
+  import jax
+
+SMOKE_BYTES = 2**24  # Of input that --smoke still prepares; for more it takes the embedded corpus.
+SMOKE_SEQ = 128
+
+
+@config
+class TextData(DataConfig):
+  """Documents packed into rows of `seq` tokens."""
+
+  source: Austen | Files = Austen()
+  tokenizer: Bytes | BPE | TokenizerFile = Bytes()
+  seq: int = 256  # Tokens of a row, T.
+  packing: Packing = "best_fit"  # Documents whole where they fit; `concat` cuts where a row ends.
+
+  def make(self, seed: int) -> "Text":
+    return Text(self, seed)
+
+  def vocabulary(self) -> int | None:
+    return self.tokenizer.size()
+
+  def row_length(self) -> int:
+    return self.seq
+
+  def check(self) -> None:
+    if self.seq < 1:
+      raise Refused(f"data.seq is {self.seq}: a row has at least 1 token")
+
+  def smoke(self) -> Self:
+    large = sum(path.stat().st_size for path, _ in self.source.inputs()) > SMOKE_BYTES
+    source = Austen() if large else self.source
+    return dataclasses.replace(self, seq=min(self.seq, SMOKE_SEQ), source=source)
+
+
+class Text(Data):
+  """Prepared text. Nothing is read before it is needed: `spec` works without the data."""
+
+  def __init__(self, c: TextData, seed: int):
+    self._config = c
+    self._seed = seed
+
+  @functools.cached_property
+  def prepared(self) -> Prepared:
+    """The tokenised source; building it may take long, and happens once for ever."""
+    return prepare(self._config.source, self._config.tokenizer)
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    return self.prepared.tokenizer
+
+  @property
+  def vocab(self) -> int:
+    """Ids are below this."""
+    return self.tokenizer.vocab
+
+  @property
+  def manifest(self) -> dict[str, Any]:
+    """Documents, positions and bytes of each split, and what was kept out."""
+    return self.prepared.manifest
+
+  def rows(self) -> int:
+    """Rows of one epoch."""
+    return self._train.count
+
+  def spec(self, size: int) -> "dict[str, jax.ShapeDtypeStruct]":
+    import jax
+
+    shape = size, self._config.seq
+    return {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in FIELDS.items()}
+
+  def batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+    return self._train(example + np.arange(size)[rows or slice(None)])
+
+  def eval_examples(self) -> int:
+    return self._validation.count
+
+  def eval_batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+    batch = self._validation(example + np.arange(size)[rows or slice(None)])
+    return batch | {"bytes": self._byte_lengths[batch["targets"]] * batch["weights"]}
+
+  @functools.cached_property
+  def _train(self) -> Rows:
+    return self._rows("train", self._seed)
+
+  @functools.cached_property
+  def _validation(self) -> Rows:
+    return self._rows("validation", None)
+
+  @functools.cached_property
+  def _byte_lengths(self) -> np.ndarray:
+    return self.tokenizer.byte_lengths()
+
+  def _rows(self, name: str, seed: int | None) -> Rows:
+    c = self._config
+    return Rows(*self.prepared.split(name), seq=c.seq, packing=c.packing, seed=seed)
