@@ -1,21 +1,214 @@
-"""Configuration: the @config dataclass. Loading, overriding and dumping live beside it.
+"""Configuration: the @config dataclass, and configs as JSON.
 
 A config is a plain dataclass with keyword-only fields and slots, so that a misspelt field is an
 error where it is written and editors know every name. Configs hash by value: a module keeps its own
-config object as a static part of its pytree.
+config object as a static part of its pytree. A field holds a number, a string, a bool, None, a
+config, or a tuple of these: what JSON and the command line can say.
 """
 
+import copy
 import dataclasses
-from typing import TypeVar, dataclass_transform
+import difflib
+import importlib
+import math
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
+from typing import get_type_hints as hints
 
 T = TypeVar("T")
+FILE = "experiment.py"  # What a class of the experiment file, kept in the run directory, is under.
+FILE_MODULE = "bigtrain_experiment_file_"  # How the module names of such files begin.
+
+
+class Refused(Exception):
+  """An input was refused before any work; exit code 2. The message names cause and remedy."""
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
-  """Makes `cls` a keyword-only, slotted, value-hashed dataclass."""
-  return dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
+  """Makes `cls` a keyword-only, slotted, value-hashed dataclass.
+
+  A default that holds a config is copied for every instance: changing a field of one experiment
+  never changes another.
+
+  Raises:
+    TypeError: a base class without `__slots__` would let misspelt fields pass.
+  """
+  for name, default in list(vars(cls).items()):
+    if any(True for _ in configs(default)):
+      factory = lambda value=default: copy.deepcopy(value)
+      setattr(cls, name, dataclasses.field(default_factory=factory))
+  made = dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
+  if made.__dictoffset__:
+    raise TypeError(f"{made.__name__}: every base class of a config needs `__slots__ = ()`")
+  return made
 
 
-class Refused(Exception):
-  """An input was refused before any work. The message names the cause and the remedy; exit code 2."""
+def is_config(value: object) -> bool:
+  """Whether `value` is an instance of a config class."""
+  return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+  """`; did you mean 'x'?` with the name closest to `word`, or the names there are."""
+  known = sorted(known)
+  if close := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+    return f"; did you mean {close[0]!r}?"
+  return f"; there is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}" if known else ""
+
+
+def configs(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """Every config in `value`, itself included, with its dotted path; outer ones first."""
+  if isinstance(value, tuple):
+    for i, item in enumerate(value):
+      yield from configs(item, join(path, i))
+  elif is_config(value):
+    yield path, value
+    for field in dataclasses.fields(value):
+      yield from configs(getattr(value, field.name), join(path, field.name))
+
+
+def join(path: str, name: str | int) -> str:
+  """The dotted path of a field of what lies at `path`."""
+  return f"{path}.{name}" if path else str(name)
+
+
+def check_types(root: Any) -> None:
+  """Refuses a field whose value its annotation does not allow, by its path."""
+  for path, node in configs(root):
+    try:
+      kinds = hints(type(node))
+    except NameError as error:
+      raise Refused(f"{type(node).__name__}: an annotation cannot be resolved: {error}") from error
+    for field in dataclasses.fields(node):
+      value, kind = getattr(node, field.name), kinds[field.name]
+      if not fits(value, kind):
+        raise Refused(f"{join(path, field.name)} must be {_said(kind)}, not {_shown(value)}")
+
+
+def fits(value: Any, kind: Any) -> bool:
+  """Whether the annotation `kind` allows `value`; an int may stand for a float."""
+  origin, args = get_origin(kind), get_args(kind)
+  if origin in (Union, types.UnionType):
+    return any(fits(value, arg) for arg in args)
+  if origin is Literal:
+    return any(value == arg and type(value) is type(arg) for arg in args)
+  if origin is tuple:
+    if not isinstance(value, tuple):
+      return False
+    every = (args[0],) * len(value) if args[-1:] == (...,) else args
+    return len(value) == len(every) and all(map(fits, value, every))
+  if kind is float:
+    return type(value) in (int, float) and math.isfinite(value)
+  if kind in (int, str, bool):
+    return type(value) is kind
+  return value is None if kind in (None, type(None)) else isinstance(value, kind)
+
+
+def dump(value: Any) -> Any:
+  """A config as JSON: a dict of its fields, and its class as "module:name" under "class".
+
+  Classes of the experiment file itself are under "experiment.py", its copy in the run directory.
+  """
+  if isinstance(value, tuple):
+    return [dump(item) for item in value]
+  if not is_config(value):
+    return value
+  fields = {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  return {"class": _class_name(type(value))} | fields
+
+
+def restore(tree: Any, file: types.ModuleType | None = None, path: str = "") -> Any:
+  """The config that `dump` wrote. Fields that did not exist then take their default.
+
+  Args:
+    tree: what `dump` returned, or its JSON.
+    file: the module of the experiment file, for the classes that it defines.
+    path: where in the root `tree` stands, for messages.
+
+  Raises:
+    Refused: a class or a field that does not exist here, or a missing one without a default.
+  """
+  if isinstance(tree, list):
+    return tuple(restore(item, file, join(path, i)) for i, item in enumerate(tree))
+  if not isinstance(tree, dict):
+    return tree
+  at = path or "the experiment"
+  if "class" not in tree:
+    raise Refused(f'{at}: "class" is missing')
+  cls = _find_class(tree["class"], file, at)
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  values = {name: value for name, value in tree.items() if name != "class"}
+  for name in values:
+    if name not in fields:
+      raise Refused(f"{at}: {cls.__name__} has no field {name!r}{nearest(name, fields)}")
+  for field in fields.values():
+    required = field.default is field.default_factory is dataclasses.MISSING
+    if required and field.name not in values:
+      raise Refused(f"{at}: the field {field.name!r} of {cls.__name__} is missing")
+  return cls(**{k: restore(value, file, join(path, k)) for k, value in values.items()})
+
+
+def diff(old: Any, new: Any) -> list[str]:
+  """Each difference of two configs as `path: old -> new`."""
+  return list(_differences(dump(old), dump(new), ""))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+  if isinstance(old, dict) and isinstance(new, dict) and old["class"] == new["class"]:
+    for name in old:
+      yield from _differences(old[name], new[name], join(path, name))
+  elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    for i, pair in enumerate(zip(old, new, strict=True)):
+      yield from _differences(*pair, join(path, i))
+  elif old != new:
+    yield f"{path}: {_brief(old)} -> {_brief(new)}"
+
+
+def _brief(tree: Any) -> str:
+  if isinstance(tree, list):
+    return f"[{', '.join(map(_brief, tree))}]"
+  return tree["class"].split(":")[-1] if isinstance(tree, dict) else repr(tree)
+
+
+def _class_name(cls: type) -> str:
+  if "<locals>" in cls.__qualname__:
+    raise Refused(f"{cls.__name__} is defined inside a function; move it to the top of its file")
+  of_file = cls.__module__.startswith(FILE_MODULE)
+  return f"{FILE if of_file else cls.__module__}:{cls.__qualname__}"
+
+
+def _find_class(name: str, file: types.ModuleType | None, at: str) -> type:
+  module_name, _, qualname = name.partition(":")
+  try:
+    if module_name == FILE:
+      found: Any = file
+    else:
+      found = sys.modules.get(module_name) or importlib.import_module(module_name)
+    for part in qualname.split("."):
+      found = getattr(found, part)
+  except (ImportError, AttributeError, ValueError):
+    where = Path(str(getattr(file, "__file__", FILE))).name if module_name == FILE else module_name
+    raise Refused(f"{at}: there is no class {qualname!r} in {where}; was it moved?") from None
+  if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+    raise Refused(f"{at}: {name} is not a config class")
+  return found
+
+
+def _said(kind: Any) -> str:
+  if get_origin(kind) in (Union, types.UnionType):
+    return " or ".join(map(_said, get_args(kind)))
+  if get_origin(kind) is Literal:
+    return " or ".join(map(repr, get_args(kind)))
+  if get_origin(kind) is tuple:
+    return f"tuple[{', '.join('...' if a is ... else _said(a) for a in get_args(kind))}]"
+  return "None" if kind in (None, type(None)) else getattr(kind, "__name__", str(kind))
+
+
+def _shown(value: Any) -> str:
+  if is_config(value):
+    return f"a {type(value).__name__}"
+  return f"{value!r} ({type(value).__name__})"

@@ -40,7 +40,9 @@ class Evaluator:
     for example in range(0, data.eval_examples(), size):
       rows = lambda wanted, example=example: data.eval_batch(example, size, wanted)
       sums = self._add(sums, self.run.weights, put(rows, size, place))
-    values = {k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()}
+    values = {
+      k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()
+    }
     if "loss" in values:
       values["perplexity"] = math.exp(min(values["loss"], 700.0))
     return values

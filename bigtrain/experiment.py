@@ -40,6 +40,14 @@ class ModelConfig(abc.ABC):
     """How many tokens the model knows, checked against the data's; None without tokens."""
     return None
 
+  def longest_row(self) -> int | None:
+    """How many positions the model has; None for any number."""
+    return None
+
+  def flops(self, length: int = 1) -> float | None:
+    """Model FLOPs of training on one row of that length, by formula; None if not known."""
+    return None
+
   def check(self) -> None:
     """Refuses impossible combinations of fields by raising `Refused`."""
 
@@ -106,7 +114,11 @@ class DataConfig(abc.ABC):
     """The dataset, prepared (and cached) where that is needed."""
 
   def vocabulary(self) -> int | None:
-    """How many tokens the tokenizer has, touching no data; None where that is not known yet."""
+    """How many tokens the tokenizer has, touching no data; None without tokens."""
+    return None
+
+  def row_length(self) -> int | None:
+    """Tokens of the longest row, touching no data; None without tokens."""
     return None
 
   def check(self) -> None: ...
@@ -136,8 +148,9 @@ class Evaluation:
 
   every: int = 500  # Steps; 0 only at the end.
   batch: int = 32  # Rows.
-  prompts: tuple[str, ...] = ()  # Continued at every evaluation, greedily sampled text in events.
+  prompts: tuple[str, ...] = ()  # Continued at every evaluation.
   sample_tokens: int = 100  # Length of each continuation.
+  temperature: float = 0.8  # Of these continuations; 0 takes the likeliest token.
 
 
 @config

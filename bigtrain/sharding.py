@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import P
+from jax.sharding import NamedSharding
 
 from bigtrain.config import Refused, config
 
@@ -99,6 +100,12 @@ def axes(letter: str) -> tuple[str, ...]:
   """The mesh axes over which activations shard this dimension letter."""
   axes = ACTIVATION.get(letter) or ()
   return (axes,) if isinstance(axes, str) else axes
+
+
+def batch_sharding() -> NamedSharding | None:
+  """Of every array of a batch, (B, T, ...), on the mesh in force; None without one."""
+  spec = act("BT")
+  return None if spec is None else NamedSharding(jax.sharding.get_mesh(), spec)
 
 
 def axis_size(letter: str) -> int:

@@ -123,7 +123,8 @@ class Program:
     tree = jax.eval_shape(self.init, jax.random.key(0))
     if self.mesh is None:
       return tree
-    place = lambda x: jax.sharding.NamedSharding(self.mesh, x.sharding.spec)
+    spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # Tracing gives constants none.
+    place = lambda x: jax.sharding.NamedSharding(self.mesh, spec(x))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
 
   def compile_init(self):

@@ -1,7 +1,6 @@
 """Writers: where a run's rows and texts go besides its directory."""
 
 import os
-import time
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ class Console:
       self.rich.print(f"[bold]eval {step}[/]  {shown}")
       return
     self.seconds = values["step_seconds"]
-    left = time.gmtime(self.seconds * (self.steps - step))
     parts = [
       f"step [bold]{step}[/]/{self.steps}",
       f"loss [bold]{values['loss']:.4f}[/]",
@@ -43,7 +41,7 @@ class Console:
       f"{values['tokens_per_second']:,.0f} tok/s",
       *([f"mfu {values['mfu']:.1%}"] if "mfu" in values else []),
       *([f"waited {w:.1%}"] if (w := values["input_wait_seconds"] / self.seconds) > 0.01 else []),
-      f"left {left.tm_yday - 1}d " * (left.tm_yday > 1) + time.strftime("%H:%M:%S", left),
+      f"left {_duration(self.seconds * (self.steps - step))}",
     ]
     self.rich.print("  ".join(parts))
 
@@ -85,6 +83,13 @@ def default_writers(run: "Run", *, quiet: bool) -> list[Writer]:
     return []
   writers: list[Writer] = [] if quiet else [Console(run)]
   return writers + ([TensorBoard(run)] if run.experiment.logging.tensorboard else [])
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  return f"{days}d " * bool(days) + f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def _plain(text: str) -> str:

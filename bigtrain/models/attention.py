@@ -35,19 +35,26 @@ class AttentionConfig:
     head_dim = self.head_dim or dim // self.heads
     return {"D": dim, "K": kv_heads, "G": self.heads // kv_heads, "H": head_dim}
 
-  def check_dim(self, dim: int) -> None:
-    """Refuses head counts and sizes that do not fit a model of that width."""
+  def check(self) -> None:
+    for name in ("heads", "kv_heads", "head_dim", "window", "softcap"):
+      value = getattr(self, name)
+      if value is not None and value <= 0:
+        raise Refused(f"attention: {name} is {value}; it must be positive")
     if self.kv_heads is not None and self.heads % self.kv_heads:
       raise Refused(f"attention: {self.heads} heads are not divisible by kv_heads={self.kv_heads}")
+    if not 0 <= self.dropout < 1:
+      raise Refused(f"attention: dropout is {self.dropout}; it is a rate, from 0 to below 1")
+
+  def check_dim(self, dim: int) -> None:
+    """Refuses what cannot be, or does not fit a model of that width."""
+    self.check()
     if self.head_dim is None and dim % self.heads:
       raise Refused(
-        f"attention: dim {dim} is not divisible by {self.heads} heads; set head_dim, or a number of "
-        f"heads that divides {dim}"
+        f"attention: dim {dim} is not divisible by {self.heads} heads; set head_dim, or a "
+        f"number of heads that divides {dim}"
       )
-    if self.rotary is not None and self.sizes(dim)["H"] % 2:
-      raise Refused(
-        f"attention: rotary positions need an even head_dim, not {self.sizes(dim)['H']}"
-      )
+    if self.rotary is not None and (head_dim := self.sizes(dim)["H"]) % 2:
+      raise Refused(f"attention: rotary positions need an even head_dim, not {head_dim}")
 
   def make(self, dim: int, init: Initializer, key: jax.Array) -> "Attention":
     return Attention(self, dim, init, key)
@@ -91,7 +98,7 @@ class Attention(nnx.Module):
     q_BTKGH = project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH, self.q_bias_KGH)
     k_BSKH = project("BSD,DKH->BSKH", x_BTD, self.k_DKH, self.k_bias_KH)
     v_BSKH = project("BSD,DKH->BSKH", x_BTD, self.v_DKH, self.v_bias_KH)
-    if self.q_norm is not None:
+    if self.q_norm is not None and self.k_norm is not None:
       q_BTKGH, k_BSKH = self.q_norm(q_BTKGH), self.k_norm(k_BSKH)
     if self.c.rotary is not None:
       q_BTKGH = rotate(self.c.rotary, q_BTKGH, tokens.positions)

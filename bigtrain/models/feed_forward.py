@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from bigtrain.config import config
+from bigtrain.config import Refused, config
 from bigtrain.models.initial import Initializer
 from bigtrain.precision import project
 
@@ -28,10 +28,12 @@ ACTIVATIONS = {
 class FeedForwardConfig:
   hidden: int  # Units.
   activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
-  gated: bool = (
-    False  # The activation multiplies a second product (Shazeer 2020, arXiv:2002.05202).
-  )
-  bias: bool = False
+  gated: bool = False  # The activation multiplies a second product (arXiv:2002.05202).
+  bias: bool = False  # On every product.
+
+  def check(self) -> None:
+    if self.hidden < 1:
+      raise Refused(f"feed_forward: hidden is {self.hidden}; it must be positive")
 
   def make(self, dim: int, init: Initializer, key: jax.Array) -> "FeedForward":
     return FeedForward(self, dim, init, key)

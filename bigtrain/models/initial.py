@@ -1,4 +1,4 @@
-"""Initial weights: the distributions, and the initializer that layers draw their parameters from."""
+"""Initial weights: the distributions, and the initializer that layers draw parameters from."""
 
 import math
 from typing import Literal
@@ -18,8 +18,8 @@ class Normal:
   """Every weight from a normal distribution of one width (GPT-2, BERT)."""
 
   std: float = 0.02
-  # Products that write to the residual stream: `scaled` by 1/sqrt(2 * layers) (GPT-2), the `same` as
-  # others, or `zero`, so that every block starts as the identity.
+  # Products that write to the residual stream: `scaled` by 1/sqrt(2 * layers) (GPT-2), the `same`
+  # as others, or `zero`, so that every block starts as the identity.
   residual: Residual = "scaled"
 
   def deviation(self, fan_in: int) -> float:

@@ -3,6 +3,8 @@
 Dims: B batch, T position, D model, V vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,10 +31,24 @@ class LanguageModelConfig(TransformerConfig, ModelConfig):
   def make(self, key: jax.Array) -> "LanguageModel":
     return LanguageModel(self, key)
 
+  def dims(self) -> dict[str, tuple[str, int]]:
+    return TransformerConfig.dims(self) | {"vocab": ("V", self.vocab)}
+
+  def flops(self, length: int = 1) -> float:
+    return TransformerConfig.flops(self, length) + 6 * length * self.dim * self.vocab
+
+  def vocabulary(self) -> int:
+    return self.vocab
+
+  def longest_row(self) -> int | None:
+    return self.position.length if isinstance(self.position, Learned) else None
+
   def check(self) -> None:
     TransformerConfig.check(self)
     if self.vocab < 1:
       raise Refused(f"model: vocab is {self.vocab}; it must be positive")
+    if isinstance(self.position, Sinusoidal) and self.dim % 2:
+      raise Refused(f"model: sinusoidal positions need an even dim, not {self.dim}")
 
 
 class LanguageModel(nnx.Module):
@@ -40,11 +56,10 @@ class LanguageModel(nnx.Module):
     self.c = c
     init = Initializer(c.init, c.layers)
     ke, kp, kt, ko = jax.random.split(key, 4)
-    sizes = {"V": c.vocab, "D": c.dim}
+    learned = c.position if isinstance(c.position, Learned) else None
+    sizes = {"V": c.vocab, "D": c.dim, "T": learned.length if learned else 0}
     self.embed_VD = init.weight(ke, "VD", sizes, fan_in="D")
-    self.position_VD = None
-    if isinstance(c.position, Learned):
-      self.position_VD = init.weight(kp, "TD", {"T": c.position.length, "D": c.dim}, fan_in="D")
+    self.position_TD = init.weight(kp, "TD", sizes, fan_in="D") if learned else None
     self.transformer = Transformer(c, kt)
     self.norm = None if c.norm_placement == "post" else c.norm.make(c.dim)
     self.output_table_VD = None if c.tied else init.weight(ko, "VD", sizes, fan_in="D")
@@ -82,19 +97,19 @@ class LanguageModel(nnx.Module):
     """Logits (B, T, V) float32 of a hidden state."""
     return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(), preferred_element_type=jnp.float32)
 
-  def output_VD(self) -> jax.Array:  # noqa: N802
+  def output_VD(self) -> jax.Array:
     """The table whose products with the hidden state are the logits: gathered, compute dtype."""
     table_VD = self.embed_VD if self.output_table_VD is None else self.output_table_VD
     return sharding.use(table_VD, compute_dtype(self.c.dtype))
 
-  def _run(self, tokens_BT, tokens: Tokens, key, cache: Cache | None):
+  def _run(self, tokens_BT, tokens: Tokens, key, cache: Cache | None) -> tuple[jax.Array, Any]:
     dtype = compute_dtype(self.c.dtype)
     kd, kt = (None, None) if key is None else jax.random.split(key)
     with jax.named_scope("embed"):
       x_BTD = lookup(self.embed_VD, tokens_BT, dtype)
-      if self.position_VD is not None:
-        x_BTD += lookup(self.position_VD, tokens.positions, dtype)
-      elif self.c.position is not None:
+      if self.position_TD is not None:
+        x_BTD += lookup(self.position_TD, tokens.positions, dtype)
+      elif isinstance(self.c.position, Sinusoidal):
         x_BTD += sinusoid(self.c.position, tokens.positions, self.c.dim).astype(dtype)
       x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
     x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)

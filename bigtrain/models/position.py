@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigtrain import sharding
-from bigtrain.config import config
+from bigtrain.config import Refused, config
 
 
 @config
 class Llama3Scaling:
-  """Slows the rotations that do not turn once in the original context (Llama 3.1, arXiv:2407.21783)."""
+  """Slows rotations that do not turn once in the original context (Llama 3.1, arXiv:2407.21783)."""
 
   factor: float = 8.0
   low: float = 1.0  # Wavelengths longer than original / low are stretched by the whole factor,
@@ -36,6 +36,10 @@ class Learned:
   """One trained vector for each position (GPT-2)."""
 
   length: int  # Positions.
+
+  def check(self) -> None:
+    if self.length < 1:
+      raise Refused(f"length is {self.length}; it must be positive")
 
 
 @config

@@ -61,7 +61,37 @@ class TransformerConfig:
     parts = [(self.first, 1), (self.pattern, repeats), (self.pattern[:rest], 1)]
     return [(blocks, n) for blocks, n in parts if blocks and n]
 
+  def dims(self) -> dict[str, tuple[str, int]]:
+    """As in ModelConfig: what the mesh must divide."""
+    dims = {"dim": ("D", self.dim)}
+    for name, blocks in (("first", self.first), ("pattern", self.pattern)):
+      for i, block in enumerate(blocks):
+        attention = block.attention
+        heads = "heads" if attention.kv_heads is None else "kv_heads"
+        dims[f"{name}.{i}.attention.{heads}"] = ("K", attention.kv_heads or attention.heads)
+        dims[f"{name}.{i}.feed_forward.hidden"] = ("F", block.feed_forward.hidden)
+    return dims
+
+  def flops(self, length: int = 1) -> float:
+    """Training FLOPs of the blocks on one row: 6 a weight and token, and attention's two products.
+
+    A causal query sees half of the row on average; a window that is shorter limits that.
+    """
+    total = 0.0
+    for blocks, repeats in self.segments():
+      for block in blocks:
+        a, f = block.attention, block.feed_forward
+        s = a.sizes(self.dim)
+        heads, head_dim = s["K"] * s["G"], s["H"]
+        weights = self.dim * head_dim * (2 * heads + 2 * s["K"])
+        weights += self.dim * f.hidden * (3 if f.gated else 2)
+        seen = min(length / 2 if a.causal else length, a.window or length)
+        total += repeats * length * (6 * weights + 12 * heads * head_dim * seen)
+    return total
+
   def check(self) -> None:
+    if self.dim < 1:
+      raise Refused(f"model: dim is {self.dim}; it must be positive")
     if not self.pattern:
       raise Refused("model: `pattern` is empty; give at least one block")
     if self.layers < len(self.first) + 1:
@@ -71,6 +101,10 @@ class TransformerConfig:
       )
     for block in (*self.first, *self.pattern):
       block.attention.check_dim(self.dim)
+    if self.unroll < 1:
+      raise Refused(f"model: unroll is {self.unroll}; it must be at least 1 (no unrolling)")
+    if not 0 <= self.dropout < 1:
+      raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
 
 
 class Block(nnx.Module):
@@ -152,7 +186,7 @@ class Transformer(nnx.Module):
       self.segments.append(nnx.List(stacked))
 
   def __call__(self, x_BTD, tokens: Tokens, key=None, cache: Cache | None = None):
-    """All layers in turn. Returns the output (B, T, D) and the extended cache (None without one)."""
+    """All layers in turn. Returns the output (B, T, D) and the extended cache, if there is one."""
     keys = None if key is None else jax.random.split(key, self.c.layers)
     if cache is not None:
       positions_BS = jax.lax.dynamic_update_slice_in_dim(
@@ -191,8 +225,9 @@ class Transformer(nnx.Module):
     for blocks, repeats in self.c.segments():
       sizes = [block.attention.sizes(self.c.dim) for block in blocks]
       shapes = [(repeats, batch, length, s["K"], s["H"]) for s in sizes]
-      pairs.append([(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes])
-    positions_BS = jnp.full((batch, length), -1, jnp.int32)
+      zeros = functools.partial(jnp.zeros, dtype=dtype, out_sharding=sharding.act("RBSKH"))
+      pairs.append([(zeros(shape), zeros(shape)) for shape in shapes])
+    positions_BS = jnp.full((batch, length), -1, jnp.int32, out_sharding=sharding.act("BS"))
     return Cache(pairs=pairs, positions_BS=positions_BS, length=jnp.zeros((), jnp.int32))
 
 
@@ -203,7 +238,8 @@ def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None):
   for j, block in enumerate(blocks):
     layer_cache = None
     if cache is not None:
-      layer_cache = LayerCache(*pairs[j], Tokens(cache.positions_BS), cache.length)
+      k_BSKH, v_BSKH = pairs[j]
+      layer_cache = LayerCache(k_BSKH, v_BSKH, Tokens(cache.positions_BS), cache.length)
     key = None if keys is None else keys[j]
     with jax.named_scope(f"block{j}"):
       x_BTD, layer_cache = apply(block, x_BTD, tokens, key, layer_cache)

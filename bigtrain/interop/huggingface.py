@@ -1,0 +1,135 @@
+"""Weights of Hugging Face decoders (GPT-2, Llama, Qwen3) as those of our modules.
+
+Two tables say, for each of our parameters, the tensor that holds it and the order of its dims
+there; our own order is the parameter's suffix.
+
+Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bigtrain.config import Refused
+
+M = TypeVar("M", bound=nnx.Module)
+
+# Names within a layer begin with a dot. GPT-2 stores (in, out), the others (out, in).
+GPT2 = {
+  "embed_VD": "wte.weight VD",
+  "position_TD": "wpe.weight TD",
+  "norm.scale_D": "ln_f.weight D",
+  "norm.bias_D": "ln_f.bias D",
+  ".attention_norm.scale_D": "h.{}.ln_1.weight D",
+  ".attention_norm.bias_D": "h.{}.ln_1.bias D",
+  ".attention.q_DKGH": "h.{}.attn.q_attn.weight DKGH",
+  ".attention.k_DKH": "h.{}.attn.k_attn.weight DKH",
+  ".attention.v_DKH": "h.{}.attn.v_attn.weight DKH",
+  ".attention.o_KGHD": "h.{}.attn.c_proj.weight KGHD",
+  ".attention.q_bias_KGH": "h.{}.attn.q_attn.bias KGH",
+  ".attention.k_bias_KH": "h.{}.attn.k_attn.bias KH",
+  ".attention.v_bias_KH": "h.{}.attn.v_attn.bias KH",
+  ".attention.o_bias_D": "h.{}.attn.c_proj.bias D",
+  ".feed_forward_norm.scale_D": "h.{}.ln_2.weight D",
+  ".feed_forward_norm.bias_D": "h.{}.ln_2.bias D",
+  ".feed_forward.up_DF": "h.{}.mlp.c_fc.weight DF",
+  ".feed_forward.up_bias_F": "h.{}.mlp.c_fc.bias F",
+  ".feed_forward.down_FD": "h.{}.mlp.c_proj.weight FD",
+  ".feed_forward.down_bias_D": "h.{}.mlp.c_proj.bias D",
+}
+LLAMA = {
+  "embed_VD": "embed_tokens.weight VD",
+  "output_table_VD": "lm_head.weight VD",
+  "norm.scale_D": "norm.weight D",
+  ".attention_norm.scale_D": "layers.{}.input_layernorm.weight D",
+  ".attention.q_DKGH": "layers.{}.self_attn.q_proj.weight KGHD",
+  ".attention.k_DKH": "layers.{}.self_attn.k_proj.weight KHD",
+  ".attention.v_DKH": "layers.{}.self_attn.v_proj.weight KHD",
+  ".attention.o_KGHD": "layers.{}.self_attn.o_proj.weight DKGH",
+  ".attention.q_norm.scale_D": "layers.{}.self_attn.q_norm.weight D",
+  ".attention.k_norm.scale_D": "layers.{}.self_attn.k_norm.weight D",
+  ".feed_forward_norm.scale_D": "layers.{}.post_attention_layernorm.weight D",
+  ".feed_forward.gate_DF": "layers.{}.mlp.gate_proj.weight FD",
+  ".feed_forward.up_DF": "layers.{}.mlp.up_proj.weight FD",
+  ".feed_forward.down_FD": "layers.{}.mlp.down_proj.weight DF",
+}
+BASE = re.compile(r"^(transformer|model)\.")  # Checkpoints of the bare decoder lack it.
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # Not weights.
+
+
+def load_weights(model: M, tensors: Mapping[str, np.ndarray]) -> M:
+  """A copy of a LanguageModel with these weights in place of its own, in float32.
+
+  Args:
+    model: the module, or its shapes (`jax.eval_shape(config.make, key)`), of the same shape as the
+      checkpoint: sizes, biases and norms are the config's to state.
+    tensors: the checkpoint, by the names of `transformers`.
+
+  Raises:
+    Refused: a tensor that the model needs is missing or has another size, or one is left over.
+  """
+  tensors = {BASE.sub("", name): x for name, x in tensors.items() if not BUFFERS.search(name)}
+  table = GPT2 if "wte.weight" in tensors else LLAMA
+  if table is GPT2:
+    tensors = _split(tensors)
+  unused = set(tensors)
+  if getattr(model, "output_table_VD", None) is None:
+    unused.discard("lm_head.weight")  # The embedding once more.
+
+  def load(path, leaf):
+    ours = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    ours, layers = _place(model, ours)
+    if ours not in table:
+      raise Refused(f"these weights have nothing for {ours}; are they of the model's family?")
+    theirs, order = table[ours].split()
+    names = [theirs.format(layer) for layer in layers]
+    if missing := [name for name in names if name not in tensors]:
+      raise Refused(f"these weights have no {missing[0]}, as {ours} needs; compare the configs")
+    unused.difference_update(names)
+    stacked = ours.startswith(".")
+    shape = leaf.shape[1:] if stacked else leaf.shape
+    parts = [_reordered(name, tensors[name], order, ours, shape) for name in names]
+    return jnp.asarray(np.stack(parts) if stacked else parts[0], jnp.float32)
+
+  loaded = jax.tree_util.tree_map_with_path(load, model)
+  if unused:
+    raise Refused(f"the model has no place for {min(unused)} and {len(unused) - 1} more weights")
+  return loaded
+
+
+def _split(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """GPT-2's one tensor of queries, keys and values as three."""
+  split = {}
+  for name, x in tensors.items():
+    if ".c_attn." in name:
+      parts = zip("qkv", np.split(np.asarray(x), 3, axis=-1), strict=True)
+      split |= {name.replace("c_attn", f"{letter}_attn"): part for letter, part in parts}
+    else:
+      split[name] = x
+  return split
+
+
+def _place(model, path: str) -> tuple[str, range]:
+  """A parameter's name in the tables, and the layers that it stacks (one, 0, outside of them)."""
+  if not (found := re.fullmatch(r"transformer\.segments\.(\d+)\.(\d+)(\..+)", path)):
+    return path, range(1)
+  segment, block = int(found[1]), int(found[2])
+  *before, (blocks, repeats) = model.transformer.c.segments()[: segment + 1]
+  start = sum(len(blocks) * repeats for blocks, repeats in before)
+  return found[3], range(start + block, start + len(blocks) * repeats, len(blocks))
+
+
+def _reordered(name: str, tensor, theirs: str, ours: str, shape: tuple[int, ...]) -> np.ndarray:
+  """A tensor whose (merged) dims are in the order `theirs`, in the order of our suffix."""
+  letters = ours.rsplit("_", 1)[1]
+  sizes = dict(zip(letters, shape, strict=True))
+  if tensor.size != math.prod(shape):
+    raise Refused(f"{name} has shape {tuple(tensor.shape)} but {ours} {shape}; compare the configs")
+  whole = np.asarray(tensor).reshape([sizes[letter] for letter in theirs])
+  return whole.transpose([theirs.index(letter) for letter in letters])

@@ -1,0 +1,148 @@
+"""Published decoders by size. Each function returns a config of which any field may be changed.
+
+Dropout is 0 throughout: these are shapes for pretraining, where every token is seen about once.
+"""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from bigtrain.config import Refused, nearest
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.initial import Normal
+from bigtrain.models.language_model import LanguageModelConfig
+from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
+from bigtrain.models.position import Learned, Llama3Scaling, Rotary
+from bigtrain.models.transformer import BlockConfig
+
+T = TypeVar("T")
+
+# Radford et al. 2019, table 2; heads from github.com/openai/gpt-2: (dim, layers, heads, head_dim).
+GPT2 = {
+  "124m": (768, 12, 12, 64),
+  "355m": (1024, 24, 16, 64),
+  "774m": (1280, 36, 20, 64),
+  "1.5b": (1600, 48, 25, 64),
+}
+# Brown et al. 2020, arXiv:2005.14165, table 2.1: (dim, layers, heads, head_dim). The table gives
+# the 1.3b model 24 heads of 128, which fit neither its width nor, with 1.52e9 parameters, its name;
+# 16 heads fit both. Its 13b model is 5140 wide with 40 heads of 128 = 5120: taken as printed.
+GPT3 = {
+  "125m": (768, 12, 12, 64),
+  "350m": (1024, 24, 16, 64),
+  "760m": (1536, 24, 16, 96),
+  "1.3b": (2048, 24, 16, 128),
+  "2.7b": (2560, 32, 32, 80),
+  "6.7b": (4096, 32, 32, 128),
+  "13b": (5140, 40, 40, 128),
+  "175b": (12288, 96, 96, 128),
+}
+# 3.2 (1b, 3b) and 3.1 (8b on; arXiv:2407.21783, table 3), as in the config.json of
+# huggingface.co/meta-llama: (dim, layers, heads, head_dim, hidden).
+LLAMA3 = {
+  "1b": (2048, 16, 32, 64, 8192),
+  "3b": (3072, 28, 24, 128, 8192),
+  "8b": (4096, 32, 32, 128, 14336),
+  "70b": (8192, 80, 64, 128, 28672),
+  "405b": (16384, 126, 128, 128, 53248),
+}
+# arXiv:2505.09388, table 1, and the config.json of huggingface.co/Qwen: (dim, layers, heads,
+# hidden); 8 key-value heads, and heads of 128 whatever the width.
+QWEN3 = {
+  "0.6b": (1024, 28, 16, 3072),
+  "8b": (4096, 36, 32, 12288),
+}
+
+
+def gpt2(size: str) -> LanguageModelConfig:
+  """GPT-2 (Radford et al. 2019): 124m, 355m, 774m or 1.5b."""
+  return _gpt(*_shape("gpt2", GPT2, size), context=1024)
+
+
+def gpt3(size: str) -> LanguageModelConfig:
+  """GPT-3 (arXiv:2005.14165): 125m, 350m, 760m, 1.3b, 2.7b, 6.7b, 13b or 175b.
+
+  Attention is full in every layer. The paper's alternates with locally banded sparse attention, of
+  a band that it does not state: give every other block of `pattern` a `window` for the like of it.
+  """
+  return _gpt(*_shape("gpt3", GPT3, size), context=2048)
+
+
+def _gpt(dim: int, layers: int, heads: int, head_dim: int, context: int) -> LanguageModelConfig:
+  attention = AttentionConfig(heads=heads, head_dim=head_dim, bias=True, out_bias=True)
+  feed_forward = FeedForwardConfig(hidden=4 * dim, activation="gelu_tanh", bias=True)
+  return LanguageModelConfig(
+    vocab=50257,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
+    position=Learned(length=context),
+    norm=LayerNormConfig(eps=1e-5),
+    init=Normal(std=0.02, residual="scaled"),
+    tied=True,
+  )
+
+
+def llama3(size: str) -> LanguageModelConfig:
+  """Llama 3.2 (1b, 3b) and 3.1 (8b, 70b, 405b; arXiv:2407.21783), for 131,072 positions.
+
+  The frequency scaling belongs to the long context: a run of at most 8,192 positions, as most of
+  the original training was, can leave it out (`rotary.scaling = None`).
+  """
+  dim, layers, heads, head_dim, hidden = _shape("llama3", LLAMA3, size)
+  small = size in ("1b", "3b")
+  return LanguageModelConfig(
+    vocab=128256,
+    dim=dim,
+    layers=layers,
+    pattern=(
+      _gated_block(
+        AttentionConfig(
+          heads=heads,
+          kv_heads=8,
+          head_dim=head_dim,
+          rotary=Rotary(theta=500_000.0, scaling=Llama3Scaling(factor=32.0 if small else 8.0)),
+        ),
+        hidden,
+      ),
+    ),
+    norm=RMSNormConfig(eps=1e-5),
+    init=Normal(std=0.02, residual="scaled"),
+    tied=small,
+  )
+
+
+def qwen3(size: str) -> LanguageModelConfig:
+  """Qwen3 (arXiv:2505.09388), dense: 0.6b or 8b."""
+  dim, layers, heads, hidden = _shape("qwen3", QWEN3, size)
+  return LanguageModelConfig(
+    vocab=151936,
+    dim=dim,
+    layers=layers,
+    pattern=(
+      _gated_block(
+        AttentionConfig(
+          heads=heads,
+          kv_heads=8,
+          head_dim=128,
+          rotary=Rotary(theta=1_000_000.0),
+          qk_norm=RMSNormConfig(eps=1e-6),
+        ),
+        hidden,
+      ),
+    ),
+    norm=RMSNormConfig(eps=1e-6),
+    init=Normal(std=0.02, residual="scaled"),
+    tied=size == "0.6b",
+  )
+
+
+def _gated_block(attention: AttentionConfig, hidden: int) -> BlockConfig:
+  feed_forward = FeedForwardConfig(hidden=hidden, activation="silu", gated=True)
+  return BlockConfig(attention=attention, feed_forward=feed_forward)
+
+
+def _shape(family: str, table: Mapping[str, T], size: str) -> T:
+  if size not in table:
+    raise Refused(f"presets.{family} has no size {size!r}{nearest(size, table)}")
+  return table[size]

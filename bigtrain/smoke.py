@@ -1,0 +1,56 @@
+"""--smoke: the same experiment, small enough to end within a minute on two CPU cores.
+
+Sizes are capped by the names that models and data give them; a config that knows better has its own
+`smoke`. The mesh becomes what is attached, for the experiment's own may need a pod.
+"""
+
+import copy
+import dataclasses
+
+from bigtrain.config import configs
+from bigtrain.experiment import DataConfig, Experiment, ModelConfig
+from bigtrain.sharding import Mesh
+from bigtrain.validate import padded
+
+STEPS = 20
+ROWS = 8  # Rows in a microbatch, and in a batch of evaluation.
+EVERY = 10  # Steps between evaluations and between checkpoints.
+LENGTHS = {"seq": 128, "length": 128}  # Tokens of a row, positions of a table.
+WIDTHS = {"dim": 64, "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
+
+
+def shrink(experiment: Experiment) -> Experiment:
+  """A small copy of `experiment` that passes through every phase of a run."""
+  e = copy.deepcopy(experiment)
+  e.model = e.model.smoke() if type(e.model).smoke is not ModelConfig.smoke else _capped(e.model)
+  e.data = e.data.smoke() if type(e.data).smoke is not DataConfig.smoke else _capped(e.data)
+  known, needed = e.model.vocabulary(), e.data.vocabulary()
+  if known is not None and needed is not None and not needed <= known <= padded(needed):
+    setattr(e.model, "vocab", padded(needed))  # noqa: B010, not every model has a vocabulary.
+  e.steps = min(e.steps, STEPS)
+  rows = ROWS * e.microbatches
+  e.batch = min(e.batch, rows)
+  stages = e.batch_stages[: e.steps - 1]
+  gap = e.steps // (len(stages) + 1)
+  e.batch_stages = tuple(((i + 1) * gap, min(n, rows)) for i, (_, n) in enumerate(stages))
+  e.mesh = Mesh()
+  e.weights_from = None
+  e.evaluation = dataclasses.replace(
+    e.evaluation,
+    every=min(e.evaluation.every, EVERY),
+    batch=ROWS,
+    sample_tokens=min(e.evaluation.sample_tokens, 20),
+  )
+  e.checkpoints.every = min(e.checkpoints.every, EVERY)
+  e.logging.every = 1
+  return e
+
+
+def _capped(root):
+  """`root` with every size capped, widths to a power of two, so that one divides another."""
+  for _, node in configs(root):
+    for name, cap in (LENGTHS | WIDTHS).items():
+      size = getattr(node, name, None)
+      if type(size) is int and size > 0:
+        setattr(node, name, min(size if name in LENGTHS else 1 << (size.bit_length() - 1), cap))
+  return root

@@ -1,0 +1,153 @@
+"""Validation of a whole experiment before any device work.
+
+What concerns one object is that object's own `check`; here is what concerns several.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bigtrain.config import Refused, check_types, configs
+from bigtrain.experiment import Experiment
+from bigtrain.sharding import ACTIVATION, AXES, WEIGHT
+
+LEAST = {
+  "steps": 1,
+  "batch": 1,
+  "microbatches": 1,
+  "seed": 0,
+  "evaluation.every": 0,
+  "evaluation.batch": 1,
+  "evaluation.sample_tokens": 1,
+  "checkpoints.every": 0,
+  "checkpoints.keep": 1,
+  "checkpoints.keep_every": 1,
+  "logging.every": 1,
+}
+VOCABULARY_MULTIPLE = 128  # A vocabulary may be padded to this, the tile of a TPU's matrix unit.
+
+
+def validate(experiment: Experiment, devices: int | None = None) -> None:
+  """Refuses an experiment that cannot run.
+
+  Args:
+    experiment: what is checked.
+    devices: how many are attached, to check the mesh against; None checks everything else.
+
+  Raises:
+    Refused: with the cause, the nearest right value, and what to change.
+  """
+  check_types(experiment)
+  for path, least in LEAST.items():
+    value = _get(experiment, path)
+    if value is not None and value < least:
+      raise Refused(f"{path} must be at least {least}, not {value}")
+  _check_stages(experiment)
+  for path, node in configs(experiment):
+    if hasattr(node, "check"):
+      try:
+        node.check()
+      except Refused as error:
+        named = str(error).startswith(path.split(".")[0])
+        raise error if named else Refused(f"{path}: {error}") from error
+  _check_vocabulary(experiment)
+  _check_rows(experiment)
+  if devices is not None:
+    shape = experiment.mesh.shape(devices)
+    _check_batches(experiment, shape)
+    _check_dims(experiment, shape)
+
+
+def _get(node: Any, path: str) -> Any:
+  for name in path.split("."):
+    node = getattr(node, name)
+  return node
+
+
+def _check_stages(e: Experiment) -> None:
+  starts = [step for step, _ in e.batch_stages]
+  if any(a >= b for a, b in itertools.pairwise([0, *starts])):
+    raise Refused(f"batch_stages start at steps {starts}; they must be positive and rise")
+  if any(batch < 1 for _, batch in e.batch_stages):
+    raise Refused("batch_stages: every batch must be at least 1")
+  bounds = itertools.pairwise([0, *(min(step, e.steps) for step in starts), e.steps])
+  batches = [e.batch, *(batch for _, batch in e.batch_stages)]
+  examples = sum((end - start) * n for (start, end), n in zip(bounds, batches, strict=True))
+  if examples >= 2**32:  # The data position is uint32 on the device.
+    raise Refused(
+      f"{e.steps} steps take {examples} examples; the data position holds 2**32 - 1: take longer "
+      f"rows and a smaller batch"
+    )
+
+
+def _check_vocabulary(e: Experiment) -> None:
+  known, needed = e.model.vocabulary(), e.data.vocabulary()
+  if known is None or needed is None:
+    return
+  most = padded(needed)
+  if not needed <= known <= most:
+    also = f" (or up to {most}, the next multiple of 128)" if most != needed else ""
+    raise Refused(
+      f"the model's vocabulary is {known} but the tokenizer has {needed} tokens; "
+      f"set it to {needed}{also}"
+    )
+
+
+def padded(vocabulary: int) -> int:
+  """The largest vocabulary of a model for a tokenizer with so many tokens."""
+  return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _check_rows(e: Experiment) -> None:
+  longest, length = e.model.longest_row(), e.data.row_length()
+  if longest is not None and length is not None and length > longest:
+    raise Refused(
+      f"the data's rows have {length} tokens but the model {longest} positions; "
+      f"give the model {length}, or the data rows of {longest}"
+    )
+
+
+def _check_batches(e: Experiment, shape: dict[str, int]) -> None:
+  axes = ACTIVATION["B"]
+  shards = math.prod(shape[axis] for axis in axes)
+  said = f"the {shards} batch shards of the mesh ({_axes(axes, shape)})"
+  stages = [(f"batch_stages.{i}.1", batch) for i, (_, batch) in enumerate(e.batch_stages)]
+  for path, batch in (("batch", e.batch), *stages):
+    if batch % e.microbatches:
+      near = _multiples_near(batch, e.microbatches)
+      raise Refused(f"{path} {batch} is not divisible by {e.microbatches} microbatches; use {near}")
+    if batch % (unit := e.microbatches * shards):
+      parts = f" times {e.microbatches} microbatches" if e.microbatches > 1 else ""
+      near = _multiples_near(batch, unit)
+      raise Refused(f"{path} {batch} is not divisible by {said}{parts}; use {near}")
+  if (batch := e.evaluation.batch) % shards:
+    near = _multiples_near(batch, shards)
+    raise Refused(f"evaluation.batch {batch} is not divisible by {said}; use {near}")
+
+
+def _check_dims(e: Experiment, shape: dict[str, int]) -> None:
+  for field, (letter, size) in e.model.dims().items():
+    for axes in (_mesh_axes(WEIGHT, letter), _mesh_axes(ACTIVATION, letter)):
+      shards = math.prod(shape[axis] for axis in axes)
+      if size % shards:
+        # A vocabulary can only grow: the tokenizer's tokens are all needed.
+        near = padded(size) if letter == "V" else _multiples_near(size, shards)
+        raise Refused(
+          f"model.{field} {size} is not divisible by {shards}, the mesh's {_axes(axes, shape)}; "
+          f"use {near}, or a smaller --mesh.{axes[-1]}"
+        )
+
+
+def _mesh_axes(table: Mapping[str, str | tuple[str, ...]], letter: str) -> tuple[str, ...]:
+  axes = table.get(letter, ())
+  return (axes,) if isinstance(axes, str) else axes
+
+
+def _axes(axes: tuple[str, ...], shape: dict[str, int]) -> str:
+  return ", ".join(f"{axis}={shape[axis]}" for axis in AXES if axis in axes)
+
+
+def _multiples_near(value: int, unit: int) -> str:
+  below = value // unit * unit
+  return f"{below} or {below + unit}" if below else str(unit)

@@ -1,0 +1,102 @@
+"""Probes of real experiments for the field test: what a run computes and what it writes."""
+
+import json
+import os
+import pathlib
+import tempfile
+
+import jax
+
+from bigtrain import sharding
+from bigtrain.config import Refused
+from bigtrain.data.sources import Files
+from bigtrain.data.text import TextData
+from bigtrain.experiment import Experiment
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.language_model import LanguageModelConfig
+from bigtrain.models.transformer import BlockConfig
+from bigtrain.objectives import CausalLM
+from bigtrain.optim.adamw import AdamW
+from bigtrain.sharding import Mesh
+from bigtrain.train import Program, train
+from tests.fields import batch_bytes, jaxpr
+
+
+def batches(e: Experiment) -> bytes:
+  """The bytes of a training batch, of one far into the run, and of held-out rows."""
+  data = e.data.make(e.seed)
+  parts = [data.batch(0, 4), data.batch(5_000, 4), data.eval_batch(0, 4)]
+  return b"".join(map(batch_bytes, parts)) + str(data.eval_examples()).encode()
+
+
+def initialisation(e: Experiment) -> str:
+  """The program that makes the parameters, and where on the mesh each of them lies."""
+  with jax.set_mesh(e.mesh.make()):
+    make = lambda: e.model.make(jax.random.key(e.seed))
+    leaves = jax.tree.leaves(jax.eval_shape(make))
+    return jaxpr(make) + str([x.sharding.shard_shape(x.shape) for x in leaves])
+
+
+def step(e: Experiment) -> str:
+  """The program of the training step, on the experiment's mesh."""
+  mesh = e.mesh.make()
+  with jax.set_mesh(mesh):
+    program = Program(e, mesh)
+    spec, place = e.data.make(e.seed).spec(e.batch), sharding.batch_sharding()
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for k, x in spec.items()}
+    return jaxpr(program.step, program.abstract(), batch)
+
+
+def record(e: Experiment) -> str:
+  """What a run of a few steps leaves behind: rows, events, files. The one probe that runs.
+
+  Its model, data, objective and optimizer are tiny ones: the other probes see the experiment's.
+  """
+  block = BlockConfig(attention=AttentionConfig(heads=1), feed_forward=FeedForwardConfig(hidden=8))
+  e.model = LanguageModelConfig(vocab=384, dim=8, layers=1, pattern=(block,))
+  e.objective, e.optimizer, e.mesh = CausalLM(), AdamW(lr=1e-2), Mesh()
+  with tempfile.TemporaryDirectory() as folder:
+    text = pathlib.Path(folder) / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"It is {i} again."}) + "\n" for i in range(60)))
+    e.data = TextData(source=Files(pattern=str(text), validation=0.5), seq=32)
+    run_dir = pathlib.Path(folder) / "run"
+    try:
+      train(e, run_dir, quiet=True)
+    except Refused as refusal:  # Such as of a run that is named and not there.
+      return str(refusal)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    kept = [
+      *sorted(p.name for p in run_dir.iterdir()),
+      *sorted(os.listdir(run_dir / "checkpoints")),
+    ]
+  measured = ("second", "wait", "mfu", "/s", "per_second", "time")
+  steady = lambda row: {k: v for k, v in row.items() if not any(m in k for m in measured)}
+  return json.dumps([*map(steady, rows), *map(steady, events), kept])
+
+
+def update(e: Experiment) -> str:
+  """The optimizer's initial state and update on two parameters, and the learning rate."""
+  optimizer = e.optimizer.make(e.steps)
+  parameters = {"matrix_DF": jax.ShapeDtypeStruct((4, 8), "float32")}
+  parameters["bias_F"] = jax.ShapeDtypeStruct((8,), "float32")
+  state = jax.eval_shape(optimizer.init, parameters)
+  rate = e.optimizer.learning_rate(e.steps)
+  step = jax.ShapeDtypeStruct((), "int32")
+  return "".join(
+    [
+      jaxpr(optimizer.init, parameters),
+      jaxpr(optimizer.update, parameters, state, parameters),
+      jaxpr(rate, step),
+    ]
+  )
+
+
+PROBES = {
+  "update": update,
+  "initialisation": initialisation,
+  "step": step,
+  "batches": batches,
+  "record": record,
+}

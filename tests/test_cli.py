@@ -1,0 +1,210 @@
+"""The command line: what it prints, what it passes on, and its exit codes."""
+
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+from bigtrain import cli
+from bigtrain.config import dump
+from bigtrain.exit_codes import Exit
+from bigtrain.experiment import Experiment
+from tests import toys
+
+STUDY = """
+from bigtrain import Experiment
+from tests import toys
+
+def base() -> Experiment:
+  return toys.experiment()
+
+def wrong() -> Experiment:
+  return toys.experiment(steps="100")
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+  """Runs a command where experiments/study.py stands and training is recorded, not done."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  (tmp_path / "experiments").mkdir()
+  (tmp_path / "experiments/study.py").write_text(STUDY)
+  calls = []
+
+  def train(experiment, run_dir, **settings):
+    calls.append(types.SimpleNamespace(experiment=experiment, run_dir=run_dir, **settings))
+    return types.SimpleNamespace(left=experiment.seed == 3)
+
+  monkeypatch.setitem(sys.modules, "bigtrain.train", types.SimpleNamespace(train=train))
+
+  def run(*argv):
+    try:
+      code = cli.main(argv)
+    except SystemExit as error:
+      code = error.code
+    out, err = capsys.readouterr()
+    plain = re.sub(r"[╭╮╰╯│─\s]+", " ", err)
+    return types.SimpleNamespace(code=code, out=out, err=plain, call=calls.pop() if calls else None)
+
+  return run
+
+
+def test_overrides_change_leaves_and_nothing_else(run):
+  result = run("train", "experiments/study.py", "--steps", "7", "--model.pattern.1.heads", "8")
+  expected = toys.experiment(steps=7)
+  expected.model.pattern[1].heads = 8
+  assert result.code == Exit.DONE and result.call.experiment == expected
+  assert result.call.run_dir == "runs/study" and str(result.call.source) == "experiments/study.py"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "get", "value"),
+  [
+    ("--model.pattern.1.position.theta 5e5", lambda e: e.model.pattern[1].position.theta, 5e5),
+    ("--model.position.length 512", lambda e: e.model.position, toys.Learned(length=512)),
+    ("--model.dropout 0.5", lambda e: e.model.dropout, 0.5),
+    ("--checkpoints.keep_every 9", lambda e: e.checkpoints.keep_every, 9),
+    ("--checkpoints.keep-every None", lambda e: e.checkpoints.keep_every, None),
+    ("--model.activation silu", lambda e: e.model.activation, "silu"),
+    ("--model.no_tied", lambda e: e.model.tied, False),
+    ("--data.files b.txt c.txt", lambda e: e.data.files, ("b.txt", "c.txt")),
+    ("--batch_stages 5 64 9 128", lambda e: e.batch_stages, ((5, 64), (9, 128))),
+    ("--mesh.fsdp 2", lambda e: e.mesh.fsdp, 2),
+  ],
+)
+def test_every_kind_of_leaf_can_be_overridden(run, arguments, get, value):
+  e = run("train", "experiments/study.py", *arguments.split()).call.experiment
+  assert get(e) == value and type(get(e)) is type(value)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "expected"),
+  [
+    ("--optimizer.l 3", "--optimizer.lr FLOAT"),
+    ("--stps 3", "--steps INT"),
+    ("--steps many", "--steps: invalid literal for int"),
+    ("--model.activation gelu", "gelu"),
+    ("--model.pattern.0.position.theta 3", "--model.pattern.0.position.theta"),
+    ("--dri x", "--dir {None}|STR"),
+    ("steps 3", "steps"),
+  ],
+)
+def test_a_wrong_flag_is_refused_with_the_nearest_right_one(run, arguments, expected):
+  result = run("train", "experiments/study.py", *arguments.split())
+  assert result.code == Exit.REFUSED and expected in result.err and result.call is None
+  assert "Traceback" not in result.err and len(result.err) < 700
+
+
+@pytest.mark.parametrize(
+  ("argv", "expected"),
+  [
+    ("tran x", "bigtrain: there is no command 'tran'; did you mean 'train'?"),
+    ("train", "bigtrain train takes EXPERIMENT first: bigtrain train experiments/"),
+    ("train --smoke experiments/study.py", "bigtrain train takes EXPERIMENT first"),
+    ("train experiments/study.py:bse", "has no function 'bse'; did you mean 'base'?"),
+    ("train experiments/study.py:wrong", "bigtrain: steps must be int, not '100' (str)"),
+    ("train experiments/study.py --batch 32 --microbatches 0", "microbatches must be at least 1"),
+    ("train runs/none", "there is no experiment file runs/none; there is experiments/study.py"),
+  ],
+)
+def test_what_is_refused_is_one_message_and_code_2(run, argv, expected):
+  result = run(*argv.split())
+  assert result.code == Exit.REFUSED and expected in result.err and result.call is None
+  assert "Traceback" not in result.err
+
+
+def test_a_traceback_is_shown_when_asked_for(run, monkeypatch):
+  monkeypatch.setenv("BIGTRAIN_TRACEBACK", "1")
+  assert "Traceback" in run("train", "experiments/study.py:bse").err
+
+
+def test_run_flags_reach_the_run_and_never_the_experiment(run):
+  flags = "--dir runs/a --quiet --allow_changes --profile.start 5 --profile.steps 2"
+  call = run("train", "experiments/study.py", *flags.split()).call
+  assert (call.run_dir, call.quiet, call.allow_changes) == ("runs/a", True, True)
+  assert (call.profile.start, call.profile.steps) == (5, 2)
+  assert call.experiment == toys.experiment()
+
+
+def test_smoke_shrinks_before_overrides_and_has_its_own_run_directory(run):
+  call = run("train", "experiments/study.py", "--smoke", "--steps", "90").call
+  assert call.run_dir == "runs/study-smoke"
+  assert call.experiment.steps == 90 and call.experiment.batch == 8
+
+
+def test_a_run_directory_is_trained_again_from_its_config(run):
+  from bigtrain import load
+
+  load.write(toys.experiment(steps=77), "runs/before")
+  call = run("train", "runs/before").call
+  assert call.run_dir == "runs/before" and call.experiment.steps == 77 and call.source is None
+
+
+def test_a_run_that_left_on_a_signal_exits_with_its_code(run):
+  assert run("train", "experiments/study.py", "--seed", "3").code == Exit.LEFT
+
+
+def test_help_lists_every_field_with_its_default_and_comment(run):
+  result = run("train", "experiments/study.py", "--help")
+  out = re.sub(r"[│\s]+", " ", result.out)
+  assert result.code == Exit.DONE
+  assert "--model.pattern.1.position.theta FLOAT The longest wavelength. (default: 10000.0)" in out
+  assert "--optimizer.lr FLOAT Peak learning rate. (default: 0.1)" in out
+  assert "--checkpoints.keep INT The newest ones. (default: 2)" in out
+  for name in [name for name in leaf_names(dump(toys.experiment())) if name != "mesh"]:
+    assert f"--{name}" in out
+
+
+def leaf_names(tree, path=""):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from leaf_names(value, f"{path}{name}.")
+    elif name not in ("class", "pattern") and not (value is None and name == "position"):
+      yield path + name
+
+
+def test_no_field_of_an_experiment_has_the_name_of_a_run_flag():
+  assert not set(Experiment.__dataclass_fields__) & set(cli.RESERVED)
+
+
+def test_help_of_each_command_names_its_arguments(run):
+  assert "--smoke" in run("train", "--help").out
+  assert "--prompt" in run("sample", "--help").out
+  assert run("evaluate", "--help").code == Exit.DONE
+  assert all(name in run("--help").out for name in cli.COMMANDS)
+
+
+def test_sample_and_evaluate_pass_their_arguments_to_the_run(run, monkeypatch):
+  class Run:
+    def __init__(self, run_dir):
+      self.run_dir = run_dir
+
+    def evaluate(self):
+      return {"loss": 1.25, "of": float(self.run_dir == "runs/a")}
+
+    def sample(self, prompt, tokens, temperature, top_k, top_p, seed, samples):
+      return [f"{prompt} {tokens} {temperature} {top_k} {top_p} {seed}"] * samples
+
+  monkeypatch.setattr(sys.modules["bigtrain.train"], "load_run", Run, raising=False)
+  assert run("evaluate", "runs/a").out == "loss 1.25\nof 1\n"
+  flags = "--tokens 5 --top_k 3 --temperature 0 --samples 2 --seed 9"
+  result = run("sample", "runs/a", "--prompt", "It was", *flags.split())
+  assert result.out == "It was 5 0.0 3 None 9\n" * 2
+  assert "sample takes RUN first" in run("sample", "--prompt", "x").err
+
+
+@pytest.mark.smoke
+def test_help_of_the_command_does_not_import_jax():
+  code = "import sys, bigtrain.cli as c; c.main(['--help']); print('jax' in sys.modules)"
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert "usage: bigtrain" in out.stdout and out.stdout.strip().endswith("False")
+
+
+@pytest.mark.smoke
+def test_the_process_exits_with_2_and_one_line(tmp_path):
+  command = [sys.executable, "-m", "bigtrain.cli", "train", str(tmp_path / "none.py")]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == Exit.REFUSED and done.stderr.count("\n") == 1

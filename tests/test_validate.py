@@ -1,0 +1,164 @@
+"""What an experiment is refused for before any device work, and how it is shrunk."""
+
+import math
+import pathlib
+
+import pytest
+
+from bigtrain import load
+from bigtrain.config import Refused, config
+from bigtrain.experiment import Evaluation
+from bigtrain.sharding import Mesh
+from bigtrain.smoke import shrink
+from bigtrain.validate import validate
+from tests import toys
+
+MESH = Mesh(data=2, fsdp=2)
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    (
+      {"batch": 30, "mesh": MESH},
+      "batch 30 is not divisible by the 4 batch shards of the mesh (data=2, fsdp=2); use 28 or 32",
+    ),
+    ({"batch": 2, "mesh": MESH}, "(data=2, fsdp=2); use 4"),
+    ({"batch": 32, "microbatches": 3}, "batch 32 is not divisible by 3 microbatches; use 30 or 33"),
+    (
+      {"batch": 36, "microbatches": 3, "mesh": MESH, "batch_stages": ((5, 30),)},
+      "batch_stages.0.1 30 is not divisible by the 4 batch shards of the mesh (data=2, fsdp=2) "
+      "times 3 microbatches; use 24 or 36",
+    ),
+    (
+      {"evaluation": Evaluation(batch=6), "mesh": MESH},
+      "evaluation.batch 6 is not divisible by the 4 batch shards of the mesh (data=2, fsdp=2); "
+      "use 4 or 8",
+    ),
+    (
+      {"model": toys.Model(dim=66), "mesh": Mesh(fsdp=4)},
+      "model.dim 66 is not divisible by 4, the mesh's fsdp=4; use 64 or 68, "
+      "or a smaller --mesh.fsdp",
+    ),
+    (
+      {"model": toys.Model(pattern=(toys.Attention(kv_heads=2),)), "mesh": Mesh(fsdp=1, tensor=4)},
+      "model.pattern.0.kv_heads 2 is not divisible by 4, the mesh's tensor=4; use 4, "
+      "or a smaller --mesh.tensor",
+    ),
+    (
+      {
+        "model": toys.Model(vocab=257),
+        "data": toys.Data(tokens=257),
+        "mesh": Mesh(fsdp=2, tensor=2),
+      },
+      "model.vocab 257 is not divisible by 2, the mesh's tensor=2; use 384, or a smaller --mesh.",
+    ),
+    ({"mesh": Mesh(data=3, fsdp=1)}, "mesh wants 3 devices (data=3, fsdp=1, tensor=1) but 4 are"),
+    ({"steps": 0}, "steps must be at least 1, not 0"),
+    ({"steps": "100"}, "steps must be int, not '100' (str)"),
+    ({"evaluation": Evaluation(every=-1)}, "evaluation.every must be at least 0, not -1"),
+    ({"batch_stages": ((9, 32), (5, 32))}, "batch_stages start at steps [9, 5]"),
+    ({"batch_stages": ((9, 0),)}, "batch_stages: every batch must be at least 1"),
+    (
+      {"steps": 2**27, "batch": 32},
+      "steps take 4294967296 examples; the data position holds 2**32",
+    ),
+    (
+      {"data": toys.Data(tokens=257)},
+      "the model's vocabulary is 256 but the tokenizer has 257 tokens; set it to 257 (or up to 384",
+    ),
+    (
+      {"data": toys.Data(length=512)},
+      "the data's rows have 512 tokens but the model 256 positions; give the model 512",
+    ),
+    (
+      {"model": toys.Model(pattern=(toys.Attention(), toys.Attention(kv_heads=3)))},
+      "model.pattern.1: 4 heads are not divisible by kv_heads=3",
+    ),
+  ],
+)
+def test_an_impossible_experiment_is_refused_in_one_line(fields, expected):
+  fields = {"mesh": Mesh(), **fields}
+  devices = 4
+  with pytest.raises(Refused) as refusal:
+    validate(toys.experiment(**fields), devices)
+  assert expected in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"mesh": MESH, "microbatches": 2, "batch_stages": ((5, 64), (50, 8))},
+    {"model": toys.Model(vocab=384), "data": toys.Data(tokens=257)},
+    {"data": toys.Data(tokens=None)},
+    {"steps": 2**27 - 1, "batch": 32, "mesh": Mesh(data=4, fsdp=1)},
+    {"steps": 2**27, "batch": 32, "batch_stages": ((100, 16),)},
+    {"steps": 100, "batch_stages": ((100, 2**32),)},
+  ],
+)
+def test_a_possible_experiment_passes(fields):
+  validate(toys.experiment(**fields), devices=4)
+
+
+def test_without_devices_only_the_mesh_is_not_checked():
+  validate(toys.experiment(batch=30, mesh=MESH))
+  with pytest.raises(Refused, match="steps"):
+    validate(toys.experiment(steps=0))
+
+
+def test_a_shrunk_experiment_is_small_valid_anywhere_and_leaves_the_original_alone():
+  heads = toys.Attention(heads=12, kv_heads=6, position=toys.Learned(length=1024))
+  model = toys.Model(vocab=50304, dim=768, layers=12, pattern=(heads,))
+  e = toys.experiment(
+    model=model,
+    data=toys.Data(tokens=50257, length=1024),
+    steps=10_000,
+    batch=512,
+    microbatches=2,
+    batch_stages=((1000, 1024), (5000, 2048)),
+    mesh=Mesh(data=4, fsdp=64),
+    weights_from="runs/x",
+  )
+  small = shrink(e)
+  assert e.model.dim == 768 and e.steps == 10_000 and e.evaluation.every == 500
+  assert (small.model.dim, small.model.layers, small.data.length) == (64, 4, 128)
+  assert (small.model.pattern[0].heads, small.model.pattern[0].kv_heads) == (4, 2)
+  assert (small.model.pattern[0].position.length, small.model.vocab) == (128, 50304)
+  assert (small.steps, small.batch) == (20, 16) and small.batch_stages == ((6, 16), (12, 16))
+  assert small.evaluation.every == small.checkpoints.every == 10 and small.weights_from is None
+  validate(small, devices=8)
+
+
+def test_shrinking_asks_a_config_that_knows_how_it_is_small():
+  @config
+  class Own(toys.Model):
+    def smoke(self):
+      return Own(dim=8, vocab=self.vocab)
+
+  assert shrink(toys.experiment(model=Own(dim=1024))).model.dim == 8
+
+
+def test_shrinking_follows_a_tokenizer_that_shrinks():
+  @config
+  class Own(toys.Data):
+    def smoke(self):
+      return Own(tokens=257)
+
+  small = shrink(toys.experiment(model=toys.Model(vocab=50304), data=Own(tokens=50257)))
+  assert small.model.vocab == 384
+
+
+EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_function_in_experiments_is_valid_whole_and_shrunk(path):
+  functions = load.functions(path)
+  assert "base" in functions
+  for function in functions.values():
+    assert (function.__doc__ or "").strip(), f"{function.__name__} does not say what it is"
+    e = function()
+    fixed = [n for n in (e.mesh.data, e.mesh.fsdp, e.mesh.tensor) if n != -1]
+    validate(e, devices=math.prod(fixed))
+    validate(shrink(e), devices=1)
