@@ -1,11 +1,13 @@
 """Checkpoints: one item with everything that decides the future of a run, restored onto any mesh.
 
-State is stored as a flat dict from a parameter's path to its array, so that a checkpoint does not
-depend on the classes that held it: a path missing on either side is named. Beside it lies a JSON
-record with the format version, the data position and the resolved config. Orbax writes in the
-background, aside, and renames when all is durable: a killed save leaves no checkpoint.
+State is stored as a flat dict from a leaf's path to its array, so that a checkpoint does not depend
+on the classes that held it, and a leaf that is missing is named. The item's metadata holds the
+format version and the resolved config. Orbax writes in the background, beside the place, and
+renames when all is durable: a killed save leaves no checkpoint, and the next start removes what it
+wrote.
 """
 
+import contextlib
 import re
 from typing import Any
 
@@ -19,6 +21,10 @@ from bigtrain.config import Refused, nearest
 from bigtrain.experiment import Checkpoints, Experiment
 
 FORMAT = 1  # Raise it when an older version could not read what is written now.
+
+
+class SaveFailed(OSError):
+  """A checkpoint could not be written. Those before it are whole."""
 
 
 def flatten(tree) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def unflatten(flat: dict[str, Any], like):
 
 
 class Store:
-  """The checkpoints of one run, saved in the background.
+  """The checkpoints of one run, saved in the background; a context that ends when they are durable.
 
   Args:
     path: their directory.
@@ -55,88 +61,112 @@ class Store:
     self.path = path
     self._manager = ocp.CheckpointManager(
       path,
-      item_names=("state", "record"),
+      item_handlers=ocp.PyTreeCheckpointHandler(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         read_only=keep is None,
         create=keep is not None,
+        cleanup_tmp_directories=keep is not None,
       ),
     )
 
-  def latest(self) -> int | None:
-    """The newest step that was saved."""
-    return self._manager.latest_step()
+  def steps(self) -> list[int]:
+    """The steps that were saved, in order."""
+    return sorted(self._manager.all_steps())
 
   def save(self, step: int, state, experiment: Experiment) -> None:
-    """Begins to save. The arrays are copied before this returns, so they may then be donated."""
-    record = {
-      "format": FORMAT,
-      "step": step,
-      "example": int(state.example),
-      "config": config.dump(experiment),
-    }
-    args = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(flatten(state)), record=ocp.args.JsonSave(record)
-    )
-    self._manager.save(step, args=args, force=True)
+    """Begins to save. The arrays are copied before this returns, so they may then be donated.
 
-  def record(self, step: int) -> dict[str, Any]:
-    """What stands beside the state: format, step, example, config."""
-    args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = self._manager.restore(step, args=args)["record"]
-    if record["format"] > FORMAT:
-      raise Refused(
-        f"{self.path}/{step} has checkpoint format {record['format']}, and this version of bigtrain "
-        f"reads up to {FORMAT}: install a newer one"
-      )
-    return record
+    Raises:
+      SaveFailed: this save or the one before it.
+    """
+    about = {"format": FORMAT, "config": config.dump(experiment)}
+    args = ocp.args.PyTreeSave(flatten(state), custom_metadata=about)
+    self._saving(lambda: self._manager.save(step, args=args, force=True))
+
+  def check(self) -> None:
+    """Raises SaveFailed if a save in the background has failed; does not wait."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when what was saved is durable; raises SaveFailed if it could not be."""
+    self._saving(self._manager.wait_until_finished)
 
   def restore(self, step: int, like):
     """The tree of `like`: its shapes and shardings, whatever mesh wrote the checkpoint.
 
     Args:
       step: one that was saved.
-      like: a tree of jax.ShapeDtypeStruct with shardings; a part of a State will do.
+      like: a tree of jax.ShapeDtypeStruct, with shardings or for one device; a part of a State,
+        as in {"model": ...}, will do.
 
     Raises:
-      Refused: a leaf is missing, or has another shape.
+      Refused: a newer version wrote it, or a leaf is missing or has another shape or dtype.
     """
-    want = flatten(like)
-    metadata = self._manager.item_metadata(step)["state"]
-    have = {name: tuple(m.shape) for name, m in (getattr(metadata, "tree", metadata)).items()}
+    want, at = flatten(like), f"checkpoint {self.path / str(step)}"
+    metadata = self._manager.item_metadata(step)
+    if (version := metadata.custom_metadata["format"]) > FORMAT:
+      raise Refused(
+        f"{at} has format {version}, and this version of bigtrain reads up to {FORMAT}: "
+        "install a newer one"
+      )
+    have = {name: _shape(leaf) for name, leaf in metadata.tree.items()}
     for name, leaf in want.items():
       if name not in have:
-        raise Refused(f"checkpoint {self.path}/{step} has no {name}{nearest(name, have)}")
-      if have[name] != leaf.shape:
-        raise Refused(
-          f"checkpoint {self.path}/{step} has {name} of shape {have[name]}, not {leaf.shape}"
-        )
+        raise Refused(f"{at} has no {name}{nearest(name, have)}")
+      if have[name] != _shape(leaf):
+        raise Refused(f"{at} has {name} as {have[name]}, not {_shape(leaf)}")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+    want = jax.tree.map(place, want)
     args = ocp.args.PyTreeRestore(
       item=want,
       restore_args=ocp.checkpoint_utils.construct_restore_args(want),
       partial_restore=True,
     )
-    flat = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-    return unflatten(flat, like)
+    return unflatten(self._manager.restore(step, args=args), like)
 
-  def wait(self) -> None:
-    """Returns when what was saved is durable; raises what went wrong."""
-    self._manager.wait_until_finished()
+  def _saving(self, run) -> None:
+    try:
+      run()
+    except Exception as error:
+      self._manager.reload()
+      cause, kept = str(error).strip().split("\n")[0], self.steps()
+      raise SaveFailed(
+        f"a checkpoint could not be saved in {self.path}: {cause[:500]}; "
+        f"{f'that of step {kept[-1]} is whole' if kept else 'there is no earlier one'}"
+      ) from error
 
-  def close(self) -> None:
-    self._manager.close()
+  def __enter__(self) -> "Store":
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if kind is None:
+      self.wait()
+    if kind is None or issubclass(kind, Exception):  # Else it is an interrupt: waits for nothing.
+      with contextlib.suppress(Exception):  # What failed was raised before.
+        self._manager.close()
+
+
+def _shape(leaf) -> str:
+  """As in float32[64,16]."""
+  return f"{jax.numpy.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
 def newest(path: epath.Path, like, step: int | None = None):
   """What `like` asks for of a run's newest checkpoint, or of that after `step`.
 
   Raises:
-    Refused: there is no such checkpoint.
+    Refused: there is no such checkpoint, or it does not hold that.
   """
-  store = Store(path)
-  try:
-    if (step := store.latest() if step is None else step) is None:
-      raise Refused(f"{path.parent} has no checkpoint yet")
-    return store.restore(step, like)
-  finally:
-    store.close()
+  if not path.exists():
+    raise Refused(f"{path.parent} has no checkpoint")
+  with Store(path) as store:
+    steps = store.steps()
+    if not steps or step not in (None, *steps):
+      raise Refused(
+        f"{path.parent} has no checkpoint{'' if step is None else f' of step {step}'}"
+        f"{nearest(str(step), map(str, steps))}"
+      )
+    return store.restore(steps[-1] if step is None else step, like)

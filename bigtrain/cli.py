@@ -7,6 +7,7 @@ here imports jax before a command needs it, so that help is quick.
 import dataclasses
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -49,11 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     function = getattr(importlib.import_module(command.module), command.function)
     return function(arguments) or Exit.DONE
-  except Refused as error:
+  except (Refused, OSError) as error:  # The latter as by a full disk.
     if os.environ.get("BIGTRAIN_TRACEBACK") == "1":
       traceback.print_exception(error)
     print(f"bigtrain: {error}", file=sys.stderr)
-    return Exit.REFUSED
+    return Exit.REFUSED if isinstance(error, Refused) else Exit.FAILED
+  except KeyboardInterrupt:
+    goes_on = "; the same command goes on from what was saved" if name == "train" else ""
+    print(f"bigtrain: stopped at once{goes_on}", file=sys.stderr, flush=True)
+    # Nothing is closed: that may take minutes, and what is on disk survives a kill at any moment.
+    os._exit(Exit.LEFT)
 
 
 def usage() -> str:
@@ -69,7 +75,7 @@ def usage() -> str:
       "example:    bigtrain train experiments/quickstart.py --steps 100",
       "help:       bigtrain COMMAND --help",
       f"exit codes: {', '.join(f'{code.value} {code.name.lower()}' for code in Exit)}",
-      "BIGTRAIN_TRACEBACK=1 shows the traceback of what was refused.",
+      "BIGTRAIN_TRACEBACK=1 shows the traceback of what was refused or failed.",
     ]
   )
 
@@ -107,6 +113,8 @@ def train(arguments: list[str]) -> int | None:
     )
     _parse(RunFlags, RunFlags(), arguments, "bigtrain train EXPERIMENT", about)
     return Exit.DONE
+  # Until there is something to save, a polite kill is what Ctrl-C is.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   from bigtrain.load import load
 
   experiment, source = load(target)

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 from typing import TYPE_CHECKING, Self
 
-from bigtrain.config import config
+from bigtrain.config import Refused, config
 from bigtrain.sharding import Mesh
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
   import optax
   from flax import nnx
 
+  from bigtrain.data.tokenizers import Tokenizer
   from bigtrain.objectives import Output
 
 
@@ -88,6 +89,11 @@ class Data(abc.ABC):
   @abc.abstractmethod
   def batch(self, example: int, size: int, rows: "slice | None" = None) -> "dict[str, np.ndarray]":
     """Rows `rows` (all if None) of the batch of `size` examples from global index `example` on."""
+
+  @property
+  def tokenizer(self) -> "Tokenizer":
+    """What turns text into tokens and back."""
+    raise Refused("this experiment's data is not text: there is nothing to sample")
 
   @abc.abstractmethod
   def eval_examples(self) -> int:

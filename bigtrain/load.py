@@ -62,8 +62,9 @@ def load(target: str) -> tuple[Experiment, Source]:
 
 
 def functions(path: Path) -> dict[str, Callable[[], Experiment]]:
-  """The functions of an experiment file that return an Experiment, by name."""
-  found = {name: f for name, f in vars(_module(path)).items() if inspect.isfunction(f)}
+  """The public functions of an experiment file that return an Experiment, by name."""
+  public = {name: f for name, f in vars(_module(path)).items() if name[0] != "_"}
+  found = {name: f for name, f in public.items() if inspect.isfunction(f)}
   kinds = (Experiment, "Experiment", "bigtrain.Experiment")
   return {name: f for name, f in found.items() if f.__annotations__.get("return") in kinds}
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.experimental import multihost_utils
 
 if TYPE_CHECKING:
   from bigtrain.cli import Profile
@@ -40,9 +41,13 @@ class Part:
 
 
 class Saver(Part):
-  """Saves at the interval, at the last step, and when the run leaves."""
+  """Saves at the interval, at the last step, and when the run leaves.
+
+  A save that failed in the background is raised at the next step.
+  """
 
   def after_step(self, step: int, metrics) -> None:
+    self.run.store.check()
     every, last = self.run.experiment.checkpoints.every, self.run.experiment.steps
     if not (every and step % every == 0) and step != last and not self.run.left:
       return
@@ -55,40 +60,44 @@ class Saver(Part):
 class Signals(Part):
   """SIGTERM and Ctrl-C: the run saves at one step agreed by all processes, and leaves.
 
-  A second Ctrl-C stops at once.
+  Ctrl-C after that stops at once. Before the first step there is nothing to save: a signal does
+  then what it did before.
   """
 
   def start(self, run: Run, step: int) -> None:
     super().start(run, step)
     self.received: str | None = None
-    self.before = {}
-    if threading.current_thread() is not threading.main_thread():
-      return
-    names = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-    for name in names:
-      self.before[name] = signal.signal(name, self._handle)
-
-  def _handle(self, number, frame) -> None:
-    self.received = signal.Signals(number).name
-    signal.signal(number, self.before[number])
-    if jax.process_count() > 1:  # JAX tells all processes of a SIGTERM to one.
-      os.kill(os.getpid(), signal.SIGTERM)
+    self.before: dict[int, Any] = {}
 
   def after_step(self, step: int, metrics) -> None:
+    if not self.before and threading.current_thread() is threading.main_thread():
+      # JAX itself catches SIGTERM where there are several processes, and tells all of them.
+      caught = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+      self.before = {number: signal.signal(number, self._handle) for number in caught}
     if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
       if multihost_utils.reached_preemption_sync_point(step):
         self.received = self.received or "SIGTERM"
-        self.run.left = True
-    elif self.received:
+      else:
+        return
+    if self.received and step < self.run.experiment.steps:
       self.run.left = True
-    if self.run.left:
-      self.run.directory.event("signal", name=self.received, step=step)
+      self.run.directory.event("signal", signal=self.received, step=step)
+      self.run.say(f"{self.received}: saving step {step}; the same command goes on from there")
+
+  def _handle(self, number: int, frame) -> None:
+    if self.received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received = signal.Signals(number).name
+    # Not by print, which the signal may have interrupted.
+    os.write(
+      2, f"bigtrain: {self.received}: leaving after this step; Ctrl-C stops at once\n".encode()
+    )
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def close(self) -> None:
-    for name, handler in getattr(self, "before", {}).items():
-      signal.signal(name, handler)
+    for number, handler in getattr(self, "before", {}).items():
+      signal.signal(number, handler)
 
 
 class Profiler(Part):

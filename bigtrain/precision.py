@@ -27,10 +27,10 @@ def compute_dtype(name: Dtype) -> jnp.dtype:
 def project(dims: str, x, w, bias=None) -> jax.Array:
   """A weight product, plus a bias: `project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH)`.
 
-  `x` ends in the contracted dims and `w`, a stored parameter, begins with them; it is gathered here,
-  in the dtype of `x`. The product is made on two-dimensional operands: on CPU the weight gradient of
-  a (B*T, D) operand is twice as fast as that of a (B, T, D) one. Where a dim inside a group is
-  sharded, the group cannot be merged without moving data, and the einsum itself serves.
+  `x` ends in the contracted dims and `w`, a stored parameter, begins with them; it is gathered
+  here, in the dtype of `x`. The product is made on two-dimensional operands: on CPU the weight
+  gradient of a (B*T, D) operand is twice as fast as that of a (B, T, D) one. Where a dim inside a
+  group is sharded, the group cannot be merged without moving data, and the einsum itself serves.
   """
   x_dims, w_dims, out = re.split(",|->", dims)
   n = sum(d in w_dims for d in x_dims)
@@ -49,4 +49,7 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
 
 def _matrix(a, rows: str, columns: str) -> jax.Array:
   shape = (math.prod(a.shape[: len(rows)]), math.prod(a.shape[len(rows) :]))
-  return jnp.reshape(a, shape, out_sharding=sharding.merged(rows, columns))
+  spec = sharding.merged(rows, columns)
+  if spec is not None:  # What `shared` marked stays so.
+    spec = spec.update(reduced=jax.typeof(a).sharding.spec.reduced)
+  return jnp.reshape(a, shape, out_sharding=spec)

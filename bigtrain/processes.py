@@ -8,7 +8,7 @@ the launcher. BIGTRAIN_TIMEOUT is how many seconds a process waits for the other
 
 import os
 import pathlib
-import urllib.error
+import threading
 import urllib.request
 
 import jax
@@ -26,13 +26,11 @@ def initialize() -> None:
   Raises:
     Refused: wrong or partial settings, or the others could not be reached in time.
   """
-  if jax.distributed.is_initialized():
+  if jax.distributed.is_initialized() or os.environ.get("BIGTRAIN_PROCESSES") == "1":
     return
   if any(map(os.environ.get, SETTINGS)):
-    explicit = _explicit()
-    if explicit is not None:
-      # Without "deactivate" jax would also ask the launcher which of the local devices to use.
-      _join("BIGTRAIN_COORDINATOR", cluster_detection_method="deactivate", **explicit)
+    # Unless deactivated, jax asks the launcher which local devices this process may use.
+    _join("BIGTRAIN_COORDINATOR", cluster_detection_method="deactivate", **_explicit())
   elif (launcher := _launcher()) is not None:
     _join(launcher)
 
@@ -47,41 +45,32 @@ def barrier(name: str) -> None:
   multihost_utils.sync_global_devices(name)
 
 
-def _explicit() -> dict | None:
-  """What the BIGTRAIN variables say, as arguments of jax; None for a single process."""
-  said = {name: os.environ.get(name) or None for name in SETTINGS}
-  count = _integer("BIGTRAIN_PROCESSES", 1)
-  if count == 1 and not said["BIGTRAIN_COORDINATOR"]:
-    return None
-  if missing := [name for name, value in said.items() if value is None]:
-    given = next(name for name, value in said.items() if value is not None)
+def _explicit() -> dict:
+  """What the BIGTRAIN variables say, as arguments of jax."""
+  if missing := [name for name in SETTINGS if not os.environ.get(name)]:
     raise Refused(
-      f"{given} is set but not {' and '.join(missing)}; set all of {', '.join(SETTINGS)} (host:port "
-      f"of process 0, how many processes, which one from 0), or none for a single process"
+      f"{' and '.join(missing)} must be set too: {', '.join(SETTINGS)} are host:port of process 0, "
+      "how many processes there are, and which one this is, from 0; unset all for a single process"
     )
-  number = _integer("BIGTRAIN_PROCESS", 0)
-  if number >= count:
-    raise Refused(
-      f"BIGTRAIN_PROCESS is {number}, but BIGTRAIN_PROCESSES is {count}: number them 0 to {count - 1}"
-    )
-  coordinator = said["BIGTRAIN_COORDINATOR"]
+  coordinator, count, number = os.environ[SETTINGS[0]], _whole(SETTINGS[1], 1), _whole(SETTINGS[2])
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
     raise Refused(
       f"BIGTRAIN_COORDINATOR is {coordinator!r}; give host:port of process 0, as in 10.0.0.1:8476"
     )
-  if count == 1:
-    return None
+  if number >= count:
+    raise Refused(
+      f"BIGTRAIN_PROCESS is {number} but BIGTRAIN_PROCESSES is {count}: number them from 0 to "
+      f"{count - 1}"
+    )
   return {"coordinator_address": coordinator, "num_processes": count, "process_id": number}
 
 
-def _integer(name: str, least: int, default: int | None = None) -> int | None:
-  said = os.environ.get(name)
-  if not said:
-    return default
-  if not said.isdecimal() or int(said) < least:
-    raise Refused(f"{name} is {said!r}; give a whole number from {least} on")
-  return int(said)
+def _whole(name: str, least: int = 0) -> int:
+  value = os.environ[name]
+  if not value.isdecimal() or int(value) < least:
+    raise Refused(f"{name} is {value!r}; give a whole number from {least} on")
+  return int(value)
 
 
 def _launcher() -> str | None:
@@ -120,18 +109,35 @@ def _tpu_workers() -> str:
   try:
     with urllib.request.urlopen(request, timeout=2) as response:
       return response.read().decode()
-  except (urllib.error.URLError, TimeoutError):
+  except OSError:  # No such server, no such attribute, or no answer.
     return ""
 
 
 def _join(announced: str, **settings) -> None:
-  timeout = _integer("BIGTRAIN_TIMEOUT", 1, TIMEOUT)
-  try:
-    jax.distributed.initialize(initialization_timeout=timeout, **settings)
-  except (RuntimeError, ValueError, OSError) as error:
-    cause = str(error).strip().splitlines()[0]
-    raise Refused(
-      f"{announced} announces several processes, but they did not find each other: {cause}. Check "
-      f"that all were started within {timeout} s (BIGTRAIN_TIMEOUT) and reach process 0, or set "
-      f"{', '.join(SETTINGS)} yourself; BIGTRAIN_PROCESSES=1 alone for a single process"
-    ) from error
+  """Initialises jax.distributed as `announced` says, in a thread that can be left waiting.
+
+  When its own timeout passes, jax ends the process by a signal; so that one is never reached.
+  """
+  timeout = _whole("BIGTRAIN_TIMEOUT", 1) if os.environ.get("BIGTRAIN_TIMEOUT") else TIMEOUT
+  errors = []
+
+  def connect():
+    try:
+      jax.distributed.initialize(initialization_timeout=timeout + 86_400, **settings)
+    except Exception as error:
+      errors.append(error)
+
+  thread = threading.Thread(target=connect, name="join the other processes", daemon=True)
+  thread.start()
+  thread.join(timeout)
+  if thread.is_alive():
+    cause = f"not all of them were there within {timeout} s (BIGTRAIN_TIMEOUT)"
+  elif errors:
+    cause = str(errors[0]).strip().split("\n")[0]
+  else:
+    return
+  raise Refused(
+    f"{announced} announces several processes, but they did not come together: {cause}; check that "
+    f"all run and that process 0 is reachable, set {', '.join(SETTINGS)} yourself, or only "
+    "BIGTRAIN_PROCESSES=1 to run alone"
+  ) from next(iter(errors), None)

@@ -1,8 +1,10 @@
 """Run: an experiment, its directory and its state; what training returns and a notebook holds."""
 
 import contextlib
+import dataclasses
 import functools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,10 +14,13 @@ import numpy as np
 
 from bigtrain import checkpoint, load, processes
 from bigtrain.checkpoint import Store
+from bigtrain.config import Refused
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Data, Experiment
 from bigtrain.optim.average import averaged
 from bigtrain.run_directory import RunDirectory
+from bigtrain.sharding import Mesh
+from bigtrain.validate import validate
 
 if TYPE_CHECKING:
   from bigtrain.parts import Part
@@ -41,6 +46,7 @@ class Run:
   """One run, live or loaded."""
 
   feed: Feed  # While it trains.
+  store: Store  # While it trains.
   left: bool = False  # A signal asked it to leave.
 
   def __init__(
@@ -56,12 +62,8 @@ class Run:
   def data(self) -> Data:
     return self.experiment.data.make(self.experiment.seed)
 
-  @functools.cached_property
-  def store(self) -> Store:
-    return Store(self.directory.checkpoints, self.experiment.checkpoints)
-
   @property
-  def weights(self):
+  def weights(self) -> Any:
     """The module to evaluate and sample with: averaged weights, where the optimizer keeps them."""
     assert self.state is not None
     return averaged(self.state.optimizer, self.state.model)
@@ -120,13 +122,18 @@ class Run:
       for writer in self.writers:
         writer.text(step, prompt, text)
 
+  def say(self, text: str) -> None:
+    """Tells people, also those who want no progress on the console; on the first process only."""
+    if self.directory.writes:
+      print(f"bigtrain: {text}", file=sys.stderr, flush=True)
+
   def seconds_away(self) -> float:
     """Seconds that went to anything but training, so far."""
     return sum(self.phases.values())
 
   @contextlib.contextmanager
   def away(self, phase: str, **fields) -> Iterator[None]:
-    """Marks time that is not training: it is counted by phase, and an event says how long it was."""
+    """Marks time that is not training: counted by phase, and an event says how long it was."""
     started = time.perf_counter()
     yield
     seconds = time.perf_counter() - started
@@ -134,20 +141,23 @@ class Run:
     self.directory.event(phase, **fields, seconds=round(seconds, 3))
 
   @contextlib.contextmanager
-  def closing(self) -> Iterator[None]:
-    """Closes the parts and the records, also when training fails, which it records."""
+  def open(self) -> Iterator[None]:
+    """Opens the checkpoints, and in the end waits for them; closes the parts and the records.
+
+    Also when training fails, which it records.
+    """
     try:
       self.directory.event("start", processes=jax.process_count(), devices=jax.device_count())
-      yield
-      self.store.wait()
+      with Store(self.directory.checkpoints, self.experiment.checkpoints) as self.store:
+        yield
       self.directory.event("left" if self.left else "end")
     except BaseException as error:
-      self.directory.event("error", error=f"{type(error).__name__}: {error}"[:2000])
+      with contextlib.suppress(OSError):  # A full disk, say, of which `error` tells.
+        self.directory.event("error", error=f"{type(error).__name__}: {error}"[:2000])
       raise
     finally:
       with contextlib.ExitStack() as stack:
         stack.callback(self.directory.close)
-        stack.callback(self.store.close)
         for part in (*self.writers, *self.parts):
           stack.callback(part.close)
 
@@ -155,7 +165,8 @@ class Run:
 def load_run(run_dir: str | os.PathLike, step: int | None = None) -> Run:
   """The run in a directory, with the weights of its newest checkpoint (or of `step`).
 
-  It runs on the devices that are here, whatever mesh trained it.
+  It is on the mesh that trained it if that fits the devices that are here, else sharded over all of
+  them, else replicated, else (where not even a batch can be shared out) on one device.
 
   Raises:
     Refused: the directory holds no run, or no checkpoint yet.
@@ -165,12 +176,24 @@ def load_run(run_dir: str | os.PathLike, step: int | None = None) -> Run:
   processes.initialize()
   experiment, _ = load.read(run_dir)
   directory = RunDirectory(run_dir, writes=False)
-  mesh = experiment.mesh.make() if jax.device_count() > 1 else None
+  mesh = _fitting_mesh(experiment)
   run = Run(experiment, directory, mesh)
   with run.in_mesh():
     abstract = Program(experiment, mesh).abstract()
     run.state = checkpoint.newest(directory.checkpoints, abstract, step)
   return run
+
+
+def _fitting_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
+  if jax.device_count() == 1:
+    return None
+  for mesh in (experiment.mesh, Mesh(), Mesh(data=-1, fsdp=1)):
+    try:
+      validate(dataclasses.replace(experiment, mesh=mesh), jax.device_count())
+    except Refused:
+      continue
+    return mesh.make()
+  return None
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:

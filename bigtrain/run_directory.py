@@ -7,6 +7,7 @@ Only the first process writes. Rows of metrics.jsonl are unique by (step, kind):
 rows past the restored step are dropped before new ones are written.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -43,23 +44,37 @@ class RunDirectory:
   def begin(self, experiment: Experiment, source: Path | None, *, allow_changes: bool) -> None:
     """Writes what the run is, or checks it against what an earlier start wrote.
 
+    A run that has neither a row nor a checkpoint yet has nothing that a change could contradict.
+
     Raises:
-      Refused: the directory holds a run of another config, and `allow_changes` is False.
+      Refused: the directory holds a run of another config, and `allow_changes` is False; or
+        something else; or it cannot be written.
     """
     if (self.path / "config.json").exists():
       before, _ = load.read(self.path)
-      if (changes := config.diff(before, experiment)) and not allow_changes:
+      changes = [] if allow_changes or not self._has_trained() else config.diff(before, experiment)
+      if changes:
         raise Refused(
           f"{self.path} holds a run of another config:\n  "
           + "\n  ".join(changes)
-          + "\ntake another directory with --dir, or go on with the new config: --allow-changes"
+          + "\ntake another directory with --dir, or go on with the new config: --allow_changes"
         )
-    elif self.path.exists() and any(map(_foreign, self.path.iterdir())):
-      raise Refused(f"{self.path} exists and is no run directory; take another with --dir")
-    if self.writes:
+    elif self.path.is_dir() and (foreign := sorted(filter(_foreign, self._names()))):
+      raise Refused(
+        f"{self.path} has no config.json but {', '.join(foreign[:5])}: "
+        "put that of the run back, or take another directory with --dir"
+      )
+    if not self.writes:
+      return
+    try:
       load.write(experiment, self.path, source)
       text = json.dumps(environment(), indent=2)
       (self.path / "environment.json").write_text(text + "\n")
+    except OSError as error:
+      raise Refused(
+        f"cannot write the run directory {self.path}: {error.strerror or error}; "
+        "take another with --dir"
+      ) from error
 
   def event(self, name: str, **fields) -> None:
     """Adds a line to events.jsonl, with the time."""
@@ -75,9 +90,7 @@ class RunDirectory:
     if not self.writes or not path.exists():
       return
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    aside = self.path / "metrics.jsonl.new"
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    _replace(path, "".join(kept))
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
@@ -86,16 +99,42 @@ class RunDirectory:
 
   def close(self) -> None:
     for file in self._files.values():
-      file.close()
+      with contextlib.suppress(OSError):  # Every line was flushed, or that was raised.
+        file.close()
     self._files.clear()
 
   def _append(self, name: str, record: dict[str, Any]) -> None:
     if not self.writes:
       return
     if name not in self._files:
-      self._files[name] = (self.path / name).open("a")
-    self._files[name].write(json.dumps(record) + "\n")
-    self._files[name].flush()
+      self._files[name] = _open_lines(self.path / name)
+    try:
+      self._files[name].write(json.dumps(record) + "\n")
+      self._files[name].flush()
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, os.fspath(self.path / name)) from error
+
+  def _names(self) -> list[str]:
+    return [path.name for path in self.path.iterdir()]
+
+  def _has_trained(self) -> bool:
+    return (self.path / "metrics.jsonl").exists() or any(
+      path.name.isdecimal() for path in self.checkpoints.glob("*")
+    )
+
+
+def _open_lines(path: epath.Path):
+  """A JSON-lines file to add to; a last line that a kill cut short is dropped first."""
+  if path.exists() and not (text := path.read_text()).endswith("\n"):
+    _replace(path, text[: text.rfind("\n") + 1])
+  return path.open("a")
+
+
+def _replace(path: epath.Path, text: str) -> None:
+  """Writes a file anew, whole or not at all."""
+  aside = path.with_name(f"{path.name}.unfinished")
+  aside.write_text(text)
+  aside.replace(path)
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
@@ -124,9 +163,9 @@ def environment() -> dict[str, Any]:
   }
 
 
-def _foreign(path: epath.Path) -> bool:
+def _foreign(name: str) -> bool:
   """Whether this is more than a start leaves that was killed before it wrote config.json."""
-  return path.name != config.FILE and path.suffix != ".unfinished"
+  return name != config.FILE and not name.endswith(".unfinished")
 
 
 def _installed(name: str) -> bool:

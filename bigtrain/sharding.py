@@ -87,7 +87,7 @@ def act(dims: str) -> P | None:
 
 
 def mergeable(dims: str) -> bool:
-  """Whether these dims of an activation can become one without moving data: only the first is sharded."""
+  """Whether dims of an activation can become one without moving data: only the first is sharded."""
   return not any(act(dims[1:]) or ())
 
 
@@ -124,6 +124,17 @@ def use(w, dtype=None) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return w
   return jax.sharding.reshard(w, P(*(_without_gathered(a) for a in jax.typeof(w).sharding.spec)))
+
+
+def shared(x_BTD) -> jax.Array:
+  """An activation that enters several products whose columns `tensor` splits.
+
+  What these send back is added on each device before it is summed over the axis: one all-reduce
+  serves them all.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  split = {a for a in axes("F") if a in mesh.explicit_axes and mesh.shape[a] > 1}
+  return jax.sharding.reshard(x_BTD, P(*(act("BTD") or ()), reduced=split)) if split else x_BTD
 
 
 def _without_gathered(axes):

@@ -8,13 +8,13 @@ import copy
 import dataclasses
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from bigtrain import checkpoint, processes, sharding
 from bigtrain.cli import Profile
@@ -39,7 +39,7 @@ class State:
 
   step: jax.Array  # Completed updates, int32.
   example: jax.Array  # The next global example, uint32: the data position.
-  model: nnx.Module  # A pytree of float32 parameters.
+  model: Any  # An nnx.Module: a pytree of float32 parameters.
   optimizer: optax.OptState
   variables: dict[str, Any]  # State without gradients.
   statistics: dict[str, Any]  # Running statistics of the training itself.
@@ -55,7 +55,7 @@ class Program:
 
   def init(self, key: jax.Array) -> State:
     """The state before the first update: the same bits on any mesh."""
-    model = self.experiment.model.make(key)
+    model: Any = self.experiment.model.make(key)
     return State(
       step=jnp.zeros((), jnp.int32),
       example=jnp.zeros((), jnp.uint32),
@@ -120,16 +120,18 @@ class Program:
 
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""
-    tree = jax.eval_shape(self.init, jax.random.key(0))
-    if self.mesh is None:
+    tree, mesh = jax.eval_shape(self.init, jax.random.key(0)), self.mesh
+    if mesh is None:
       return tree
     spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # Tracing gives constants none.
-    place = lambda x: jax.sharding.NamedSharding(self.mesh, spec(x))
+    place = lambda x: jax.sharding.NamedSharding(mesh, spec(x))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
 
   def compile_init(self):
     """Initialisation, compiled. On CPU it is not optimised: it runs once, for a moment."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    options: dict[str, str | bool] = {}
+    if jax.default_backend() == "cpu":
+      options["xla_backend_optimization_level"] = "0"
     return jax.jit(self.init).lower(jax.random.key(0)).compile(compiler_options=options)
 
   def compile_step(self, spec: dict[str, jax.ShapeDtypeStruct]):
@@ -178,7 +180,7 @@ def train(
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
   run.parts = [*default_parts(profile), *parts]
   run.writers = default_writers(run, quiet=quiet)
-  with run.in_mesh(), run.closing():
+  with run.in_mesh(), run.open():
     loop(run)
   return run
 
@@ -188,7 +190,24 @@ def loop(run: Run) -> None:
   experiment, data = run.experiment, run.data
   program = Program(experiment, run.mesh)
   sizes = Sizes(experiment.batch, experiment.batch_stages)
-  run.state, step, example = begin(run, program)
+  if (step := max(run.store.steps(), default=0)) >= experiment.steps:
+    run.state = begin(run, program)
+    run.say(f"{run.directory.path} has done its {experiment.steps} steps")
+    return
+
+  def compile_step(step: int):
+    with run.in_mesh():  # A thread does not inherit it.
+      return program.compile_step(data.stage(step).spec(sizes.at(step)))
+
+  aside = ThreadPoolExecutor()  # For the first step and the data, while the state comes.
+  ahead = [aside.submit(compile_step, step)]
+  prepared = aside.submit(data.stage(step).batch, 0, 1)
+  aside.shutdown(wait=False)
+  run.state = begin(run, program)
+  with run.away("data"):
+    prepared.result()
+  run.directory.drop_rows_after(step)
+  example = int(run.state.example)
   feed = Feed(
     data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
   )
@@ -204,28 +223,24 @@ def loop(run: Run) -> None:
       shapes = tuple(x.shape for x in batch.values())
       if shapes not in compiled:
         with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
-          compiled[shapes] = program.compile_step(data.stage(step).spec(sizes.at(step)))
+          compiled[shapes] = ahead.pop().result() if ahead else compile_step(step)
       run.state, metrics = compiled[shapes](run.state, batch)
       step += 1
       for part in run.parts:
         part.after_step(step, metrics)
 
 
-def begin(run: Run, program: Program) -> tuple[State, int, int]:
-  """The state to go on from: the newest checkpoint, another run's weights, or a fresh one.
+def begin(run: Run, program: Program) -> State:
+  """The state to go on from: the newest checkpoint, else a fresh one.
 
-  Returns:
-    The state, its step, and its data position.
+  A fresh one may begin with another run's weights: those that were trained, not their average, with
+  the optimizer's state made anew.
   """
   weights_from = run.experiment.weights_from
-  if (step := run.store.latest()) is not None:
-    with run.away("restore", step=step):
-      example = run.store.record(step)["example"]
-      state = run.store.restore(step, program.abstract())
-    run.directory.drop_rows_after(step)
-    return state, step, example
+  if steps := run.store.steps():
+    with run.away("restore", step=steps[-1]):
+      return run.store.restore(steps[-1], program.abstract())
   with run.away("initialise"):
-    run.directory.drop_rows_after(0)
     state = program.compile_init()(jax.random.key(run.experiment.seed))
   if weights_from is not None:
     with run.away("weights", source=weights_from):
@@ -233,7 +248,7 @@ def begin(run: Run, program: Program) -> tuple[State, int, int]:
       model = checkpoint.newest(path, {"model": program.abstract().model})["model"]
       optimizer = jax.jit(program.transformation.init)(model)
       state = dataclasses.replace(state, model=model, optimizer=optimizer)
-  return state, 0, 0
+  return state
 
 
 def enable_compilation_cache() -> None:
@@ -242,7 +257,7 @@ def enable_compilation_cache() -> None:
   The directory is this user's own: what lies in it is executed. JAX_COMPILATION_CACHE_DIR names
   another one.
   """
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values["jax_compilation_cache_dir"] is None:
     path = cache.root() / "compiled"
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -44,9 +44,15 @@ class TextData(DataConfig):
       raise Refused(f"data.seq is {self.seq}: a row has at least 1 token")
 
   def smoke(self) -> Self:
-    large = sum(path.stat().st_size for path, _ in self.source.inputs()) > SMOKE_BYTES
-    source = Austen() if large else self.source
-    return dataclasses.replace(self, seq=min(self.seq, SMOKE_SEQ), source=source)
+    source, tokenizer = self.source, self.tokenizer
+    try:
+      large = sum(path.stat().st_size for path, _ in source.inputs()) > SMOKE_BYTES
+      tokenizer.size()
+    except Refused:  # The study's files are not on this machine, but its code can be tried.
+      large, tokenizer = True, Bytes()
+    source = Austen() if large else source
+    seq = min(self.seq, SMOKE_SEQ)
+    return dataclasses.replace(self, seq=seq, source=source, tokenizer=tokenizer)
 
 
 class Text(Data):

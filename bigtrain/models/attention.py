@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Tokens, attend, visible
 from bigtrain.models.initial import Initializer
@@ -95,6 +96,7 @@ class Attention(nnx.Module):
     return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D), cache
 
   def _heads(self, x_BTD, tokens: Tokens):
+    x_BTD = sharding.shared(x_BTD)
     q_BTKGH = project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH, self.q_bias_KGH)
     k_BSKH = project("BSD,DKH->BSKH", x_BTD, self.k_DKH, self.k_bias_KH)
     v_BSKH = project("BSD,DKH->BSKH", x_BTD, self.v_DKH, self.v_bias_KH)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.models.initial import Initializer
 from bigtrain.precision import project
@@ -52,6 +53,7 @@ class FeedForward(nnx.Module):
     self.down_bias_D = init.constant("D", sizes) if c.bias else None
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    x_BTD = sharding.shared(x_BTD)
     up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F)
     up_BTF = checkpoint_name(up_BTF, "up")
     activation = ACTIVATIONS[self.c.activation]

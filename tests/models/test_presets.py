@@ -121,7 +121,7 @@ def test_frequency_scaling_is_that_of_the_release():
 
 
 def test_an_unknown_size_is_refused_with_the_nearest():
-  with pytest.raises(Refused, match=r"presets.gpt2 has no size '125m'; did you mean '124m'\?"):
+  with pytest.raises(Refused, match=r"presets\.gpt2 has no size '125m'; did you mean '124m'\?"):
     presets.gpt2("125m")
-  with pytest.raises(Refused, match="did you mean '0.6b'"):
+  with pytest.raises(Refused, match=r"did you mean '0\.6b'"):
     presets.qwen3("0.5b")

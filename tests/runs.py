@@ -1,0 +1,102 @@
+"""A run that trains in a second or two: its experiment, as a file for the command line, and ways to
+start it as a command of its own. $RUNS_TEXT names the folder of its text, which `prepare` fills."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bigtrain import Checkpoints, Evaluation, Experiment, Logging
+from bigtrain.data.sources import Files
+from bigtrain.data.text import TextData
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.language_model import LanguageModelConfig
+from bigtrain.models.position import Rotary
+from bigtrain.models.transformer import BlockConfig
+from bigtrain.objectives import CausalLM
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.schedule import Cosine
+
+ROOT = Path(__file__).parent.parent
+SPEED = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_per_second")
+
+
+def base() -> Experiment:
+  """Dropout and averaged weights, so that keys and the average decide the future too."""
+  block = BlockConfig(
+    attention=AttentionConfig(heads=2, rotary=Rotary()),
+    feed_forward=FeedForwardConfig(hidden=64),
+  )
+  return Experiment(
+    model=LanguageModelConfig(vocab=384, dim=32, layers=2, pattern=(block,), dropout=0.1),
+    data=TextData(source=Files(pattern=os.environ["RUNS_TEXT"], validation=0.1), seq=64),
+    objective=CausalLM(),
+    optimizer=AdamW(lr=3e-3, schedule=Cosine(warmup=5), average=0.9),
+    steps=20,
+    batch=8,
+    evaluation=Evaluation(every=10, batch=8),
+    checkpoints=Checkpoints(every=5),
+    logging=Logging(every=1, tensorboard=False),
+  )
+
+
+def prepare(folder: Path, environment) -> None:
+  """Forty short documents, the same anywhere, and a cache; `environment` is told of both."""
+  (folder / "text").mkdir()
+  rng = random.Random(0)
+  words = ["sense", "and", "sensibility", "pride", "prejudice", "emma", "persuasion", "it", "was"]
+  for i in range(40):
+    text = " ".join(rng.choice(words) for _ in range(rng.randrange(20, 80)))
+    (folder / "text" / f"{i:02}.txt").write_text(text)
+  environment.setenv("RUNS_TEXT", str(folder / "text"))
+  environment.setenv("BIGTRAIN_CACHE", str(folder / "cache"))
+
+
+def start(run_dir: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+  """`bigtrain train` of `base`, on one CPU device unless the environment says otherwise."""
+  command = [sys.executable, "-m", "bigtrain.cli", "train", "tests/runs.py", "--dir", str(run_dir)]
+  return subprocess.Popen(
+    [*command, "--quiet", *arguments],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+  """The exit code of a command, and what it wrote on standard error."""
+  _, err = process.communicate(timeout=300)
+  return process.returncode, err
+
+
+def wait_until(process: subprocess.Popen, condition) -> None:
+  """Returns as soon as the condition holds; fails if the process ends before that."""
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.001)
+
+
+def lines(path: Path) -> int:
+  return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def values(run_dir: Path) -> list[str]:
+  """The rows of metrics.jsonl in order, as written, but for how fast it was."""
+  rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+  return [json.dumps({k: v for k, v in row.items() if k not in SPEED}) for row in rows]
+
+
+def events(run_dir: Path, name: str) -> list[dict]:
+  rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+  return [row for row in rows if row["event"] == name]
+
+
+def saved(run_dir: Path) -> list[int]:
+  """The steps that have a checkpoint; fails if something else lies beside them."""
+  return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())

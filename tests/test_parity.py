@@ -1,0 +1,77 @@
+"""A mesh changes where numbers are computed, not which: every one equals a single device's."""
+
+import jax
+import numpy as np
+import pytest
+
+from bigtrain.config import Refused
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.schedule import Cosine
+from bigtrain.optim.sgd import SGD
+from bigtrain.sharding import Mesh
+from bigtrain.train import Program
+from bigtrain.validate import validate
+from tests import packed
+
+# Adam divides by the size of the gradient: where that is all rounding (1e-9 here, as of the keys'
+# bias), the sign of the rounding would be the update. `eps` is above it, and far below the rest.
+ADAMW = AdamW(lr=1e-2, eps=1e-5, clip=0.5, average=0.9, schedule=Cosine(warmup=2))
+SGDS = {
+  "momentum": SGD(lr=0.3, clip=0.5, weight_decay=0.1, schedule=Cosine(warmup=2)),
+  "nesterov": SGD(lr=0.1, clip=None, nesterov=True, average=0.9, schedule=Cosine(warmup=2)),
+}
+
+
+def assert_equal(e, got, wanted):
+  (state, metrics), (state0, metrics0) = got, wanted
+  assert int(state.step) == e.steps and int(state.example) == e.steps * e.batch
+  distances = packed.distances(
+    (state.model, state.optimizer, metrics), (state0.model, state0.optimizer, metrics0)
+  )
+  assert {k: d for k, d in distances.items() if not d <= 1e-5} == {}
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """The experiment, its first state, and its five steps on a single device."""
+  e = packed.experiment(optimizer=ADAMW)
+  state = packed.start(e)
+  return state, packed.run(e, state, meshed=False)
+
+
+@pytest.mark.parametrize("mesh", packed.MESHES, ids=packed.NAMES)
+def test_five_steps_of_adamw_equal_a_single_device(mesh, alone):
+  e = packed.experiment(optimizer=ADAMW, mesh=mesh)
+  validate(e, devices=8)
+  state, wanted = alone
+  assert_equal(e, packed.run(e, state), wanted)
+
+
+@pytest.mark.parametrize("optimizer", SGDS.values(), ids=SGDS.keys())
+def test_five_steps_of_sgd_equal_a_single_device(optimizer):
+  e = packed.experiment(optimizer=optimizer, mesh=Mesh(data=2, fsdp=2, tensor=2))
+  state = packed.start(e)
+  assert_equal(e, packed.run(e, state), packed.run(e, state, meshed=False))
+
+
+def test_the_run_that_is_compared_learns_clips_and_drops(alone):
+  _, (state, metrics) = alone
+  assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.05
+  assert metrics[0]["gradient_norm"] > ADAMW.clip
+  weights = [m["weight"] for m in metrics]
+  assert len(set(weights)) > 1 and max(weights) < packed.B * packed.T
+
+
+def test_initialisation_gives_the_same_bits_on_a_mesh():
+  e = packed.experiment(mesh=Mesh(data=2, fsdp=2, tensor=2))
+  alone = Program(e, None).compile_init()(jax.random.key(7))
+  with jax.set_mesh(mesh := e.mesh.make()):
+    spread = Program(e, mesh).compile_init()(jax.random.key(7))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(alone))
+
+
+def test_fewer_key_value_heads_than_the_tensor_axis_are_refused():
+  e = packed.experiment(attention={"kv_heads": 4}, mesh=Mesh(fsdp=1, tensor=8))
+  message = r"kv_heads 4 is not divisible by 8, the mesh's tensor=8; use 8, or a smaller --mesh"
+  with pytest.raises(Refused, match=message):
+    validate(e, devices=8)

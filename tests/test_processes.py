@@ -1,0 +1,212 @@
+import contextlib
+import functools
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from bigtrain import processes
+from bigtrain.config import Refused
+
+LAUNCHERS = ("BIGTRAIN_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION")
+STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+TOGETHER = """
+import pathlib, sys, time
+from bigtrain import processes
+processes.initialize()
+processes.initialize()
+import jax, numpy as np
+from jax import P
+with jax.set_mesh(jax.make_mesh((4,), ("x",))):
+  x = np.arange(4.0, dtype=np.float32)
+  summed = jax.shard_map(lambda x: jax.lax.psum(x, "x"), in_specs=P("x"), out_specs=P())
+  sharded = jax.jit(lambda x: jax.sharding.reshard(x, P("x")))
+  total = np.asarray(jax.jit(summed)(sharded(x)))
+marker = pathlib.Path(sys.argv[1])
+if not processes.is_first():
+  time.sleep(0.5)
+  marker.touch()
+processes.barrier("written")
+local = len(jax.local_devices())
+print(jax.process_index(), processes.is_first(), local, float(total[0]), marker.exists())
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+  for name in list(os.environ):
+    if name.startswith(LAUNCHERS):
+      monkeypatch.delenv(name)
+  monkeypatch.setattr(processes, "_tpu_attached", lambda: False)
+
+
+def announce(monkeypatch, **variables):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """What each call of jax.distributed.initialize is given, in place of the call."""
+  calls = []
+  monkeypatch.setattr("jax.distributed.initialize", lambda **settings: calls.append(settings))
+  return calls
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(code: str, *arguments: str, **variables: str):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"} | variables
+  child = subprocess.Popen(
+    [sys.executable, "-c", code, *arguments],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    yield child
+  finally:
+    child.kill()
+    child.communicate()
+
+
+def test_two_processes_sum_over_one_mesh_and_meet_at_a_barrier(tmp_path):
+  common = {"BIGTRAIN_COORDINATOR": f"127.0.0.1:{free_port()}", "BIGTRAIN_PROCESSES": "2"}
+  with contextlib.ExitStack() as stack:
+    children = [
+      stack.enter_context(
+        started(TOGETHER, str(tmp_path / "marker"), **common, BIGTRAIN_PROCESS=str(i))
+      )
+      for i in range(2)
+    ]
+    said = [child.communicate(timeout=120) for child in children]
+  assert [out.splitlines()[-1:] for out, _ in said] == [
+    ["0 True 2 6.0 True"],
+    ["1 False 2 6.0 True"],
+  ], said
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_a_process_that_stays_alone_is_refused_after_the_timeout(number):
+  address = f"127.0.0.1:{free_port()}"
+  code = "import bigtrain.cli as c, bigtrain.processes as p; c.train = lambda _: p.initialize()\n"
+  code += "raise SystemExit(c.main(['train']))"
+  variables = {"BIGTRAIN_COORDINATOR": address, "BIGTRAIN_PROCESSES": "2", "BIGTRAIN_TIMEOUT": "1"}
+  with started(code, BIGTRAIN_PROCESS=number, **variables) as child:
+    _, error = child.communicate(timeout=60)
+  assert child.returncode == 2, error
+  assert "bigtrain: BIGTRAIN_COORDINATOR announces several processes" in error
+  assert "within 1 s (BIGTRAIN_TIMEOUT)" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+  "coordinator, count, number, message",
+  [
+    ("a:1", "2", "", "BIGTRAIN_PROCESS must be set too"),
+    ("a:1", "", "", "BIGTRAIN_PROCESSES and BIGTRAIN_PROCESS must be set too"),
+    ("", "2", "0", "BIGTRAIN_COORDINATOR must be set too"),
+    ("", "", "0", "BIGTRAIN_COORDINATOR and BIGTRAIN_PROCESSES must be set too"),
+    ("a:1", "2", "2", "number them from 0 to 1"),
+    ("a:1", "two", "0", "BIGTRAIN_PROCESSES is 'two'; give a whole number from 1 on"),
+    ("a:1", "0", "0", "BIGTRAIN_PROCESSES is '0'"),
+    ("a:1", "2", "-1", "BIGTRAIN_PROCESS is '-1'; give a whole number from 0 on"),
+    ("a", "2", "0", "BIGTRAIN_COORDINATOR is 'a'; give host:port"),
+    ("a:x", "2", "0", "give host:port"),
+    (":1", "2", "0", "give host:port"),
+    ("a:70000", "2", "0", "give host:port"),
+  ],
+)
+def test_wrong_or_partial_settings_are_refused(
+  monkeypatch, joined, coordinator, count, number, message
+):
+  said = dict(zip(processes.SETTINGS, (coordinator, count, number), strict=True))
+  announce(monkeypatch, **said)
+  with pytest.raises(Refused, match=message):
+    processes.initialize()
+  assert not joined
+
+
+def test_explicit_settings_overrule_the_launcher(monkeypatch, joined):
+  said = dict(zip(processes.SETTINGS, ("[::1]:80", "3", "2"), strict=True))
+  announce(monkeypatch, **STEP, **said, BIGTRAIN_TIMEOUT="7")
+  processes.initialize()
+  [settings] = joined
+  assert settings.pop("initialization_timeout") > 7
+  assert settings == {
+    "coordinator_address": "[::1]:80",
+    "num_processes": 3,
+    "process_id": 2,
+    "cluster_detection_method": "deactivate",
+  }
+
+
+@pytest.mark.parametrize(
+  "variables, several",
+  [
+    ({}, False),
+    (STEP, True),
+    (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, False),  # A batch script, without srun.
+    (STEP | {"BIGTRAIN_PROCESSES": "1"}, False),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+  ],
+)
+def test_a_launcher_that_announces_several_processes_is_left_to_jax(
+  monkeypatch, joined, variables, several
+):
+  announce(monkeypatch, **variables)
+  processes.initialize()
+  assert [set(settings) for settings in joined] == [{"initialization_timeout"}] * several
+
+
+def test_a_tpu_slice_known_to_its_metadata_server_is_left_to_jax(monkeypatch, joined):
+  hosts = []
+
+  class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      known = self.path.endswith("/worker-network-endpoints") and hosts
+      self.send_response(200 if known else 404)
+      self.end_headers()
+      self.wfile.write(",".join(hosts).encode())
+
+    log_message = functools.partialmethod(lambda *_: None)
+
+  monkeypatch.setattr(processes, "_tpu_attached", lambda: True)
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    announce(monkeypatch, GCE_METADATA_IP=f"127.0.0.1:{server.server_port}", no_proxy="127.0.0.1")
+    for here in ([], ["unknown:unknown:10.0.0.1"], ["10.0.0.1", "10.0.0.2"]):
+      hosts[:] = here
+      processes.initialize()
+      assert len(joined) == (len(here) > 1)
+    server.shutdown()
+
+
+def test_what_jax_finds_wrong_is_told_with_the_remedy(monkeypatch):
+  def fail(**_):
+    raise ValueError("coordinator_address should be defined.\nmore")
+
+  monkeypatch.setattr("jax.distributed.initialize", fail)
+  announce(monkeypatch, **STEP)
+  with pytest.raises(Refused) as refused:
+    processes.initialize()
+  message = str(refused.value)
+  assert message.startswith("SLURM_STEP_NUM_TASKS announces several processes")
+  assert "coordinator_address should be defined.;" in message and "more" not in message
+  assert "BIGTRAIN_PROCESSES=1" in message

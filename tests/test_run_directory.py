@@ -1,0 +1,112 @@
+"""The run directory: rows that are unique and whole, and what is refused."""
+
+import errno
+import json
+
+import pytest
+
+from bigtrain.config import Refused
+from bigtrain.run_directory import RunDirectory
+from tests import toys
+
+
+def begin(path, *, allow_changes=False, **fields) -> RunDirectory:
+  directory = RunDirectory(path)
+  directory.begin(toys.experiment(**fields), None, allow_changes=allow_changes)
+  return directory
+
+
+def test_a_changed_config_is_refused_with_every_difference(tmp_path):
+  begin(tmp_path).row(1, "train", {"loss": 1.0})
+  with pytest.raises(Refused) as refused:
+    begin(tmp_path, steps=7, model=toys.Model(dim=32))
+  message = str(refused.value)
+  assert "steps: 100 -> 7" in message and "model.dim: 64 -> 32" in message
+  assert "--allow_changes" in message and "batch" not in message
+  begin(tmp_path, steps=7, allow_changes=True)
+  begin(tmp_path, steps=7)
+
+
+def test_a_run_that_never_trained_takes_any_config(tmp_path):
+  begin(tmp_path)
+  begin(tmp_path, steps=7)
+  assert json.loads((tmp_path / "config.json").read_text())["steps"] == 7
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "thesis.pdf"])
+def test_a_directory_without_its_config_is_refused(tmp_path, name):
+  (tmp_path / name).mkdir()
+  with pytest.raises(Refused, match=f"no config.json but {name}"):
+    begin(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+  (tmp_path / "file").touch()
+  with pytest.raises(Refused, match=r"cannot write .*--dir"):
+    begin(tmp_path / "file" / "run")
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr("bigtrain.load.write", full)
+  with pytest.raises(Refused, match="No space left on device"):
+    begin(tmp_path / "run")
+
+
+def test_a_start_that_was_killed_leaves_nothing_in_the_way(tmp_path):
+  for name in ("experiment.py", "config.json.unfinished", "experiment.py.unfinished"):
+    (tmp_path / name).touch()
+  begin(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("torn", ['{"step": 3, "ki', "{"])
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path, name, torn):
+  whole = '{"step": 2, "kind": "train", "event": "x"}\n'
+  (tmp_path / name).write_text(whole + torn)
+  directory = RunDirectory(tmp_path)
+  assert len(directory.rows("train")) == (name == "metrics.jsonl")
+  directory.row(3, "train", {}) if name == "metrics.jsonl" else directory.event("x")
+  directory.close()
+  text = (tmp_path / name).read_text()
+  assert text.startswith(whole) and len(text.splitlines()) == 2 and text.endswith("\n")
+  assert [json.loads(line) for line in text.splitlines()]
+
+
+def test_rows_after_the_restored_step_are_dropped(tmp_path):
+  directory = RunDirectory(tmp_path)
+  for step in range(1, 6):
+    directory.row(step, "train", {"loss": 1 / step})
+  directory.row(5, "eval", {})
+  directory.close()
+  directory = RunDirectory(tmp_path)
+  directory.drop_rows_after(3)
+  directory.row(4, "train", {"loss": 0.25})
+  assert [row["step"] for row in directory.rows("train")] == [1, 2, 3, 4]
+  assert [row["loss"] for row in directory.rows("train")] == [1 / 1, 1 / 2, 1 / 3, 1 / 4]
+  assert not directory.rows("eval")
+
+
+def test_other_processes_write_nothing(tmp_path):
+  directory = RunDirectory(tmp_path / "run", writes=False)
+  directory.begin(toys.experiment(), None, allow_changes=False)
+  directory.event("start")
+  directory.row(1, "train", {})
+  directory.drop_rows_after(0)
+  directory.close()
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_failed_to_be_written_is_named(tmp_path):
+  directory = RunDirectory(tmp_path)
+  directory.row(1, "train", {})
+
+  class Full:
+    def write(self, text):
+      raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = write
+
+  directory._files["metrics.jsonl"] = Full()
+  with pytest.raises(OSError, match=r"No space left on device.*metrics\.jsonl"):
+    directory.row(2, "train", {})
