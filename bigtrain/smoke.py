@@ -42,6 +42,7 @@ def shrink(experiment: Experiment) -> Experiment:
     sample_tokens=min(e.evaluation.sample_tokens, 20),
   )
   e.checkpoints.every = min(e.checkpoints.every, EVERY)
+  e.checkpoints.keep_every = e.checkpoints.keep_every and min(e.checkpoints.keep_every, EVERY)
   e.logging.every = 1
   return e
 

@@ -1,5 +1,12 @@
-"""Tests run on eight virtual CPU devices; without a mesh they use the first."""
+"""Tests run on eight virtual CPU devices; without a mesh they use the first.
 
-import jax
+LLVM's optimisation is off: it changes the speed of a program, by less than compiling it takes.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import jax  # noqa: E402, after the flags that it reads
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -198,7 +198,7 @@ class FieldTest:
           base[name] = self.probes[name](copy.deepcopy(experiment))
           again = self.probes[name](copy.deepcopy(experiment))
           assert again == base[name], f"the probe {name!r} sees a difference between equals"
-        if self.probes[name](other) != base[name]:
+        if self.probes[name](copy.deepcopy(other)) != base[name]:
           used = f"{leaf.path}: exempt ({self.exempt.get(leaf.field)}), but {name} sees it"
           return used if leaf.field in self.exempt else None
       if len(tried) == 2:  # One value may by chance be worth what the first one is.

@@ -28,7 +28,7 @@ from bigtrain.optim.schedule import Cosine
 from bigtrain.sharding import Mesh
 from bigtrain.train import Program, State
 
-B, T, V, D, F, LAYERS = 8, 12, 80, 32, 112, 2
+B, T, V, D, F, LAYERS = 8, 11, 80, 32, 112, 2
 K, G, H = 8, 2, 6  # Grouped queries: two heads share a key and a value.
 
 MESHES = (
@@ -137,6 +137,13 @@ def compiled(e: Experiment, *, meshed: bool = True):
       return mesh, program, program.compile_step(e.data.make(e.seed).spec(e.batch))
   finally:
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def abstract_batch(e: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of a batch on the mesh in force."""
+  place = sharding.batch_sharding()
+  spec = e.data.make(e.seed).spec(e.batch)
+  return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for k, x in spec.items()}
 
 
 def in_mesh(mesh: jax.sharding.Mesh | None):

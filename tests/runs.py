@@ -12,14 +12,10 @@ from pathlib import Path
 from bigtrain import Checkpoints, Evaluation, Experiment, Logging
 from bigtrain.data.sources import Files
 from bigtrain.data.text import TextData
-from bigtrain.models.attention import AttentionConfig
-from bigtrain.models.feed_forward import FeedForwardConfig
-from bigtrain.models.language_model import LanguageModelConfig
-from bigtrain.models.position import Rotary
-from bigtrain.models.transformer import BlockConfig
 from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
+from tests.bigram import Bigram
 
 ROOT = Path(__file__).parent.parent
 SPEED = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_per_second")
@@ -27,15 +23,11 @@ SPEED = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops
 
 def base() -> Experiment:
   """Dropout and averaged weights, so that keys and the average decide the future too."""
-  block = BlockConfig(
-    attention=AttentionConfig(heads=2, rotary=Rotary()),
-    feed_forward=FeedForwardConfig(hidden=64),
-  )
   return Experiment(
-    model=LanguageModelConfig(vocab=384, dim=32, layers=2, pattern=(block,), dropout=0.1),
+    model=Bigram(),
     data=TextData(source=Files(pattern=os.environ["RUNS_TEXT"], validation=0.1), seq=64),
-    objective=CausalLM(),
-    optimizer=AdamW(lr=3e-3, schedule=Cosine(warmup=5), average=0.9),
+    objective=CausalLM(loss_chunk=None),
+    optimizer=AdamW(lr=3e-2, schedule=Cosine(warmup=5), average=0.9),
     steps=20,
     batch=8,
     evaluation=Evaluation(every=10, batch=8),
@@ -86,15 +78,22 @@ def lines(path: Path) -> int:
   return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def read(run_dir: Path, name: str) -> list[dict]:
+  return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
 def values(run_dir: Path) -> list[str]:
   """The rows of metrics.jsonl in order, as written, but for how fast it was."""
-  rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+  rows = read(run_dir, "metrics.jsonl")
   return [json.dumps({k: v for k, v in row.items() if k not in SPEED}) for row in rows]
 
 
+def keys(run_dir: Path) -> list[tuple[int, str]]:
+  return [(row["step"], row["kind"]) for row in read(run_dir, "metrics.jsonl")]
+
+
 def events(run_dir: Path, name: str) -> list[dict]:
-  rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-  return [row for row in rows if row["event"] == name]
+  return [row for row in read(run_dir, "events.jsonl") if row["event"] == name]
 
 
 def saved(run_dir: Path) -> list[int]:

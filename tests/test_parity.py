@@ -16,10 +16,7 @@ from tests import packed
 # Adam divides by the size of the gradient: where that is all rounding (1e-9 here, as of the keys'
 # bias), the sign of the rounding would be the update. `eps` is above it, and far below the rest.
 ADAMW = AdamW(lr=1e-2, eps=1e-5, clip=0.5, average=0.9, schedule=Cosine(warmup=2))
-SGDS = {
-  "momentum": SGD(lr=0.3, clip=0.5, weight_decay=0.1, schedule=Cosine(warmup=2)),
-  "nesterov": SGD(lr=0.1, clip=None, nesterov=True, average=0.9, schedule=Cosine(warmup=2)),
-}
+NESTEROV = SGD(lr=0.3, clip=0.5, weight_decay=0.1, nesterov=True, average=0.9, schedule=Cosine(warmup=2))
 
 
 def assert_equal(e, got, wanted):
@@ -47,9 +44,8 @@ def test_five_steps_of_adamw_equal_a_single_device(mesh, alone):
   assert_equal(e, packed.run(e, state), wanted)
 
 
-@pytest.mark.parametrize("optimizer", SGDS.values(), ids=SGDS.keys())
-def test_five_steps_of_sgd_equal_a_single_device(optimizer):
-  e = packed.experiment(optimizer=optimizer, mesh=Mesh(data=2, fsdp=2, tensor=2))
+def test_five_steps_of_sgd_equal_a_single_device():
+  e = packed.experiment(optimizer=NESTEROV, mesh=Mesh(data=2, fsdp=2, tensor=2))
   state = packed.start(e)
   assert_equal(e, packed.run(e, state), packed.run(e, state, meshed=False))
 
@@ -59,7 +55,7 @@ def test_the_run_that_is_compared_learns_clips_and_drops(alone):
   assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.05
   assert metrics[0]["gradient_norm"] > ADAMW.clip
   weights = [m["weight"] for m in metrics]
-  assert len(set(weights)) > 1 and max(weights) < packed.B * packed.T
+  assert len(np.unique(weights)) > 1 and max(weights) < packed.B * packed.T
 
 
 def test_initialisation_gives_the_same_bits_on_a_mesh():

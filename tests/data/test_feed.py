@@ -11,6 +11,8 @@ from bigtrain.data.feed import Feed, Sizes, needed_rows, put
 from bigtrain.experiment import Data
 from bigtrain.sharding import Mesh
 
+pytestmark = pytest.mark.smoke
+
 SEQ = 8
 
 

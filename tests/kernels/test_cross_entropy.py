@@ -12,6 +12,8 @@ from jax import P
 from bigtrain import sharding
 from bigtrain.kernels.cross_entropy import cross_entropy
 
+pytestmark = pytest.mark.smoke
+
 B, T, D, V = 8, 6, 16, 32
 EXTRAS = {"z_loss": 1e-2, "label_smoothing": 0.1}
 MESHES = [(2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 1, 8), (1, 2, 4), (4, 1, 2)]

@@ -13,6 +13,8 @@ from bigtrain.models import presets
 from bigtrain.models.position import Learned, Llama3Scaling
 from tests import golden
 
+pytestmark = pytest.mark.smoke
+
 TOLERANCE = 1e-4
 
 

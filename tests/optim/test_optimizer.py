@@ -13,6 +13,8 @@ from bigtrain.optim.optimizer import Optimizer, clip_by_global_norm
 from bigtrain.optim.schedule import Constant, Linear
 from bigtrain.optim.sgd import SGD
 
+pytestmark = pytest.mark.smoke
+
 STEPS = 5
 
 

@@ -1,0 +1,50 @@
+"""The plain decoder, against which overhead is measured, computes what bigtrain computes."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from bigtrain.load import load
+from bigtrain.train import Program
+from tests import tiny
+from tools.benchmarks import plain_decoder
+
+QUICKSTART = pathlib.Path(__file__).parent.parent / "experiments" / "quickstart.py"
+
+
+@pytest.fixture
+def quickstart():
+  """The quickstart's model, smaller, on made-up packed rows with padding."""
+  e, _ = load(str(QUICKSTART))
+  e.model.vocab, e.model.dim, e.model.layers = tiny.V, 32, 2
+  e.data, e.batch, e.steps = tiny.Packed(), 8, 6
+  e.optimizer.schedule.warmup = 3
+  return e
+
+
+def perturbed(model):
+  """Random everywhere: zeros, as products that write to the residual stream are, hide layers."""
+  leaves, tree = jax.tree.flatten(model)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, moved)
+
+
+def test_the_plain_decoder_has_the_losses_of_bigtrain(quickstart):
+  program, data = Program(quickstart, None), quickstart.data.make(0)
+  state = jax.jit(program.init)(jax.random.key(0))
+  state = dataclasses.replace(state, model=jax.jit(perturbed)(state.model))
+  plain = plain_decoder.start(plain_decoder.parameters(state.model))
+  step, plain_step = jax.jit(program.step), plain_decoder.make_step(quickstart)
+  losses = []
+  for i in range(5):
+    batch = jax.device_put(data.batch(8 * i, 8))
+    state, metrics = step(state, batch)
+    plain, plain_loss = plain_step(plain, batch)
+    losses.append((metrics["loss"], plain_loss))
+  ours, theirs = np.array(losses).T
+  np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+  assert abs(ours[0] / ours[-1] - 1) > 0.01  # Something was learnt, or the updates go untested.

@@ -1,0 +1,81 @@
+"""Held-out metrics against float64 sums over the model's logits, every example once."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from bigtrain.evaluate import Evaluator
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.average import averaged
+from bigtrain.run import Run
+from bigtrain.run_directory import RunDirectory
+from bigtrain.sharding import Mesh
+from bigtrain.train import Program
+from tests import packed
+
+EXAMPLES = 13
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run with moved weights, and an average of them that was moved otherwise."""
+  e = packed.experiment(optimizer=AdamW(lr=1e-2, average=0.9), mesh=Mesh(data=2, fsdp=2, tensor=2))
+  run = Run(e, RunDirectory(tmp_path_factory.mktemp("run"), writes=False), None)
+  state = packed.start(e)
+  *rest, average = state.optimizer
+  moved = jax.tree.map(lambda w: w * 1.5, state.model)
+  moved = dataclasses.replace(state, optimizer=(*rest, average._replace(weights=moved)))
+  run.state = jax.device_put(moved)
+  return run
+
+
+def by_hand(model, data) -> dict[str, float]:
+  b = data.eval_batch(0, EXAMPLES)
+  logits = np.asarray(jax.jit(model)(b["tokens"], b["positions"], b["segments"]), np.float64)
+  logsumexp = np.log(np.exp(logits).sum(-1))
+  target = np.take_along_axis(logits, b["targets"][..., None], -1)[..., 0]
+  nll = ((logsumexp - target) * b["weights"]).sum()
+  tokens = b["weights"].sum(dtype=np.float64)
+  return {
+    "loss": nll / tokens,
+    "accuracy": ((logits.argmax(-1) == b["targets"]) * b["weights"]).sum() / tokens,
+    "bits_per_byte": nll / math.log(2) / b["bytes"].sum(dtype=np.float64),
+    "perplexity": math.exp(nll / tokens),
+  }
+
+
+@pytest.fixture(scope="module")
+def wanted(run):
+  return by_hand(averaged(run.state.optimizer, run.state.model), run.data)
+
+
+@pytest.mark.parametrize("size", [5, 8, EXAMPLES, 32])
+def test_every_held_out_example_counts_once_whatever_the_batch(run, wanted, size):
+  run.experiment.evaluation.batch = size
+  assert Evaluator(run).metrics() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_averaged_weights_are_those_evaluated(run, wanted):
+  raw = by_hand(run.state.model, run.data)
+  assert abs(raw["loss"] - wanted["loss"]) > 0.01
+  run.experiment.evaluation.batch = 8
+  assert run.evaluate() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_mesh_evaluates_to_the_same(run, wanted, tmp_path):
+  e = dataclasses.replace(run.experiment, evaluation=dataclasses.replace(run.experiment.evaluation))
+  e.evaluation.batch = 8
+  spread = Run(e, RunDirectory(tmp_path, writes=False), mesh := e.mesh.make())
+  with jax.set_mesh(mesh):
+    place = jax.tree.map(lambda x: x.sharding, Program(e, mesh).abstract())
+    spread.state = jax.device_put(run.state, place)
+  assert spread.evaluate() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_split_without_examples_has_no_metrics(run):
+  empty = Run(dataclasses.replace(run.experiment, data=packed.Packed(examples=0)), None, None)
+  empty.state = run.state
+  assert Evaluator(empty).metrics() == {}

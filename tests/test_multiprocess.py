@@ -1,0 +1,134 @@
+"""Several processes are one run: the same losses, one record, checkpoints that either can read."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from bigtrain import Mesh
+from bigtrain.exit_codes import Exit
+from bigtrain.parts import Part
+from bigtrain.train import train
+from tests import runs
+
+AXES = {"data": 2, "fsdp": 2, "tensor": 2}
+MESH = [word for axis, size in AXES.items() for word in (f"--mesh.{axis}", str(size))]
+BYTES = """
+import hashlib, jax, numpy as np
+from bigtrain import Mesh, processes, sharding
+from bigtrain.data.feed import put
+from tests import runs
+processes.initialize()
+data = runs.base().data.make(0)
+with jax.set_mesh(Mesh(data=1, fsdp=1, tensor=8).make()):
+  batch = put(lambda rows: data.batch(5, 8, rows), 8, sharding.batch_sharding())
+digest = hashlib.sha256()
+for name in sorted(batch):
+  for shard in batch[name].addressable_shards:
+    assert shard.data.shape == (8, 64)
+    digest.update(np.asarray(shard.data).tobytes())
+print(jax.process_count(), digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as environment:
+    runs.prepare(tmp_path_factory.mktemp("runs"), environment)
+    yield
+
+
+def experiment():
+  experiment = runs.base()
+  experiment.mesh = Mesh(**AXES)
+  return experiment
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The rows of one process with eight devices."""
+  run = train(experiment(), tmp_path_factory.mktemp("alone") / "run", quiet=True)
+  return runs.read(run.directory.path, "metrics.jsonl")
+
+
+def joined(processes: int) -> list[dict[str, str]]:
+  """The environment of each of so many processes with eight devices together."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+  shared = {
+    "BIGTRAIN_COORDINATOR": coordinator,
+    "BIGTRAIN_PROCESSES": str(processes),
+    "JAX_NUM_CPU_DEVICES": str(8 // processes),
+  }
+  return [shared | {"BIGTRAIN_PROCESS": str(i)} for i in range(processes)]
+
+
+def start(run_dir, processes: int, *arguments: str) -> list:
+  return [runs.start(run_dir, *MESH, *arguments, **each) for each in joined(processes)]
+
+
+def compare(run_dir, expected) -> None:
+  """Every value of every row, to rounding: the processes' sums are not added in one order."""
+  rows = runs.read(run_dir, "metrics.jsonl")
+  assert [(r["step"], r["kind"]) for r in rows] == [(r["step"], r["kind"]) for r in expected]
+  for row, other in zip(rows, expected, strict=True):
+    names = row.keys() - {"kind", *runs.SPEED}
+    assert names == other.keys() - {"kind", *runs.SPEED}
+    for name in names:
+      np.testing.assert_allclose(row[name], other[name], rtol=1e-6, err_msg=f"{name} {row}")
+
+
+def test_sigterm_to_one_of_two_processes_saves_what_one_process_goes_on_from(tmp_path, alone):
+  both = start(tmp_path, 2)
+  runs.wait_until(both[0], lambda: runs.lines(tmp_path / "metrics.jsonl") > 2)
+  both[1].send_signal(signal.SIGTERM)
+  for process in both:
+    code, err = runs.finish(process)
+    assert code == Exit.LEFT, err
+  saved = runs.saved(tmp_path)[-1]
+  assert runs.keys(tmp_path)[-1][0] == saved < 20
+  (signalled,) = runs.events(tmp_path, "signal")
+  assert signalled["step"] == saved
+  assert [e["processes"] for e in runs.events(tmp_path, "start")] == [2]  # One record, not two.
+  run = train(experiment(), tmp_path, quiet=True)
+  assert run.state.step == 20
+  compare(tmp_path, alone)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_go_on_from_what_one_saved(tmp_path, alone, count):
+  class Leave(Part):
+    def before_step(self, step):
+      if step == 6:
+        signal.raise_signal(signal.SIGTERM)
+
+  assert train(experiment(), tmp_path, quiet=True, parts=[Leave()]).left
+  for process in start(tmp_path, count):
+    code, err = runs.finish(process)
+    assert code == Exit.DONE, err
+  assert [e["processes"] for e in runs.events(tmp_path, "start")] == [1, count]
+  assert runs.saved(tmp_path) == [15, 20]
+  compare(tmp_path, alone)
+
+
+def test_a_tensor_axis_over_two_processes_reads_the_same_bytes():
+  def digests(environments):
+    command = [sys.executable, "-c", BYTES]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    each = [
+      subprocess.Popen(command, cwd=runs.ROOT, env=env | e, stdout=subprocess.PIPE, text=True)
+      for e in environments
+    ]
+    return [process.communicate(timeout=300)[0].split() for process in each]
+
+  two = digests(joined(2))
+  one = digests([{"JAX_NUM_CPU_DEVICES": "4"}]) if False else None
+  assert [count for count, _ in two] == ["2", "2"] and two[0] == two[1]

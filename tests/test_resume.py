@@ -1,0 +1,164 @@
+"""A run that is killed, stopped or refused goes on as if nothing had happened."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from bigtrain.cli import main
+from bigtrain.exit_codes import Exit
+from bigtrain.parts import Part
+from bigtrain.train import train
+from tests import runs
+
+LONG = ("--steps", "60")  # Over a second, of which the saves take most.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as environment:
+    runs.prepare(tmp_path_factory.mktemp("runs"), environment)
+    yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  """The rows of a run of its own that nothing disturbed."""
+  run_dir = tmp_path_factory.mktemp("whole") / "run"
+  code, err = runs.finish(runs.start(run_dir, *LONG))
+  assert code == Exit.DONE, err
+  return runs.values(run_dir)
+
+
+def kill(process, moment) -> None:
+  runs.wait_until(process, moment)
+  process.kill()
+  process.wait()
+
+
+def finish_and_compare(run_dir, expected) -> None:
+  code, err = runs.finish(runs.start(run_dir, *LONG))
+  assert code == Exit.DONE, err
+  assert runs.values(run_dir) == expected
+  assert len(set(runs.keys(run_dir))) == len(expected)
+  assert runs.saved(run_dir) == [55, 60]
+
+
+def kill_at_random(run_dir, kills: int, expected) -> None:
+  seed = time.time_ns()
+  rng = random.Random(seed)
+  print(f"random.Random({seed})")
+  for i in range(kills):
+    rows = rng.randrange(60 * i // kills, 60 * (i + 1) // kills)
+    pause = rng.uniform(0, 0.1)
+
+    def moment(rows=rows, pause=pause):
+      if runs.lines(run_dir / "metrics.jsonl") < rows:
+        return False
+      time.sleep(pause)
+      return True
+
+    kill(runs.start(run_dir, *LONG), moment)
+  finish_and_compare(run_dir, expected)
+
+
+def test_kills_at_random_moments_change_no_row(tmp_path, uninterrupted):
+  kill_at_random(tmp_path, 1, uninterrupted)
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_change_no_row(tmp_path, uninterrupted):
+  kill_at_random(tmp_path, 5, uninterrupted)
+
+
+def test_a_kill_in_the_middle_of_a_save_changes_no_row(tmp_path, uninterrupted):
+  path = tmp_path / "checkpoints"
+
+  def saving():
+    names = os.listdir(path) if path.exists() else []
+    return any("tmp" in name for name in names) and runs.lines(tmp_path / "metrics.jsonl") > 12
+
+  kill(runs.start(tmp_path, *LONG), saving)
+  assert any("tmp" in path.name for path in path.iterdir())
+  finish_and_compare(tmp_path, uninterrupted)
+
+
+def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path, uninterrupted):
+  process = runs.start(tmp_path, *LONG)
+  runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 7)
+  process.send_signal(signal.SIGTERM)
+  code, err = runs.finish(process)
+  rows = [step for step, kind in runs.keys(tmp_path) if kind == "train"]
+  assert code == Exit.LEFT, err
+  assert runs.saved(tmp_path)[-1] == rows[-1] < 60
+  assert f"saving step {rows[-1]}; the same command goes on from there" in err
+  finish_and_compare(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_in_one_line(tmp_path, number):
+  process = runs.start(tmp_path)
+  runs.wait_until(process, lambda: runs.lines(tmp_path / "events.jsonl") > 0)
+  process.send_signal(number)
+  code, err = runs.finish(process)
+  assert code == Exit.LEFT
+  assert err == "bigtrain: stopped at once; the same command goes on from what was saved\n"
+
+
+class Raise(Part):
+  """Signals before an update."""
+
+  def __init__(self, at: int, *numbers: int):
+    self.at, self.numbers = at, numbers
+
+  def before_step(self, step):
+    if step == self.at:
+      for number in self.numbers:
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_after_the_step_and_is_told_in_quiet_too(tmp_path, capfd, number):
+  before = signal.getsignal(number)
+  run = train(runs.base(), tmp_path, quiet=True, parts=[Raise(7, number)])
+  name, err = signal.Signals(number).name, capfd.readouterr().err
+  assert run.left and run.state.step == 8 and runs.saved(tmp_path) == [5, 8]
+  assert f"bigtrain: {name}: leaving after this step" in err and f"{name}: saving step 8" in err
+  assert runs.events(tmp_path, "signal")[0]["signal"] == name and runs.events(tmp_path, "left")
+  assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+  numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt):
+    train(runs.base(), tmp_path, quiet=True, parts=[Raise(7, *numbers)])
+  assert runs.keys(tmp_path)[-1] in ((6, "train"), (7, "train")) and not runs.events(tmp_path, "left")
+
+
+def test_a_signal_at_the_last_step_leaves_a_finished_run(tmp_path):
+  assert not train(runs.base(), tmp_path, quiet=True, parts=[Raise(19, signal.SIGTERM)]).left
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path, capsys):
+  train(runs.base(), tmp_path, quiet=True)
+  rows, saved = (tmp_path / "metrics.jsonl").read_text(), runs.saved(tmp_path)
+  run = train(runs.base(), tmp_path, quiet=True)
+  assert f"{tmp_path} has done its 20 steps" in capsys.readouterr().err
+  assert (tmp_path / "metrics.jsonl").read_text() == rows and runs.saved(tmp_path) == saved
+  assert run.state.step == 20 and len(run.metrics["loss"]) == 20
+
+
+def test_a_changed_config_is_refused_until_it_is_allowed(tmp_path, capsys):
+  command = ["train", str(runs.ROOT / "tests/runs.py"), "--dir", str(tmp_path / "run"), "--quiet"]
+  assert main([*command, "--steps", "6"]) == Exit.DONE
+  assert main([*command, "--steps", "8", "--optimizer.lr", "0.5"]) == Exit.REFUSED
+  err = capsys.readouterr().err
+  assert "steps: 6 -> 8" in err and "optimizer.lr: 0.03 -> 0.5" in err and "--allow_changes" in err
+  assert main([*command, "--steps", "8", "--optimizer.lr", "0.5", "--allow_changes"]) == Exit.DONE
+  assert runs.saved(tmp_path / "run") == [6, 8]
+  shutil.rmtree(tmp_path / "run/checkpoints")
+  (tmp_path / "run/config.json").unlink()
+  assert main([*command, "--steps", "8"]) == Exit.REFUSED

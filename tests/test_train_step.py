@@ -1,0 +1,95 @@
+"""One update: its sums over microbatches, its types, and the batches that it takes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from bigtrain.data.stages import Stages
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.schedule import Constant
+from bigtrain.optim.sgd import SGD
+from bigtrain.sharding import Mesh
+from bigtrain.train import Program, train
+from tests import packed
+
+MESH = Mesh(data=2, fsdp=2, tensor=2)
+OPTIMIZERS = {
+  "sgd": SGD(lr=0.1, momentum=0.0, clip=None),
+  "momentum": SGD(lr=0.1, average=0.9),
+  "nesterov": SGD(lr=0.1, nesterov=True, weight_decay=0.1),
+  "adamw": AdamW(lr=0.1, average=0.9),
+}
+
+
+def calm(**fields):
+  """Without dropout, whose key differs by microbatch."""
+  fields = {"optimizer": SGD(lr=0.3, schedule=Constant()), "batch": 16, "steps": 2} | fields
+  return packed.experiment(model={"dropout": 0.0}, attention={"dropout": 0.0}, **fields)
+
+
+@pytest.mark.parametrize("meshed", [False, True], ids=["one device", "mesh"])
+def test_microbatches_of_unequal_token_counts_equal_the_whole_batch(meshed):
+  e = calm()
+  tokens = e.data.make(e.seed).batch(0, 16)["weights"].reshape(4, 4, -1).sum((0, 2))
+  assert len(set(tokens.tolist())) == 4  # Of microbatch m: rows m, m + 4, ...
+  state = packed.start(e)
+  wanted, metrics = packed.run(e, state, meshed=False)
+  split = dataclasses.replace(e, microbatches=4, mesh=MESH)
+  got, split_metrics = packed.run(split, state, meshed=meshed)
+  distances = packed.distances((got, split_metrics), (wanted, metrics))
+  assert {k: d for k, d in distances.items() if not d <= 1e-5} == {}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_a_step_returns_a_state_of_the_types_that_it_took(optimizer):
+  e = packed.experiment(optimizer=optimizer, mesh=MESH)
+  with jax.set_mesh(mesh := e.mesh.make()):
+    program = Program(e, mesh)
+    state = program.abstract()
+    batch = packed.abstract_batch(e)
+    after, _ = jax.eval_shape(program.step, state, batch)
+
+  def kind(x):
+    spec = tuple(x.sharding.spec) if x.sharding else ()
+    return x.shape, x.dtype, x.weak_type, spec + (None,) * (x.ndim - len(spec))
+
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  assert jax.tree.map(kind, after) == jax.tree.map(kind, state)
+
+
+def test_the_compiled_step_keeps_every_array_where_it_lies():
+  e = calm(microbatches=4, mesh=MESH)
+  _, program, step = packed.compiled(e)
+  (state_in, _), _ = step.input_shardings
+  state_out, _ = step.output_shardings
+  for x, a, b in zip(*map(jax.tree.leaves, (program.abstract(), state_in, state_out)), strict=True):
+    assert a.is_equivalent_to(b, x.ndim)
+
+
+def test_a_batch_of_padding_alone_has_no_gradient():
+  e = calm()
+  _, program, step = packed.compiled(e, meshed=False)
+  state = packed.start(e)
+  batch = e.data.make(0).batch(0, 16)
+  batch |= {name: np.zeros_like(batch[name]) for name in ("weights", "segments", "positions")}
+  after, metrics = step(jax.device_put(state), jax.device_put(batch))
+  assert metrics["gradient_norm"] == metrics["weight"] == 0
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.model), state.model)
+
+
+def test_batches_and_data_change_at_their_steps_and_each_new_shape_is_announced(tmp_path):
+  data = Stages(stages=((0, packed.Packed()), (3, packed.Packed(seq=14))))
+  e = calm(data=data, batch=8, batch_stages=((2, 16),), steps=5, mesh=Mesh(data=8, fsdp=1))
+  e.model.layers = 1
+  run = train(e, tmp_path / "run", quiet=True)
+  assert int(run.state.example) == 2 * 8 + 3 * 16
+  made, wanted = e.data.make(e.seed), []
+  for step, (example, size) in enumerate([(0, 8), (8, 8), (16, 16), (32, 16), (48, 16)]):
+    wanted.append(made.stage(step).batch(example, size)["weights"].sum())
+  assert run.metrics["weight"].tolist() == wanted
+  events = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+  shapes = [event["shapes"]["tokens"] for event in events if event["event"] == "compile"]
+  assert shapes == [[8, 11], [16, 11], [16, 14]]
