@@ -9,6 +9,7 @@ wrote.
 
 import contextlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def path_name(path) -> str:
   return ".".join(words[:-1] if words[-1] == "value" else words)
 
 
-def unflatten(flat: dict[str, Any], like):
+def unflatten(flat: Mapping[str, Any], like):
   """The tree of `like` with the leaves of `flat`."""
   return jax.tree_util.tree_map_with_path(lambda path, _: flat[path_name(path)], like)
 

@@ -134,6 +134,8 @@ class Run:
   @contextlib.contextmanager
   def away(self, phase: str, **fields) -> Iterator[None]:
     """Marks time that is not training: counted by phase, and an event says how long it was."""
+    if self.state is not None:
+      jax.block_until_ready(self.state.step)  # What was dispatched before is training.
     started = time.perf_counter()
     yield
     seconds = time.perf_counter() - started

@@ -133,7 +133,7 @@ def shared(x_BTD) -> jax.Array:
   serves them all.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  split = {a for a in axes("F") if a in mesh.explicit_axes and mesh.shape[a] > 1}
+  split = frozenset(a for a in axes("F") if a in mesh.explicit_axes and mesh.shape[a] > 1)
   return jax.sharding.reshard(x_BTD, P(*(act("BTD") or ()), reduced=split)) if split else x_BTD
 
 

@@ -28,9 +28,9 @@ class Console:
     self.seconds = 0.0  # A step, without evaluation and saving.
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
-    if kind == "eval":
+    if kind != "train":
       shown = "  ".join(f"{name.split('/')[-1]} {v:.4g}" for name, v in values.items())
-      self.rich.print(f"[bold]eval {step}[/]  {shown}")
+      self.rich.print(f"[bold]{kind} {step}[/]  {shown}")
       return
     self.seconds = values["step_seconds"]
     parts = [

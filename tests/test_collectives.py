@@ -4,7 +4,6 @@ A step that also moved an activation over fsdp, or the optimizer's state, would 
 numbers, and only be slow.
 """
 
-import math
 from collections import Counter
 
 import jax
@@ -13,11 +12,10 @@ from jax import P
 
 from bigtrain import sharding
 from bigtrain.optim import optimizer
-from bigtrain.optim.adamw import AdamW
 from bigtrain.sharding import Mesh
 from tests import packed
 from tests.collectives import Collective, collectives
-from tests.packed import V, B, D, F, G, H, K, T
+from tests.packed import B, D, F, G, H, K, T, V
 from tests.test_parity import ADAMW
 
 SMALL = 128  # Elements: a bias, a norm, a number for each token. Every weight has more.

@@ -135,7 +135,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
   numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
   with pytest.raises(KeyboardInterrupt):
     train(runs.base(), tmp_path, quiet=True, parts=[Raise(7, *numbers)])
-  assert runs.keys(tmp_path)[-1] in ((6, "train"), (7, "train")) and not runs.events(tmp_path, "left")
+  assert runs.keys(tmp_path)[-1] in ((6, "train"), (7, "train")) and not runs.events(
+    tmp_path, "left"
+  )
 
 
 def test_a_signal_at_the_last_step_leaves_a_finished_run(tmp_path):

