@@ -8,6 +8,7 @@ wrote.
 """
 
 import contextlib
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,9 @@ from bigtrain.config import Refused, nearest
 from bigtrain.experiment import Checkpoints, Experiment
 
 FORMAT = 1  # Raise it when an older version could not read what is written now.
+
+# Orbax logs, with its traceback, what it also raises, and that a reader only reads.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class SaveFailed(OSError):

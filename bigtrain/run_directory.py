@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from filelock import FileLock, Timeout
 
 from bigtrain import config, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 
+LOCK = "run.lock"
 PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -36,6 +38,7 @@ class RunDirectory:
       self.path = epath.Path(os.path.abspath(self.path))  # Orbax takes no relative path.
     self.writes = writes
     self._files: dict[str, Any] = {}
+    self._locked: FileLock | None = None
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -59,7 +62,7 @@ class RunDirectory:
           + "\n  ".join(changes)
           + "\ntake another directory with --dir, or go on with the new config: --allow_changes"
         )
-    elif self.path.is_dir() and (foreign := sorted(filter(_foreign, self._names()))):
+    elif foreign := sorted(path.name for path in self.path.glob("*") if _foreign(path.name)):
       raise Refused(
         f"{self.path} has no config.json but {', '.join(foreign[:5])}: "
         "put that of the run back, or take another directory with --dir"
@@ -67,6 +70,7 @@ class RunDirectory:
     if not self.writes:
       return
     try:
+      self._lock()
       load.write(experiment, self.path, source)
       text = json.dumps(environment(), indent=2)
       (self.path / "environment.json").write_text(text + "\n")
@@ -97,7 +101,22 @@ class RunDirectory:
     path = self.path / "metrics.jsonl"
     return [r for r in read_rows(path) if r["kind"] == kind] if path.exists() else []
 
+  def _lock(self) -> None:
+    """Keeps out a second start of the same run; the lock goes with the process."""
+    if "://" in str(self.path):
+      return
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._locked = FileLock(self.path / LOCK)
+    try:
+      self._locked.acquire(timeout=0)
+    except Timeout:
+      raise Refused(
+        f"another process trains in {self.path}: wait for it, or take another with --dir"
+      ) from None
+
   def close(self) -> None:
+    if self._locked is not None:
+      self._locked.release()
     for file in self._files.values():
       with contextlib.suppress(OSError):  # Every line was flushed, or that was raised.
         file.close()
@@ -113,9 +132,6 @@ class RunDirectory:
       self._files[name].flush()
     except OSError as error:
       raise OSError(error.errno, error.strerror, os.fspath(self.path / name)) from error
-
-  def _names(self) -> list[str]:
-    return [path.name for path in self.path.iterdir()]
 
   def _has_trained(self) -> bool:
     return (self.path / "metrics.jsonl").exists() or any(
@@ -165,7 +181,7 @@ def environment() -> dict[str, Any]:
 
 def _foreign(name: str) -> bool:
   """Whether this is more than a start leaves that was killed before it wrote config.json."""
-  return name != config.FILE and not name.endswith(".unfinished")
+  return name not in (config.FILE, LOCK) and not name.endswith(".unfinished")
 
 
 def _installed(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 Every size is its own number, so that the shape of an array tells what it is.
 
-Dims: B batch, T position, V vocabulary, D model, F hidden, K kv heads, G queries per kv head, H head.
+Dims: B batch, T position, V vocabulary, D model, F hidden, K kv heads, G queries per kv head,
+H head.
 """
 
 import contextlib

@@ -33,6 +33,14 @@ def test_a_run_that_never_trained_takes_any_config(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["steps"] == 7
 
 
+def test_a_second_start_of_a_run_that_trains_is_refused(tmp_path):
+  first = begin(tmp_path)
+  with pytest.raises(Refused, match="another process trains in"):
+    begin(tmp_path)
+  first.close()
+  begin(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "thesis.pdf"])
 def test_a_directory_without_its_config_is_refused(tmp_path, name):
   (tmp_path / name).mkdir()

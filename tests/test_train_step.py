@@ -73,7 +73,7 @@ def test_the_compiled_step_keeps_every_array_where_it_lies():
 
 def test_a_batch_of_padding_alone_has_no_gradient():
   e = calm()
-  _, program, step = packed.compiled(e, meshed=False)
+  _, _, step = packed.compiled(e, meshed=False)
   state = packed.start(e)
   batch = e.data.make(0).batch(0, 16)
   batch |= {name: np.zeros_like(batch[name]) for name in ("weights", "segments", "positions")}

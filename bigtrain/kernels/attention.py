@@ -1,6 +1,7 @@
 """The one attention function: grouped queries, packed documents, windows and soft caps.
 
-Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, H head.
+Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, N all G*T queries
+of a kv head, H head.
 """
 
 import dataclasses
@@ -39,16 +40,19 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=
   """Softmax attention; scores and softmax in float32. Returns (B, T, K, G, H) in the dtype of `v`.
 
   Scores are scaled by H**-0.5 and, with `softcap` c, squashed to c * tanh(score / c) (Gemma 2,
-  arXiv:2408.00118). Heads move in front of positions first: batched products of (T, H) matrices are
-  nearly three times as fast on CPU, and free elsewhere.
+  arXiv:2408.00118). Heads move in front of positions first, and the queries that share a kv head
+  become one dim: batched products of plain matrices are nearly three times as fast on CPU, the
+  softmax's gradient four times, and it is free elsewhere.
   """
-  q_BKGTH = jnp.transpose(q_BTKGH * q_BTKGH.shape[-1] ** -0.5, (0, 2, 3, 1, 4))
+  B, T, K, G, H = q_BTKGH.shape
+  q_BKNH = jnp.transpose(q_BTKGH * H**-0.5, (0, 2, 3, 1, 4)).reshape(B, K, G * T, H)
   k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
-  score_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+  mask_BNS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:])).reshape(B, G * T, -1)
+  score_BKNS = jnp.einsum("bknh,bksh->bkns", q_BKNH, k_BKSH, preferred_element_type=jnp.float32)
   if softcap is not None:
-    score_BKGTS = softcap * jnp.tanh(score_BKGTS / softcap)
-  score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, MASKED)
-  prob_BKGTS = jax.nn.softmax(score_BKGTS).astype(v_BSKH.dtype)
-  prob_BKGTS = sharding.dropout(prob_BKGTS, dropout, key)
-  out_BKGTH = jnp.einsum("bkgts,bksh->bkgth", prob_BKGTS, v_BKSH)
-  return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
+    score_BKNS = softcap * jnp.tanh(score_BKNS / softcap)
+  score_BKNS = jnp.where(mask_BNS[:, None], score_BKNS, MASKED)
+  prob_BKNS = jax.nn.softmax(score_BKNS).astype(v_BSKH.dtype)
+  prob_BKNS = sharding.dropout(prob_BKNS, dropout, key)
+  out_BKNH = jnp.einsum("bkns,bksh->bknh", prob_BKNS, v_BKSH)
+  return jnp.transpose(out_BKNH.reshape(B, K, G, T, H), (0, 3, 1, 2, 4))
