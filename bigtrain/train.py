@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +193,9 @@ def loop(run: Run) -> None:
     run.state = begin(run, program)
     run.say(f"{run.directory.path} has done its {experiment.steps} steps")
     return
-
-  def compile_step(step: int):
-    with run.in_mesh():  # A thread does not inherit it.
-      return program.compile_step(data.stage(step).spec(sizes.at(step)))
-
-  aside = ThreadPoolExecutor()  # For the first step and the data, while the state comes.
-  ahead = [aside.submit(compile_step, step)]
-  prepared = aside.submit(data.stage(step).batch, 0, 1)
-  aside.shutdown(wait=False)
-  run.state = begin(run, program)
   with run.away("data"):
-    prepared.result()
+    data.stage(step).batch(0, 1)
+  run.state = begin(run, program)
   run.directory.drop_rows_after(step)
   example = int(run.state.example)
   feed = Feed(
@@ -224,7 +214,7 @@ def loop(run: Run) -> None:
       if shapes not in compiled:
         jax.block_until_ready(run.state)  # The steps under way are training, not compiling.
         with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
-          compiled[shapes] = ahead.pop().result() if ahead else compile_step(step)
+          compiled[shapes] = program.compile_step(data.stage(step).spec(sizes.at(step)))
       run.state, metrics = compiled[shapes](run.state, batch)
       step += 1
       for part in run.parts:

@@ -1,6 +1,6 @@
 """A small transformer learns the prose of Jane Austen in minutes, on two CPU cores."""
 
-from bigtrain import Evaluation, Experiment
+from bigtrain import Checkpoints, Evaluation, Experiment
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import BPE
 from bigtrain.models.attention import AttentionConfig
@@ -23,12 +23,19 @@ def base() -> Experiment:
   )
   return Experiment(
     model=LanguageModelConfig(
-      vocab=1024, dim=128, layers=4, pattern=(block,), init=Normal(residual="zero"), remat="none"
+      vocab=2048,
+      dim=128,
+      layers=4,
+      pattern=(block,),
+      init=Normal(residual="zero"),
+      remat="none",  # There is memory enough, and
+      unroll=4,  # four layers compile fast enough as they are.
     ),
-    data=TextData(tokenizer=BPE(vocab=1024), seq=128),
+    data=TextData(tokenizer=BPE(vocab=2048), seq=128),
     objective=CausalLM(),
     optimizer=AdamW(lr=3e-3, schedule=Linear(warmup=50), weight_decay=0.1),
-    steps=1500,
+    steps=500,
     batch=32,
-    evaluation=Evaluation(every=500, prompts=("It was a truth",)),
+    evaluation=Evaluation(every=250, prompts=("It was a truth",)),
+    checkpoints=Checkpoints(every=250),
   )

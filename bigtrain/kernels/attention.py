@@ -1,7 +1,7 @@
 """The one attention function: grouped queries, packed documents, windows and soft caps.
 
-Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, N all G*T queries
-of a kv head, H head.
+Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, N all G*T of
+them, H head.
 """
 
 import dataclasses

@@ -137,7 +137,9 @@ def main(c: Settings) -> None:
   more = (a / b - 1).T
   table.add_row("overhead, %", shown(more[0], 100), shown(more[1], 100), "limit 3% of a step")
   table.add_row("host of A, us", "", shown(a[:, 2], 1e6, 0), "limit 1,000")
-  Console().print(table)
+  console = Console()
+  console.width = max(console.width, 110)
+  console.print(table)
 
 
 if __name__ == "__main__":
