@@ -7,6 +7,6 @@ import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
-import jax  # noqa: E402, after the flags that it reads
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -12,6 +12,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,8 @@ def main(c: Settings) -> None:
     table.add_column(column, justify="right", no_wrap=True)
   for dim in c.dims:
     e, _ = load(str(QUICKSTART))
-    e.model.dim = dim  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = e.model
+    model.dim = dim
     megabytes, times = seconds(e, c.saves)
     shown = (f"{np.median(t):.3f}  ({t.max():.3f})" for t in times.T)
     table.add_row(f"{megabytes:,.0f}", *shown)

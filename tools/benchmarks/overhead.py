@@ -75,7 +75,7 @@ class Alternate(Part):
     self.a: list[np.ndarray] = []  # What a block took, as in `now`.
     self.b: list[np.ndarray] = []
 
-  def start(self, run, step: int) -> None:
+  def start(self, run: Any, step: int) -> None:
     super().start(run, step)
     self.plain_step = plain_decoder.make_step(run.experiment)
     self.plain: Any = plain_decoder.start(plain_decoder.parameters(run.state.model))
@@ -110,7 +110,8 @@ def experiment(c: Settings) -> Experiment:
   e, _ = load(str(QUICKSTART))
   e.batch, e.steps = c.batch, (c.blocks + 2) * c.steps
   e.evaluation.every = e.checkpoints.every = e.steps
-  e.model.unroll = c.unroll  # pyright: ignore[reportAttributeAccessIssue]
+  model: Any = e.model
+  model.unroll = c.unroll
   return e
 
 

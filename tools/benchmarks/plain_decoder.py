@@ -19,7 +19,6 @@ from bigtrain.checkpoint import flatten
 from bigtrain.experiment import Experiment
 
 EPS, THETA = 1e-6, 10_000.0
-B1, B2, ADAM_EPS = 0.9, 0.95, 1e-8
 
 
 def parameters(model: Any) -> dict[str, Any]:
@@ -98,9 +97,9 @@ def make_step(e: Experiment):
     number += 1
 
     def update(path, w, g, m, v):
-      m = B1 * m + (1 - B1) * clip * g
-      v = B2 * v + (1 - B2) * (clip * g) ** 2
-      move = m / (1 - B1**number) / (jnp.sqrt(v / (1 - B2**number)) + ADAM_EPS)
+      m = o.b1 * m + (1 - o.b1) * clip * g
+      v = o.b2 * v + (1 - o.b2) * (clip * g) ** 2
+      move = m / (1 - o.b1**number) / (jnp.sqrt(v / (1 - o.b2**number)) + o.eps)
       decay = 0.0 if "scale" in jax.tree_util.keystr(path) else o.weight_decay
       return w - rate * (move + decay * w), m, v
 
