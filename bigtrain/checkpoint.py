@@ -139,7 +139,7 @@ class Store:
       self._manager.reload()
       cause, kept = str(error).strip().split("\n")[0], self.steps()
       raise SaveFailed(
-        f"a checkpoint could not be saved in {self.path}: {cause[:500]}; "
+        f"a checkpoint could not be saved in {self.path}: {_shortened(cause)}; "
         f"{f'that of step {kept[-1]} is whole' if kept else 'there is no earlier one'}"
       ) from error
 
@@ -152,6 +152,11 @@ class Store:
     if kind is None or issubclass(kind, Exception):  # Else it is an interrupt: waits for nothing.
       with contextlib.suppress(Exception):  # What failed was raised before.
         self._manager.close()
+
+
+def _shortened(cause: str) -> str:
+  """The system's word for what went wrong comes last, behind long paths."""
+  return cause if len(cause) <= 500 else f"{cause[:200]} ... {cause[-295:]}"
 
 
 def _shape(leaf) -> str:
