@@ -39,7 +39,9 @@ class Evaluator:
     sums = None
     for example in range(0, data.eval_examples(), size):
       rows = lambda wanted, example=example: data.eval_batch(example, size, wanted)
-      sums = self._add(sums, self.run.weights, put(rows, size, place))
+      batch = put(rows, size, place)
+      jax.block_until_ready(sums)  # One batch ahead: more take memory, and on CPU may deadlock.
+      sums = self._add(sums, self.run.weights, batch)
     values = {
       k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()
     }
@@ -54,6 +56,10 @@ class Evaluating(Part):
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
     self.evaluator = Evaluator(run)
+    if (c := run.experiment.evaluation).prompts:  # Now, not after hours of training.
+      from bigtrain.generate import check_text
+
+      check_text(run.weights, run.data.tokenizer, c.prompts, c.sample_tokens)
 
   def after_step(self, step: int, metrics) -> None:
     c, last = self.run.experiment.evaluation, self.run.experiment.steps

@@ -55,11 +55,23 @@ def generate_text(
   Raises:
     Refused: as `generate`.
   """
-  ids = [np.append(np.int32(tokenizer.eot), x) for x in tokenizer.encode_batch(list(prompts))]
+  ids = _encoded(tokenizer, prompts)
   found = generate(model, ids, length, sampling, stop=tokenizer.eot)
   whole = [tokenizer.decode(np.append(a, b)) for a, b in zip(ids, found, strict=True)]
   # Decoded together: some tokenizers drop the space in front of a text's first word.
   return [text.removeprefix(tokenizer.decode(a)) for a, text in zip(ids, whole, strict=True)]
+
+
+def check_text(
+  model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], length: int
+) -> None:
+  """Refuses prompts and a length that `generate_text` would refuse."""
+  _check(model, _encoded(tokenizer, prompts), length)
+
+
+def _encoded(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
+  """The ids of each prompt, after end-of-text."""
+  return [np.append(np.int32(tokenizer.eot), x) for x in tokenizer.encode_batch(list(prompts))]
 
 
 def generate(

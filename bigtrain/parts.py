@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.experimental import multihost_utils
 
+from bigtrain.config import Refused
+
 if TYPE_CHECKING:
   from bigtrain.cli import Profile
   from bigtrain.run import Run
@@ -104,7 +106,15 @@ class Profiler(Part):
   """A trace of some steps in RUN/profile, for xprof, TensorBoard or Perfetto."""
 
   def __init__(self, first: int, steps: int):
+    if first < 0 or steps < 1:
+      raise Refused(f"profile.start {first}, profile.steps {steps}: from 0 on, and 1 step or more")
     self.first, self.last, self.tracing = first, first + steps, False
+
+  def start(self, run: Run, step: int) -> None:
+    super().start(run, step)
+    if not step <= self.first < run.experiment.steps:
+      last = run.experiment.steps - 1
+      run.say(f"no profile of step {self.first}: this start makes the steps {step} to {last}")
 
   def before_step(self, step: int) -> None:
     if step == self.first:

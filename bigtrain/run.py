@@ -20,7 +20,7 @@ from bigtrain.experiment import Data, Experiment
 from bigtrain.optim.average import averaged
 from bigtrain.run_directory import RunDirectory
 from bigtrain.sharding import Mesh
-from bigtrain.validate import validate
+from bigtrain.validate import check_mesh
 
 if TYPE_CHECKING:
   from bigtrain.parts import Part
@@ -191,7 +191,7 @@ def _fitting_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
     return None
   for mesh in (experiment.mesh, Mesh(), Mesh(data=-1, fsdp=1)):
     try:
-      validate(dataclasses.replace(experiment, mesh=mesh), jax.device_count())
+      check_mesh(dataclasses.replace(experiment, mesh=mesh), jax.device_count())
     except Refused:
       continue
     return mesh.make()

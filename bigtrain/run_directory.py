@@ -53,7 +53,9 @@ class RunDirectory:
       Refused: the directory holds a run of another config, and `allow_changes` is False; or
         something else; or it cannot be written.
     """
-    if (self.path / "config.json").exists():
+    # Listed once: another process may be writing config.json, and then more, at this moment.
+    names = {path.name for path in self.path.glob("*")}
+    if "config.json" in names:
       before, _ = load.read(self.path)
       changes = [] if allow_changes or not self._has_trained() else config.diff(before, experiment)
       if changes:
@@ -62,7 +64,7 @@ class RunDirectory:
           + "\n  ".join(changes)
           + "\ntake another directory with --dir, or go on with the new config: --allow_changes"
         )
-    elif foreign := sorted(path.name for path in self.path.glob("*") if _foreign(path.name)):
+    elif foreign := sorted(filter(_foreign, names)):
       raise Refused(
         f"{self.path} has no config.json but {', '.join(foreign[:5])}: "
         "put that of the run back, or take another directory with --dir"

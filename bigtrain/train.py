@@ -66,11 +66,14 @@ class Program:
 
   def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
     """One update, and its metrics as float32 scalars."""
-    key = jax.random.fold_in(jax.random.key(self.experiment.seed), state.step)
+    # Folding in a small number gives a key that `init` has split off: a branch beside those.
+    steps = jax.random.fold_in(jax.random.key(self.experiment.seed), 2**32 - 1)
+    key = jax.random.fold_in(steps, state.step)
     gradient, output = self.gradient(state.model, batch, key)
     updates, optimizer = self.transformation.update(gradient, state.optimizer, state.model)
     model = optax.apply_updates(state.model, updates)
-    metrics = {name: value / weight for name, (value, weight) in output.metrics.items()}
+    sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
+    metrics = {name: value / weight for name, (value, weight) in sums.items()}
     metrics |= {
       "weight": output.weight,
       "learning_rate": jnp.float32(self.learning_rate(state.step)),

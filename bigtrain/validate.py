@@ -20,6 +20,7 @@ LEAST = {
   "evaluation.every": 0,
   "evaluation.batch": 1,
   "evaluation.sample_tokens": 1,
+  "evaluation.temperature": 0,
   "checkpoints.every": 0,
   "checkpoints.keep": 1,
   "checkpoints.keep_every": 1,
@@ -54,9 +55,14 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
   _check_vocabulary(experiment)
   _check_rows(experiment)
   if devices is not None:
-    shape = experiment.mesh.shape(devices)
-    _check_batches(experiment, shape)
-    _check_dims(experiment, shape)
+    check_mesh(experiment, devices)
+
+
+def check_mesh(experiment: Experiment, devices: int) -> None:
+  """Refuses a mesh that these devices do not make, or that does not divide what it shards."""
+  shape = experiment.mesh.shape(devices)
+  _check_batches(experiment, shape)
+  _check_dims(experiment, shape)
 
 
 def _get(node: Any, path: str) -> Any:

@@ -53,7 +53,7 @@ def llama3_70b() -> Experiment:
 
 
 def llama3_405b() -> Experiment:
-  """405B parameters on 16T tokens, with the paper's schedule and growing batch (section 3.4.1)."""
+  """405B parameters on 17T tokens, with the paper's schedule and growing batch (section 3.4.1)."""
   e = _study(presets.llama3("405b"), lr=8e-5, steps=1_200_000, batch=512)
   # 4M tokens, 8M after the first 252M, 16M after 2.87T. (The first had rows of 4,096.)
   e.batch_stages = ((60, 1024), (342_000, 2048))

@@ -88,6 +88,14 @@ def test_a_run_whose_mesh_does_not_fit_loads_on_what_is_there(trained, tmp_path)
   np.testing.assert_allclose(run.model(tokens), trained.model(tokens), atol=1e-5)
 
 
+def test_a_run_whose_text_is_elsewhere_still_loads_on_its_mesh(trained, tmp_path):
+  shutil.copytree(trained.directory.path, tmp_path / "run")
+  config = json.loads((tmp_path / "run/config.json").read_text())
+  config["data"]["source"]["pattern"] = str(tmp_path / "elsewhere")
+  (tmp_path / "run/config.json").write_text(json.dumps(config))
+  assert load_run(tmp_path / "run").mesh.shape == trained.mesh.shape
+
+
 def test_a_run_from_python_has_its_metrics_and_its_model(trained):
   assert trained.metrics["step"].tolist() == list(range(1, 11))
   loss = trained.metrics["loss"]

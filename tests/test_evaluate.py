@@ -7,13 +7,17 @@ import jax
 import numpy as np
 import pytest
 
+from bigtrain.config import Refused
+from bigtrain.data.text import TextData
 from bigtrain.evaluate import Evaluator
+from bigtrain.experiment import Evaluation
+from bigtrain.models.position import Learned
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.average import averaged
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
 from bigtrain.sharding import Mesh
-from bigtrain.train import Program
+from bigtrain.train import Program, train
 from tests import packed
 
 EXAMPLES = 13
@@ -79,3 +83,12 @@ def test_a_split_without_examples_has_no_metrics(run):
   empty = Run(dataclasses.replace(run.experiment, data=packed.Packed(examples=0)), None, None)
   empty.state = run.state
   assert Evaluator(empty).metrics() == {}
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [("It was", 3), ("It", 5)])
+def test_prompts_that_do_not_fit_are_refused_before_the_first_step(tmp_path, prompt, tokens):
+  e = packed.experiment(data=TextData(seq=4), model={"vocab": 384, "position": Learned(length=6)})
+  e.evaluation = Evaluation(batch=8, prompts=(prompt,), sample_tokens=tokens)
+  with pytest.raises(Refused, match="do not fit into the model's 6 positions"):
+    train(e, tmp_path / "run", quiet=True)
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()

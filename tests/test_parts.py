@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from bigtrain.cli import Profile
+from bigtrain.config import Refused
 from bigtrain.evaluate import Evaluating
 from bigtrain.experiment import Checkpoints
 from bigtrain.metrics import Recorder
@@ -76,6 +77,8 @@ def test_evaluation_stands_before_saving_so_that_its_rows_belong_to_the_checkpoi
   assert [*map(type, default_parts(None))] == [Signals, Recorder, Evaluating, Saver]
   *_, profiler = default_parts(Profile(start=4, steps=2))
   assert isinstance(profiler, Profiler)
+  with pytest.raises(Refused, match=r"profile\.steps 0: from 0 on, and 1 step or more"):
+    default_parts(Profile(start=4, steps=0))
 
 
 @pytest.mark.parametrize(("last", "traced"), [(9, [4, 5]), (5, [4])])
@@ -87,7 +90,8 @@ def test_the_profiler_traces_the_steps_asked_for_and_ends_with_the_run(
   monkeypatch.setattr(jax.profiler, "stop_trace", lambda: tracing.pop())
   directory = types.SimpleNamespace(path=tmp_path, event=lambda name, **f: events.append((name, f)))
   profiler = Profiler(4, 2)
-  profiler.start(types.SimpleNamespace(directory=directory), 0)
+  run = types.SimpleNamespace(directory=directory, experiment=types.SimpleNamespace(steps=last))
+  profiler.start(run, 0)
   for step in range(last):
     profiler.before_step(step)
     if tracing:
@@ -98,3 +102,11 @@ def test_the_profiler_traces_the_steps_asked_for_and_ends_with_the_run(
   profiler.close()
   assert steps == traced and tracing == []
   assert events == [("profile", {"first": 4, "last": 6})]
+
+
+@pytest.mark.parametrize(("step", "said"), [(5, ["5 to 8"]), (4, []), (0, [])])
+def test_a_profile_that_this_start_does_not_reach_is_told(step, said):
+  told = []
+  run = types.SimpleNamespace(say=told.append, experiment=types.SimpleNamespace(steps=9))
+  Profiler(4, 2).start(run, step)
+  assert [line[-6:] for line in told] == said

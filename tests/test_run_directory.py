@@ -48,6 +48,19 @@ def test_a_directory_without_its_config_is_refused(tmp_path, name):
     begin(tmp_path)
 
 
+def test_a_process_that_begins_while_the_first_one_does_is_not_refused(tmp_path, monkeypatch):
+  other = RunDirectory(tmp_path, writes=False)
+  glob = type(other.path).glob
+
+  def late(path, pattern):
+    monkeypatch.undo()
+    begin(tmp_path)
+    return glob(path, pattern)
+
+  monkeypatch.setattr(type(other.path), "glob", late)
+  other.begin(toys.experiment(), None, allow_changes=False)
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   (tmp_path / "file").touch()
   with pytest.raises(Refused, match=r"cannot write .*--dir"):

@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from bigtrain.config import config
 from bigtrain.data.stages import Stages
+from bigtrain.experiment import ObjectiveConfig
+from bigtrain.objectives import Output
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
@@ -80,6 +83,25 @@ def test_a_batch_of_padding_alone_has_no_gradient():
   after, metrics = step(jax.device_put(state), jax.device_put(batch))
   assert metrics["gradient_norm"] == metrics["weight"] == 0
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.model), state.model)
+
+
+def test_no_step_draws_from_a_key_of_initialisation():
+  keys = []
+
+  @config
+  class Keys(ObjectiveConfig):
+    def __call__(self, model, batch, key):
+      keys.append(jax.random.key_data(key).tolist())
+      zero = sum(x.sum() for x in jax.tree.leaves(model)) * 0
+      return Output(zero, batch["weights"].sum(), {})
+
+  e = dataclasses.replace(calm(), objective=Keys())
+  state, batch = jax.device_put(packed.start(e)), e.data.make(0).batch(0, 16)
+  for _ in range(5):
+    state, metrics = Program(e, None).step(state, batch)
+  split = jax.random.key_data(jax.random.split(jax.random.key(e.seed), 5)).tolist()
+  assert len({*map(tuple, keys + split)}) == 10
+  assert metrics["loss"] == 0  # Also of an objective that names no loss.
 
 
 def test_batches_and_data_change_at_their_steps_and_each_new_shape_is_announced(tmp_path):

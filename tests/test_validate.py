@@ -62,6 +62,7 @@ MESH = Mesh(data=2, fsdp=2)
     ({"steps": 0}, "steps must be at least 1, not 0"),
     ({"steps": "100"}, "steps must be int, not '100' (str)"),
     ({"evaluation": Evaluation(every=-1)}, "evaluation.every must be at least 0, not -1"),
+    ({"evaluation": Evaluation(temperature=-0.5)}, "evaluation.temperature must be at least 0"),
     ({"batch_stages": ((9, 32), (5, 32))}, "batch_stages start at steps [9, 5]"),
     ({"batch_stages": ((9, 0),)}, "batch_stages: every batch must be at least 1"),
     (

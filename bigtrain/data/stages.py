@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from bigtrain.config import Refused, config
+from bigtrain.data.text import TextData
+from bigtrain.data.tokenizers import BPE, Tokenizer
 from bigtrain.experiment import Data, DataConfig
 
 if TYPE_CHECKING:
@@ -36,6 +38,12 @@ class Stages(DataConfig):
       raise Refused(f"stages begin at steps {steps}: the first is 0 and each is after the last")
     if len(sizes := {data.vocabulary() for _, data in self.stages}) > 1:
       raise Refused(f"stages have vocabularies of {sizes} tokens: give all the same tokenizer")
+    texts = [data for _, data in self.stages if isinstance(data, TextData)]
+    if len({(t.tokenizer, isinstance(t.tokenizer, BPE) and t.source) for t in texts}) > 1:
+      raise Refused(
+        "stages have different tokenizers (BPE learns one from each source): give all the same "
+        "tokenizer.json by TokenizerFile"
+      )
 
   def smoke(self) -> Self:
     return dataclasses.replace(self, stages=tuple((s, data.smoke()) for s, data in self.stages))
@@ -55,6 +63,10 @@ class StagedData(Data):
 
   def batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
     return self.stage(0).batch(example, size, rows)
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    return self._stages[-1][1].tokenizer
 
   def eval_examples(self) -> int:
     return self._stages[-1][1].eval_examples()

@@ -45,9 +45,13 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=
   softmax's gradient four times, and it is free elsewhere.
   """
   B, T, K, G, H = q_BTKGH.shape
-  q_BKNH = jnp.transpose(q_BTKGH * H**-0.5, (0, 2, 3, 1, 4)).reshape(B, K, G * T, H)
+  # Reshaping says its sharding: that of a dim of size 1 would be lost.
+  shaped = lambda x, dims, shape: jnp.reshape(x, shape, out_sharding=sharding.act(dims))
+  q_BKGTH = jnp.transpose(q_BTKGH * H**-0.5, (0, 2, 3, 1, 4))
+  q_BKNH = shaped(q_BKGTH, "BKNH", (B, K, G * T, H))
   k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
-  mask_BNS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:])).reshape(B, G * T, -1)
+  mask_BGTS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:]))
+  mask_BNS = shaped(mask_BGTS, "BNS", (B, G * T, mask_BTS.shape[-1]))
   score_BKNS = jnp.einsum("bknh,bksh->bkns", q_BKNH, k_BKSH, preferred_element_type=jnp.float32)
   if softcap is not None:
     score_BKNS = softcap * jnp.tanh(score_BKNS / softcap)
@@ -55,4 +59,5 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=
   prob_BKNS = jax.nn.softmax(score_BKNS).astype(v_BSKH.dtype)
   prob_BKNS = sharding.dropout(prob_BKNS, dropout, key)
   out_BKNH = jnp.einsum("bkns,bksh->bknh", prob_BKNS, v_BKSH)
-  return jnp.transpose(out_BKNH.reshape(B, K, G, T, H), (0, 3, 1, 2, 4))
+  out_BKGTH = shaped(out_BKNH, "BKGTH", (B, K, G, T, H))
+  return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))

@@ -50,7 +50,7 @@ class Constant(Schedule):
 
 @config
 class InverseSqrt(Schedule):
-  """sqrt(warmup / s), whatever the length of the run (Vaswani 2017, arXiv:1706.03762)."""
+  """sqrt(warmup / (s + 1)), whatever the length of the run (Vaswani 2017, arXiv:1706.03762)."""
 
   warmup: int = 10_000  # Steps until the peak; T5's (arXiv:1910.10683).
 

@@ -152,10 +152,15 @@ def test_stages_give_each_step_its_data_and_refuse_what_cannot_follow(files):
   data = staged.make(0)
   assert [data.stage(s).batch(0, 2)["tokens"].shape[1] for s in (0, 9, 10, 99)] == [32, 32, 64, 64]
   assert data.eval_examples() == long.make(0).eval_examples()
+  assert data.tokenizer.digest == long.make(0).tokenizer.digest
   with pytest.raises(Refused, match="the first is 0"):
     Stages(stages=((1, short),)).check()
   with pytest.raises(Refused, match="the same tokenizer"):
     Stages(stages=((0, short), (5, TextData(source=files, tokenizer=BPE(vocab=300))))).check()
+  learned = TextData(source=files, tokenizer=BPE(vocab=300))
+  Stages(stages=((0, learned), (5, dataclasses.replace(learned, seq=32)))).check()
+  with pytest.raises(Refused, match="BPE learns one from each"):  # Even of the same size.
+    Stages(stages=((0, learned), (5, dataclasses.replace(learned, source=Austen())))).check()
 
 
 def test_smoke_takes_short_rows_of_a_small_corpus(files, monkeypatch):

@@ -9,6 +9,7 @@ from bigtrain.kernels.attention import Tokens, attend, visible
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.initial import Initializer, Normal
 from bigtrain.models.norm import RMSNormConfig
+from bigtrain.sharding import Mesh, act
 from tests.models.build import filled, normal, row
 
 D = 24
@@ -135,3 +136,13 @@ def test_dropped_attention_keeps_its_mean():
   # Each of 256 sums of 16 weights of 1/16, kept with 3/4 and scaled by 4/3.
   assert abs(float(out.mean()) - 1) < 4 * np.sqrt(1 / 3 / 16 / 256)
   assert abs(float(out.std()) - np.sqrt(1 / 3 / 16)) < 0.03
+
+
+def test_a_single_head_keeps_its_sharding():
+  """An axis of size 1 still stands in the type: jax 0.12 loses it in a reshape that does not say."""
+  with jax.set_mesh(Mesh(data=8, fsdp=1).make()):
+    place = lambda dims: jax.sharding.NamedSharding(jax.sharding.get_mesh(), act(dims))
+    shape = lambda dims, *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place(dims))
+    q, k = shape("BTKGH", 8, 6, 1, 1, 4), shape("BSKH", 8, 6, 1, 4)
+    mask = jax.ShapeDtypeStruct((8, 6, 6), bool, sharding=place("BTS"))
+    assert jax.eval_shape(attend, q, k, k, mask).sharding.spec == act("BTKGH")
