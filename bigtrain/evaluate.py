@@ -65,7 +65,6 @@ class Evaluating(Part):
     c, last = self.run.experiment.evaluation, self.run.experiment.steps
     if not (c.every and step % c.every == 0) and step != last:
       return
-    jax.block_until_ready(metrics)  # The step itself is training, not evaluation.
     with self.run.away("evaluate", step=step):
       values = self.evaluator.metrics()
     values = {f"eval/validation/{name}": value for name, value in values.items()}

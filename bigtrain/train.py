@@ -215,7 +215,6 @@ def loop(run: Run) -> None:
       batch = next(feed)
       shapes = tuple(x.shape for x in batch.values())
       if shapes not in compiled:
-        jax.block_until_ready(run.state)  # The steps under way are training, not compiling.
         with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
           compiled[shapes] = program.compile_step(data.stage(step).spec(sizes.at(step)))
       run.state, metrics = compiled[shapes](run.state, batch)

@@ -62,6 +62,28 @@ def test_every_held_out_example_counts_once_whatever_the_batch(run, wanted, size
   assert Evaluator(run).metrics() == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_batch_is_dispatched_when_the_one_before_it_is_done(run, monkeypatch):
+  """Hundreds on their way at once deadlocked eight virtual devices until XLA aborted."""
+  running = []
+
+  class Sums:
+    def block_until_ready(self):
+      running.remove(self)
+
+    def __array__(self, *_, **__):
+      return np.ones(2)
+
+  def add(*_):
+    assert not running
+    running.append(Sums())
+    return {"loss": running[0]}
+
+  run.experiment.evaluation.batch = 5
+  evaluator = Evaluator(run)
+  monkeypatch.setattr(evaluator, "_add", add)
+  assert evaluator.metrics()["loss"] == 1
+
+
 def test_averaged_weights_are_those_evaluated(run, wanted):
   raw = by_hand(run.state.model, run.data)
   assert abs(raw["loss"] - wanted["loss"]) > 0.01

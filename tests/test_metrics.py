@@ -141,6 +141,7 @@ def test_speed_is_that_of_training_alone(recorded):
   evaluating.evaluator = types.SimpleNamespace(metrics=evaluate)
   for step in range(1, 7):
     values = {"loss": device.step()}
+    run.state = types.SimpleNamespace(step=values["loss"])  # Ready when the step is.
     recorder.after_step(step, values)
     evaluating.after_step(step, values)
   assert device.now == 6 + 2 * 7

@@ -139,7 +139,7 @@ def test_dropped_attention_keeps_its_mean():
 
 
 def test_a_single_head_keeps_its_sharding():
-  """An axis of size 1 still stands in the type: jax 0.12 loses it in a reshape that does not say."""
+  """An axis of size 1 still stands in the type: jax 0.12 loses it in a bare reshape."""
   with jax.set_mesh(Mesh(data=8, fsdp=1).make()):
     place = lambda dims: jax.sharding.NamedSharding(jax.sharding.get_mesh(), act(dims))
     shape = lambda dims, *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place(dims))
