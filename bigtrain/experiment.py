@@ -90,6 +90,10 @@ class Data(abc.ABC):
   def batch(self, example: int, size: int, rows: "slice | None" = None) -> "dict[str, np.ndarray]":
     """Rows `rows` (all if None) of the batch of `size` examples from global index `example` on."""
 
+  def digest(self) -> str | None:
+    """Of what decides the batches besides the config, such as files; a resumed run must find it."""
+    return None
+
   @property
   def tokenizer(self) -> "Tokenizer":
     """What turns text into tokens and back."""
@@ -165,7 +169,7 @@ class Checkpoints:
 
   every: int = 500  # Steps.
   keep: int = 2  # The newest ones.
-  keep_every: int | None = None  # Steps; multiples of it are kept for ever.
+  keep_every: int | None = None  # Steps; multiples of it are saved too, and kept for ever.
 
 
 @config

@@ -50,8 +50,9 @@ class Saver(Part):
 
   def after_step(self, step: int, metrics) -> None:
     self.run.store.check()
-    every, last = self.run.experiment.checkpoints.every, self.run.experiment.steps
-    if not (every and step % every == 0) and step != last and not self.run.left:
+    c, last = self.run.experiment.checkpoints, self.run.experiment.steps
+    due = any(every and step % every == 0 for every in (c.every, c.keep_every))
+    if not due and step != last and not self.run.left:
       return
     for part in self.run.parts:
       part.on_save(step)

@@ -10,8 +10,10 @@ import os
 import pathlib
 import threading
 import urllib.request
+import zlib
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from bigtrain.config import Refused
@@ -40,9 +42,21 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-  """Waits until every process has come to the barrier of that name."""
-  multihost_utils.sync_global_devices(name)
+def agree(**facts) -> None:
+  """Meets all processes, and goes on only if they were told the same.
+
+  Raises:
+    Refused: on all of them, with the names of the facts that differ.
+  """
+  if jax.process_count() == 1:
+    return
+  own_F = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()], np.uint32)
+  all_PF = multihost_utils.process_allgather(own_F)
+  if differ := [name for i, name in enumerate(facts) if len(set(all_PF[:, i].tolist())) > 1]:
+    raise Refused(
+      f"the processes differ in {', '.join(differ)}: start all by the same command, with the same "
+      "files and one run directory that all of them see"
+    )
 
 
 def _explicit() -> dict:

@@ -173,9 +173,10 @@ def load_run(run_dir: str | os.PathLike, step: int | None = None) -> Run:
   Raises:
     Refused: the directory holds no run, or no checkpoint yet.
   """
-  from bigtrain.train import Program
+  from bigtrain.train import Program, enable_compilation_cache
 
   processes.initialize()
+  enable_compilation_cache()
   experiment, _ = load.read(run_dir)
   directory = RunDirectory(run_dir, writes=False)
   mesh = _fitting_mesh(experiment)
@@ -200,4 +201,5 @@ def _fitting_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
   names = {name for row in rows for name in row} - {"kind"}
-  return {name: np.array([row.get(name, np.nan) for row in rows]) for name in sorted(names)}
+  number = lambda value: np.nan if value is None else value  # Not in that row, or not finite.
+  return {name: np.array([number(row.get(name)) for row in rows]) for name in sorted(names)}

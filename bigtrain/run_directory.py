@@ -1,6 +1,6 @@
 """The run directory: what a run writes about itself, and how that is read back.
 
-    RUN/  config.json  experiment.py  environment.json  metrics.jsonl  events.jsonl
+    RUN/  config.json  experiment.py  environment.json  data.json  metrics.jsonl  events.jsonl
           checkpoints/  tensorboard/  profile/
 
 Only the first process writes. Rows of metrics.jsonl are unique by (step, kind): when a run resumes,
@@ -9,6 +9,7 @@ rows past the restored step are dropped before new ones are written.
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -38,6 +39,7 @@ class RunDirectory:
       self.path = epath.Path(os.path.abspath(self.path))  # Orbax takes no relative path.
     self.writes = writes
     self._files: dict[str, Any] = {}
+    self._allow_changes = False
     self._locked: FileLock | None = None
 
   @property
@@ -53,6 +55,7 @@ class RunDirectory:
       Refused: the directory holds a run of another config, and `allow_changes` is False; or
         something else; or it cannot be written.
     """
+    self._allow_changes = allow_changes
     # Listed once: another process may be writing config.json, and then more, at this moment.
     names = {path.name for path in self.path.glob("*")}
     if "config.json" in names:
@@ -82,13 +85,26 @@ class RunDirectory:
         "take another with --dir"
       ) from error
 
+  def check_data(self, digest: str | None) -> None:
+    """Refuses to go on with other data than the run began with; at its start, notes which it is."""
+    path, found = self.path / "data.json", json.dumps({"digest": digest}) + "\n"
+    if path.exists() and not self._allow_changes and self._has_trained():
+      if path.read_text() != found:
+        raise Refused(
+          f"the files of the data are not those that {self.path} was trained on: put them back, "
+          "take another directory with --dir, or go on with the new ones: --allow_changes"
+        )
+    elif self.writes:
+      _replace(path, found)
+
   def event(self, name: str, **fields) -> None:
     """Adds a line to events.jsonl, with the time."""
     self._append("events.jsonl", {"time": round(time.time(), 3), "event": name, **fields})
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
-    """Adds a row to metrics.jsonl."""
-    self._append("metrics.jsonl", {"step": step, "kind": kind, **values})
+    """Adds a row to metrics.jsonl; what is no finite number becomes null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    self._append("metrics.jsonl", {"step": step, "kind": kind, **finite})
 
   def drop_rows_after(self, step: int) -> None:
     """Forgets the metrics of steps that a restored run will do again."""

@@ -17,6 +17,7 @@ import optax
 
 from bigtrain import checkpoint, processes, sharding
 from bigtrain.cli import Profile
+from bigtrain.config import dump
 from bigtrain.data import cache
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Experiment
@@ -160,7 +161,7 @@ def train(
 
   Args:
     experiment: what to train; it is copied, so later changes to it do not matter.
-    run_dir: the run directory, also `gs://`; run_directory.py says what lies in it.
+    run_dir: the run directory; run_directory.py says what lies in it.
     source: the experiment's file, of which the run directory keeps a copy.
     quiet: no progress on the console.
     allow_changes: go on in `run_dir` also if it holds a run of another config.
@@ -197,7 +198,10 @@ def loop(run: Run) -> None:
     run.say(f"{run.directory.path} has done its {experiment.steps} steps")
     return
   with run.away("data"):
+    digest = data.digest()
     data.stage(step).batch(0, 1)
+  run.directory.check_data(digest)
+  processes.agree(config=dump(experiment), data=digest, step=step)
   run.state = begin(run, program)
   run.directory.drop_rows_after(step)
   example = int(run.state.example)

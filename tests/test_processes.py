@@ -30,7 +30,13 @@ marker = pathlib.Path(sys.argv[1]) / "marker"
 if not processes.is_first():
   time.sleep(0.5)
   marker.touch()
-processes.barrier("written")
+processes.agree(marker="written")
+try:
+  processes.agree(config="same", step=jax.process_index())
+except processes.Refused as refused:
+  assert "differ in step:" in str(refused)
+else:
+  raise AssertionError("different steps were taken for the same")
 local = len(jax.local_devices())
 said = f"{processes.is_first()} {local} {total[0]} {marker.exists()}"
 (marker.parent / str(jax.process_index())).write_text(said)  # Gloo prints to stdout too.
@@ -81,7 +87,7 @@ def started(code: str, *arguments: str, **variables: str):
     child.communicate()
 
 
-def test_two_processes_sum_over_one_mesh_and_meet_at_a_barrier(tmp_path):
+def test_two_processes_sum_over_one_mesh_and_agree(tmp_path):
   common = {"BIGTRAIN_COORDINATOR": f"127.0.0.1:{free_port()}", "BIGTRAIN_PROCESSES": "2"}
   with contextlib.ExitStack() as stack:
     children = [

@@ -131,3 +131,21 @@ def test_what_failed_to_be_written_is_named(tmp_path):
   directory._files["metrics.jsonl"] = Full()
   with pytest.raises(OSError, match=r"No space left on device.*metrics\.jsonl"):
     directory.row(2, "train", {})
+
+
+def test_other_data_than_the_run_began_with_is_refused(tmp_path):
+  first = begin(tmp_path)
+  first.check_data("a")
+  first.row(1, "train", {"loss": 1.0})
+  first.check_data("a")
+  with pytest.raises(Refused, match="the files of the data are not those"):
+    first.check_data("b")
+  first.close()
+  begin(tmp_path, allow_changes=True).check_data("b")
+  begin(tmp_path).check_data("b")
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+  directory = begin(tmp_path)
+  directory.row(1, "train", {"loss": float("nan"), "weight": 2.0})
+  assert directory.rows("train") == [{"step": 1, "kind": "train", "loss": None, "weight": 2.0}]

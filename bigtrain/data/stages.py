@@ -64,6 +64,9 @@ class StagedData(Data):
   def batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
     return self.stage(0).batch(example, size, rows)
 
+  def digest(self) -> str:
+    return " ".join(str(data.digest()) for _, data in self._stages)
+
   @property
   def tokenizer(self) -> Tokenizer:
     return self._stages[-1][1].tokenizer

@@ -67,6 +67,10 @@ class Text(Data):
     """The tokenised source; building it may take long, and happens once for ever."""
     return prepare(self._config.source, self._config.tokenizer)
 
+  def digest(self) -> str:
+    """Of the files' contents, how they are read, and the tokenizer; not of where they lie."""
+    return self.prepared.folder.name
+
   @property
   def tokenizer(self) -> Tokenizer:
     return self.prepared.tokenizer
