@@ -45,10 +45,9 @@ class Mesh:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
       sizes[free[0]] = devices // fixed
-    wanted = fixed * max(sizes[free[0]], 1) if free else fixed
-    if wanted != devices:
+    if math.prod(sizes.values()) != devices:
       raise Refused(
-        f"mesh wants {'a multiple of ' if free else ''}{wanted} devices ({said}) but {devices} "
+        f"mesh wants {'a multiple of ' if free else ''}{fixed} devices ({said}) but {devices} "
         f"{'is' if devices == 1 else 'are'} attached; set --mesh.fsdp -1 and the other axes to a "
         f"divisor of {devices} to use what is there"
       )

@@ -79,8 +79,6 @@ class Program:
       "weight": output.weight,
       "learning_rate": jnp.float32(self.learning_rate(state.step)),
       "gradient_norm": global_norm(gradient),
-      "update_norm": global_norm(updates),
-      "parameter_norm": global_norm(model),
     }
     state = dataclasses.replace(
       state,

@@ -34,9 +34,12 @@ class Optimizer(OptimizerConfig):
     """What the optimizer makes of the gradient, before decay and learning rate."""
 
   def make(self, steps: int) -> optax.GradientTransformation:
+    direction = self.direction()
+    if not isinstance(direction, optax.GradientTransformation):
+      raise Refused(f"{type(self).__name__}.direction() returned {direction}, not a transformation")
     links = [
       self.clip is not None and clip_by_global_norm(self.clip),
-      self.direction(),
+      direction,
       self.weight_decay and decay_weights(self.weight_decay, self.no_decay),
       optax.scale_by_learning_rate(self.learning_rate(steps)),
       self.average is not None and track_average(self.average),

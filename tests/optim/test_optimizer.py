@@ -185,3 +185,13 @@ def test_defaults_are_possible():
   for optimizer in (AdamW(lr=0.1), SGD(lr=0.1)):
     optimizer.check()
     optimizer.schedule.check()
+
+
+def test_an_optimizer_that_returns_no_direction_is_refused():
+  @config
+  class Forgetful(Optimizer):
+    def direction(self):
+      optax.scale_by_sign()
+
+  with pytest.raises(Refused, match=r"Forgetful.direction\(\) returned None"):
+    Forgetful(lr=0.1).make(10)
