@@ -24,11 +24,7 @@ from tests import runs, toys
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prepared(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as environment:
-    runs.prepare(tmp_path_factory.mktemp("runs"), environment)
-    yield
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 @pytest.fixture(scope="module")

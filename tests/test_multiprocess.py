@@ -37,11 +37,7 @@ print(jax.process_count(), digest.hexdigest())
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prepared(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as environment:
-    runs.prepare(tmp_path_factory.mktemp("runs"), environment)
-    yield
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,7 @@ from tests import runs
 LONG = ("--steps", "60")  # Over a second, of which the saves take most.
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prepared(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as environment:
-    runs.prepare(tmp_path_factory.mktemp("runs"), environment)
-    yield
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 @pytest.fixture(scope="module")
