@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from bigtrain.config import Refused
   from bigtrain.experiment import Checkpoints, Evaluation, Experiment, Logging
+  from bigtrain.run import load_run
   from bigtrain.sharding import Mesh
-  from bigtrain.train import load_run, train
+  from bigtrain.train import train
 
 __all__ = [
   "Checkpoints",
@@ -29,8 +30,9 @@ __all__ = [
 _ROOMS = {
   "config": ("Refused",),
   "experiment": ("Checkpoints", "Evaluation", "Experiment", "Logging"),
+  "run": ("load_run",),
   "sharding": ("Mesh",),
-  "train": ("load_run", "train"),
+  "train": ("train",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -10,7 +10,7 @@ wrote.
 import contextlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from bigtrain import config
 from bigtrain.config import Refused, nearest
 from bigtrain.experiment import Checkpoints, Experiment
+from bigtrain.failures import OUT_OF_MEMORY
 
 FORMAT = 1  # Raise it when an older version could not read what is written now.
 
@@ -64,6 +65,7 @@ class Store:
     if keep and keep.keep_every:
       policies.append(preservation_policy.EveryNSteps(keep.keep_every))
     self.path = path
+    self._unchecked = False  # A save was begun whose end nobody has seen.
     self._manager = ocp.CheckpointManager(
       path,
       item_handlers=ocp.PyTreeCheckpointHandler(),
@@ -87,15 +89,17 @@ class Store:
     """
     about = {"format": FORMAT, "config": config.dump(experiment)}
     args = ocp.args.PyTreeSave(flatten(state), custom_metadata=about)
+    self._unchecked = True
     self._saving(lambda: self._manager.save(step, args=args, force=True))
 
   def check(self) -> None:
     """Raises SaveFailed if a save in the background has failed; does not wait."""
-    if not self._manager.is_saving_in_progress():
+    if self._unchecked and not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
     """Returns when what was saved is durable; raises SaveFailed if it could not be."""
+    self._unchecked = False
     self._saving(self._manager.wait_until_finished)
 
   def restore(self, step: int, like):
@@ -110,18 +114,24 @@ class Store:
       Refused: a newer version wrote it, or a leaf is missing or has another shape or dtype.
     """
     want, at = flatten(like), f"checkpoint {self.path / str(step)}"
-    metadata = self._manager.item_metadata(step)
-    if (version := metadata.custom_metadata["format"]) > FORMAT:
+    with self._reading(step):
+      metadata = self._manager.item_metadata(step)
+      version = metadata.custom_metadata["format"]
+      have = {name: _shape(leaf) for name, leaf in metadata.tree.items()}
+    if version > FORMAT:
       raise Refused(
         f"{at} has format {version}, and this version of bigtrain reads up to {FORMAT}: "
         "install a newer one"
       )
-    have = {name: _shape(leaf) for name, leaf in metadata.tree.items()}
+    remedy = (
+      "it is of another model or optimizer: undo that change, or begin without this checkpoint "
+      "(another --dir, no weights_from)"
+    )
     for name, leaf in want.items():
       if name not in have:
-        raise Refused(f"{at} has no {name}{nearest(name, have)}")
+        raise Refused(f"{at} has no {name}{nearest(name, have)}; {remedy}")
       if have[name] != _shape(leaf):
-        raise Refused(f"{at} has {name} as {have[name]}, not {_shape(leaf)}")
+        raise Refused(f"{at} has {name} as {have[name]}, not {_shape(leaf)}; {remedy}")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
     want = jax.tree.map(place, want)
@@ -130,7 +140,25 @@ class Store:
       restore_args=ocp.checkpoint_utils.construct_restore_args(want),
       partial_restore=True,
     )
-    return unflatten(self._manager.restore(step, args=args), like)
+    with self._reading(step):
+      return unflatten(self._manager.restore(step, args=args), like)
+
+  @contextlib.contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      if OUT_OF_MEMORY in str(error):
+        raise
+      cause = str(error).strip().split("\n")[0][:150]
+      earlier = [other for other in self.steps() if other < step]
+      then = (
+        f"go on from that of step {earlier[-1]}" if earlier else "begin anew: there is no earlier"
+      )
+      raise Refused(
+        f"checkpoint {self.path / str(step)} cannot be read: {cause}; if it is damaged, remove "
+        f"that directory to {then}"
+      ) from error
 
   def _saving(self, run) -> None:
     try:

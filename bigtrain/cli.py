@@ -6,15 +6,19 @@ here imports jax before a command needs it, so that help is quick.
 
 import dataclasses
 import importlib
+import inspect
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from bigtrain.config import Refused, check_types, config, nearest
+from bigtrain.annotations import check_types
+from bigtrain.config import Refused, config, nearest
 from bigtrain.exit_codes import Exit
+from bigtrain.failures import explained, unraisable
+from bigtrain.flags import parse
 
 if TYPE_CHECKING:
   from bigtrain.experiment import Experiment
@@ -40,6 +44,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
+  if argv is None:  # The process is this command's own.
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, _stop)
+    sys.unraisablehook = unraisable
   name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
   try:
     if name in ("-h", "--help"):
@@ -50,16 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     function = getattr(importlib.import_module(command.module), command.function)
     return function(arguments) or Exit.DONE
-  except (Refused, OSError) as error:  # The latter as by a full disk.
+  except Exception as error:
+    if (found := explained(error)) is None:
+      raise
     if os.environ.get("BIGTRAIN_TRACEBACK") == "1":
       traceback.print_exception(error)
-    print(f"bigtrain: {error}", file=sys.stderr)
-    return Exit.REFUSED if isinstance(error, Refused) else Exit.FAILED
-  except KeyboardInterrupt:
-    goes_on = "; the same command goes on from what was saved" if name == "train" else ""
-    print(f"bigtrain: stopped at once{goes_on}", file=sys.stderr, flush=True)
-    # Nothing is closed: that may take minutes, and what is on disk survives a kill at any moment.
-    os._exit(Exit.LEFT)
+    message, code = found
+    print(f"bigtrain: {message}", file=sys.stderr)
+    return code
+
+
+def _stop(number: int, frame) -> None:
+  """Ends the process at once: a KeyboardInterrupt can get lost in callbacks of compiled libraries.
+
+  Nothing is closed: that may take minutes, and what is on disk survives a kill at any moment.
+  """
+  os.write(2, b"bigtrain: stopped at once; what was saved before is whole\n")
+  os._exit(Exit.LEFT)
 
 
 def usage() -> str:
@@ -111,10 +126,8 @@ def train(arguments: list[str]) -> int | None:
       "Trains path.py[:function] (base unless given), or goes on with a run directory. "
       "`bigtrain train EXPERIMENT --help` also lists every field of that experiment."
     )
-    _parse(RunFlags, RunFlags(), arguments, "bigtrain train EXPERIMENT", about)
+    parse([RunFlags()], arguments, "bigtrain train EXPERIMENT", about)
     return Exit.DONE
-  # Until there is something to save, a polite kill is what Ctrl-C is.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
   from bigtrain.load import load
 
   experiment, source = load(target)
@@ -123,15 +136,17 @@ def train(arguments: list[str]) -> int | None:
 
   validate(experiment)
   run_dir = flags.dir or source.run_dir(smoke=flags.smoke)
+  from bigtrain.parts import Profiler
   from bigtrain.train import train as train_experiment
 
+  profile = flags.profile
   run = train_experiment(
     experiment,
     run_dir,
     source=source.file,
     quiet=flags.quiet,
     allow_changes=flags.allow_changes,
-    profile=flags.profile,
+    parts=[] if profile.start is None else [Profiler(profile.start, profile.steps)],
   )
   return Exit.LEFT if run.left else Exit.DONE
 
@@ -144,24 +159,17 @@ def override(
   --smoke shrinks the experiment before that, so that an override means what it says.
 
   Raises:
-    Refused: a field of the experiment holds a wrong type.
-    SystemExit: with code 2 after one message about the arguments, or 0 after --help.
+    Refused: a field of the experiment holds a wrong type, or an argument is wrong.
+    SystemExit: with code 0, after --help.
   """
-  from bigtrain.experiment import Experiment
-
   check_types(experiment)
   if "--smoke" in arguments:
     from bigtrain.smoke import shrink
 
     experiment = shrink(experiment)
-  import tyro
-
-  unprefixed = tyro.conf.arg(name="")
-  fields = (("flags", RunFlags), ("experiment", Experiment))
-  both = dataclasses.make_dataclass("Train", [(n, Annotated[t, unprefixed]) for n, t in fields])
-  default = both(RunFlags(), experiment)
-  parsed = _parse(both, default, arguments, prog, "Flags of the run and fields of the experiment.")
-  return parsed.flags, parsed.experiment
+  about = "Flags of the run and fields of the experiment."
+  flags, experiment = parse([RunFlags(), experiment], arguments, prog, about)
+  return flags, experiment
 
 
 @config
@@ -172,7 +180,7 @@ class Evaluate:
 def evaluate(arguments: list[str]) -> None:
   """bigtrain evaluate RUN."""
   run_dir, _ = _run_arguments(Evaluate(), arguments, "runs/quickstart")
-  from bigtrain.train import load_run
+  from bigtrain.run import load_run
 
   for name, value in load_run(run_dir).evaluate().items():
     print(f"{name} {value:.6g}")
@@ -180,34 +188,36 @@ def evaluate(arguments: list[str]) -> None:
 
 @config
 class Sample:
-  """Prints continuations of a prompt by a run's newest checkpoint."""
+  """Prints a prompt with its continuation by a run's newest checkpoint.
+
+  Between several of them stands a line of three dashes.
+  """
 
   prompt: str = ""  # The text to continue.
   tokens: int = 200  # Length of a continuation.
   temperature: float = 0.8  # 0 takes the likeliest token.
   top_k: int | None = None  # Only the k likeliest tokens.
   top_p: float | None = None  # Only the likeliest tokens that hold this probability together.
-  seed: int = 0
-  samples: int = 1  # Continuations.
+  seed: int = 0  # Another one gives other continuations.
+  samples: int = 1  # How many continuations.
 
 
 def sample(arguments: list[str]) -> None:
   """bigtrain sample RUN --prompt TEXT."""
   run_dir, chosen = _run_arguments(Sample(), arguments, "runs/quickstart --prompt 'It was'")
-  from bigtrain.train import load_run
+  from bigtrain.run import load_run
 
   settings = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
-  for text in load_run(run_dir).sample(**settings):
-    print(text)
+  print("\n---\n".join(chosen.prompt + text for text in load_run(run_dir).sample(**settings)))
 
 
 def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str, T]:
   """The run directory and the settings of a command about a run."""
   command = type(default).__name__.lower()
   run_dir = _target(arguments, command, "RUN", example)
-  about = type(default).__doc__ or ""
+  about = inspect.getdoc(type(default)) or ""
   rest = arguments if run_dir is None else arguments[1:]
-  chosen = _parse(type(default), default, rest, f"bigtrain {command} {run_dir or 'RUN'}", about)
+  [chosen] = parse([default], rest, f"bigtrain {command} {run_dir or 'RUN'}", about)
   return str(run_dir), chosen
 
 
@@ -219,20 +229,6 @@ def _target(arguments: list[str], command: str, name: str, example: str) -> str 
   if not first or first.startswith("-"):
     raise Refused(f"bigtrain {command} takes {name} first: bigtrain {command} {example}")
   return first
-
-
-def _parse(kind: type, default, arguments: list[str], prog: str, about: str):
-  import tyro
-
-  return tyro.cli(
-    kind,
-    default=default,
-    args=arguments,
-    prog=prog,
-    description=about,
-    config=(tyro.conf.AvoidSubcommands,),
-    use_underscores=True,
-  )
 
 
 if __name__ == "__main__":

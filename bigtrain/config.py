@@ -10,13 +10,12 @@ import copy
 import dataclasses
 import difflib
 import importlib
-import math
+import inspect
 import sys
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
-from typing import get_type_hints as hints
+from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 FILE = "experiment.py"  # What a class of the experiment file, kept in the run directory, is under.
@@ -27,6 +26,10 @@ class Refused(Exception):
   """An input was refused before any work; exit code 2. The message names cause and remedy."""
 
 
+class NoField(Refused, AttributeError):
+  """A field was set that the config does not have."""
+
+
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
   """Makes `cls` a keyword-only, slotted, value-hashed dataclass.
@@ -35,16 +38,33 @@ def config(cls: type[T]) -> type[T]:
   never changes another.
 
   Raises:
-    TypeError: a base class without `__slots__` would let misspelt fields pass.
+    TypeError: a base class without `__slots__` would let misspelt fields pass; or a public value of
+      the class has no annotation, so that it would be no field.
   """
   for name, default in list(vars(cls).items()):
+    plain = not (name.startswith("_") or callable(default) or hasattr(default, "__get__"))
+    if plain and name not in inspect.get_annotations(cls):
+      kind = type(default).__name__
+      raise TypeError(
+        f"{cls.__name__}.{name} has no type, so it is no field; write `{name}: {kind} = ...` for a "
+        f"field, `{name}: ClassVar[{kind}] = ...` for a constant"
+      )
     if any(True for _ in configs(default)):
       factory = lambda value=default: copy.deepcopy(value)
       setattr(cls, name, dataclasses.field(default_factory=factory))
   made = dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
   if made.__dictoffset__:
     raise TypeError(f"{made.__name__}: every base class of a config needs `__slots__ = ()`")
+  made.__setattr__ = _set
   return made
+
+
+def _set(node: Any, name: str, value: Any) -> None:
+  try:
+    object.__setattr__(node, name, value)
+  except AttributeError:
+    near = nearest(name, [field.name for field in dataclasses.fields(node)])
+    raise NoField(f"{type(node).__name__} has no field {name!r}{near}") from None
 
 
 def is_config(value: object) -> bool:
@@ -74,38 +94,6 @@ def configs(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def join(path: str, name: str | int) -> str:
   """The dotted path of a field of what lies at `path`."""
   return f"{path}.{name}" if path else str(name)
-
-
-def check_types(root: Any) -> None:
-  """Refuses a field whose value its annotation does not allow, by its path."""
-  for path, node in configs(root):
-    try:
-      kinds = hints(type(node))
-    except NameError as error:
-      raise Refused(f"{type(node).__name__}: an annotation cannot be resolved: {error}") from error
-    for field in dataclasses.fields(node):
-      value, kind = getattr(node, field.name), kinds[field.name]
-      if not fits(value, kind):
-        raise Refused(f"{join(path, field.name)} must be {_said(kind)}, not {_shown(value)}")
-
-
-def fits(value: Any, kind: Any) -> bool:
-  """Whether the annotation `kind` allows `value`; an int may stand for a float."""
-  origin, args = get_origin(kind), get_args(kind)
-  if origin in (Union, types.UnionType):
-    return any(fits(value, arg) for arg in args)
-  if origin is Literal:
-    return any(value == arg and type(value) is type(arg) for arg in args)
-  if origin is tuple:
-    if not isinstance(value, tuple):
-      return False
-    every = (args[0],) * len(value) if args[-1:] == (...,) else args
-    return len(value) == len(every) and all(map(fits, value, every))
-  if kind is float:
-    return type(value) in (int, float) and math.isfinite(value)
-  if kind in (int, str, bool):
-    return type(value) is kind
-  return value is None if kind in (None, type(None)) else isinstance(value, kind)
 
 
 def dump(value: Any) -> Any:
@@ -171,7 +159,7 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 def _brief(tree: Any) -> str:
   if isinstance(tree, list):
     return f"[{', '.join(map(_brief, tree))}]"
-  return tree["class"].split(":")[-1] if isinstance(tree, dict) else repr(tree)
+  return tree["class"].split(":")[-1] if isinstance(tree, dict) else shortened(tree)
 
 
 def _class_name(cls: type) -> str:
@@ -198,17 +186,9 @@ def _find_class(name: str, file: types.ModuleType | None, at: str) -> type:
   return found
 
 
-def _said(kind: Any) -> str:
-  if get_origin(kind) in (Union, types.UnionType):
-    return " or ".join(map(_said, get_args(kind)))
-  if get_origin(kind) is Literal:
-    return " or ".join(map(repr, get_args(kind)))
-  if get_origin(kind) is tuple:
-    return f"tuple[{', '.join('...' if a is ... else _said(a) for a in get_args(kind))}]"
-  return "None" if kind in (None, type(None)) else getattr(kind, "__name__", str(kind))
-
-
-def _shown(value: Any) -> str:
+def shortened(value: Any) -> str:
+  """What Python prints for a value, on one line of 60 characters at most."""
   if is_config(value):
-    return f"a {type(value).__name__}"
-  return f"{value!r} ({type(value).__name__})"
+    return f"{type(value).__name__}(...)"
+  text = " ".join(repr(value).split())
+  return text if len(text) <= 60 else f"{text[:57]}..."

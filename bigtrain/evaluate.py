@@ -4,13 +4,13 @@ Every held-out example counts exactly once: the last batch is padded with rows o
 and weights are added up before they are divided, so that the number of processes changes nothing.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from bigtrain import sharding
+from bigtrain.config import Refused
 from bigtrain.data.feed import put
 from bigtrain.parts import Part
 
@@ -33,8 +33,16 @@ class Evaluator:
     self._add = jax.jit(add)
 
   def metrics(self) -> dict[str, float]:
-    """Each metric's mean by weight; `perplexity` too where there is a loss."""
+    """Each metric's mean by weight, and what the objective derives from these.
+
+    Raises:
+      Refused: nothing is held out.
+    """
     data, size = self.run.data, self.run.experiment.evaluation.batch
+    if not data.eval_examples():
+      raise Refused(
+        "the data holds nothing out to evaluate on; set the source's `validation`, as to 0.01"
+      )
     place = sharding.batch_sharding()
     sums = None
     for example in range(0, data.eval_examples(), size):
@@ -45,9 +53,7 @@ class Evaluator:
     values = {
       k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()
     }
-    if "loss" in values:
-      values["perplexity"] = math.exp(min(values["loss"], 700.0))
-    return values
+    return values | (self.run.experiment.objective.derived(values) if values else {})
 
 
 class Evaluating(Part):
@@ -65,10 +71,11 @@ class Evaluating(Part):
     c, last = self.run.experiment.evaluation, self.run.experiment.steps
     if not (c.every and step % c.every == 0) and step != last:
       return
-    with self.run.away("evaluate", step=step):
-      values = self.evaluator.metrics()
-    values = {f"eval/validation/{name}": value for name, value in values.items()}
-    self.run.record(step, "eval", values)
+    if self.run.data.eval_examples():
+      with self.run.away("evaluate", step=step):
+        values = self.evaluator.metrics()
+      values = {f"eval/validation/{name}": value for name, value in values.items()}
+      self.run.record(step, "eval", values)
     if c.prompts:
       with self.run.away("sample", step=step):
         self._sample(step)

@@ -6,7 +6,7 @@ or objective is a @config class that fulfils one of the contracts below; nothing
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from bigtrain.config import Refused, config
 from bigtrain.sharding import Mesh
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
   import jax
   import numpy as np
   import optax
+  from etils import epath
   from flax import nnx
 
   from bigtrain.data.tokenizers import Tokenizer
@@ -94,10 +95,22 @@ class Data(abc.ABC):
     """Of what decides the batches besides the config, such as files; a resumed run must find it."""
     return None
 
+  def kept_out(self) -> str | None:
+    """What of the input is not in the data, in one line; None if all is."""
+    return None
+
+  def about(self) -> str:
+    """How much there is to learn from, in a few words for people; "" if that is not known."""
+    return ""
+
   @property
   def tokenizer(self) -> "Tokenizer":
     """What turns text into tokens and back."""
     raise Refused("this experiment's data is not text: there is nothing to sample")
+
+  def tokenizer_json(self) -> str | None:
+    """What a run directory keeps for `DataConfig.read_tokenizer`, if that needs anything."""
+    return None
 
   @abc.abstractmethod
   def eval_examples(self) -> int:
@@ -131,6 +144,10 @@ class DataConfig(abc.ABC):
     """Tokens of the longest row, touching no data; None without tokens."""
     return None
 
+  def read_tokenizer(self, path: "epath.Path") -> "Tokenizer | None":
+    """The tokenizer that a run kept in a file, touching no data; None if there is none."""
+    return None
+
   def check(self) -> None: ...
 
   def smoke(self) -> Self:
@@ -148,6 +165,10 @@ class ObjectiveConfig(abc.ABC):
     self, model: "nnx.Module", batch: "dict[str, jax.Array]", key: "jax.Array | None"
   ) -> "Output":
     """Sums over this batch. `key` is None in evaluation (no dropout)."""
+
+  def derived(self, means: dict[str, float]) -> dict[str, float]:
+    """Metrics of a whole evaluation that are no means themselves, from those that are."""
+    return {}
 
   def check(self) -> None: ...
 
@@ -180,14 +201,23 @@ class Logging:
   tensorboard: bool = True  # Also write TensorBoard files.
 
 
-@config
-class Experiment:
-  """Everything that decides what a run computes."""
+M = TypeVar("M", bound=ModelConfig)
+D = TypeVar("D", bound=DataConfig)
+U = TypeVar("U", bound=OptimizerConfig)  # It makes updates.
+L = TypeVar("L", bound=ObjectiveConfig)  # It makes losses.
 
-  model: ModelConfig
-  data: DataConfig
-  optimizer: OptimizerConfig
-  objective: ObjectiveConfig
+
+@config
+class Experiment(Generic[M, D, U, L]):
+  """Everything that decides what a run computes.
+
+  Generic for type checkers alone: after `e = base()`, `e.model.layers` needs no cast.
+  """
+
+  model: M
+  data: D
+  optimizer: U
+  objective: L
   steps: int  # Updates.
   batch: int  # Global batch, rows.
   batch_stages: tuple[tuple[int, int], ...] = ()  # (step, batch): that batch from that step on.

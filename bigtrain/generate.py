@@ -8,6 +8,7 @@ Dims: B batch, T prompt position, N sampled position, V vocabulary, C candidate 
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class Sampling:
   # Only the likeliest tokens that hold this probability together, the one that reaches it included
   # (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751).
   top_p: float | None = None
-  seed: int = 0
+  seed: int = 0  # Another one gives other tokens.
 
   def check(self) -> None:
     if self.temperature < 0:
@@ -105,16 +106,10 @@ def generate(
   shards = sharding.axis_size("B")
   rows = -(-len(prompts) // shards) * shards  # The mesh must divide the batch.
   tokens_BT, lengths_B = _right_aligned(prompts, rows)
+  choice = Choice(sampling.temperature or None, sampling.top_p, np.uint32(sampling.seed % 2**32))
+  end = np.int32(-1 if stop is None else stop)
   sampled_BN = _sample(
-    model,
-    tokens_BT,
-    lengths_B,
-    np.uint32(sampling.seed % 2**32),
-    np.int32(-1 if stop is None else stop),
-    sampling.temperature or None,
-    sampling.top_p,
-    top_k=sampling.top_k,
-    length=length,
+    model, tokens_BT, lengths_B, choice, end, top_k=sampling.top_k, length=length
   )
   found = np.asarray(sampled_BN)[: len(prompts)]
   return [row[: np.append(np.flatnonzero(row == stop), length)[0]] for row in found]
@@ -155,14 +150,22 @@ def _right_aligned(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray
   return tokens_BT, lengths_B
 
 
+class Choice(NamedTuple):
+  """What of a Sampling may change without compiling anew."""
+
+  temperature: float | None  # None takes the likeliest token.
+  top_p: float | None
+  seed: np.uint32
+
+
 @functools.partial(jax.jit, static_argnames=("top_k", "length"))
 def _sample(
-  model, tokens_BT, lengths_B, seed, stop, temperature, top_p, *, top_k: int | None, length: int
+  model, tokens_BT, lengths_B, choice: Choice, stop, *, top_k: int | None, length: int
 ) -> jax.Array:
   """Sampled tokens (B, N) int32, replicated; what stands after a row's `stop` means nothing."""
   B, T = tokens_BT.shape
   positions_BT = jnp.maximum(jnp.arange(T) - T + lengths_B[:, None], -1)
-  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(choice.seed), jnp.arange(B))
 
   def decode(tokens_BT, positions_BT, cache):
     batch = sharding.act("BT")
@@ -178,7 +181,7 @@ def _sample(
     logits_BTV, cache = decode(token_B[:, None], positions_BT, cache)
     logits_BV = _placed(logits_BTV[:, 0], sharding.spec({}, "BV"))
     keys_now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
-    token_B = draw(logits_BV, keys_now_B, temperature, top_k, top_p)
+    token_B = draw(logits_BV, keys_now_B, choice.temperature, top_k, choice.top_p)
     sampled_BN = sampled_BN.at[:, n].set(token_B)
     return n + 1, token_B, ended_B | (token_B == stop), sampled_BN, cache
 

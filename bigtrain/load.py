@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import get_origin
 
 from etils import epath
 
@@ -65,8 +66,10 @@ def functions(path: Path) -> dict[str, Callable[[], Experiment]]:
   """The public functions of an experiment file that return an Experiment, by name."""
   public = {name: f for name, f in vars(_module(path)).items() if name[0] != "_"}
   found = {name: f for name, f in public.items() if inspect.isfunction(f)}
-  kinds = (Experiment, "Experiment", "bigtrain.Experiment")
-  return {name: f for name, f in found.items() if f.__annotations__.get("return") in kinds}
+  kinds = (str(Experiment), "Experiment", "bigtrain.Experiment")  # Or Experiment[...].
+  returned = {name: f.__annotations__.get("return") for name, f in found.items()}
+  plain = {name: str(get_origin(kind) or kind).partition("[")[0] for name, kind in returned.items()}
+  return {name: f for name, f in found.items() if plain[name] in kinds}
 
 
 def write(experiment: Experiment, run_dir: str | os.PathLike, file: Path | None = None) -> None:

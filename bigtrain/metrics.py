@@ -5,7 +5,6 @@ costs 2 forward and 4 backward, attention its two products over the positions it
 them where it is causal). MFU is that over the chip's peak in bfloat16 (PaLM, arXiv:2204.02311).
 """
 
-import math
 import time
 from typing import TYPE_CHECKING
 
@@ -47,19 +46,20 @@ class Recorder(Part):
     super().start(run, step)
     self.pending: tuple[int, dict[str, jax.Array]] | None = None
     self.peak = peak_flops()
-    self._begin_interval()
+    self._begin_interval(None)  # Later: the first step of a start, which warms up, is not timed.
 
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self.flush()
     self.pending = step, metrics
-    rows, *dims = self.run.spec(step - 1).shape
-    self.tokens += rows * math.prod(dims[:1])
-    self.flops += rows * (self.run.experiment.model.flops(*dims[:1]) or 0.0)
+    rows, length = self.run.batch_shape(step - 1)
+    self.unit = "examples" if length is None else "tokens"
+    self.amount += rows * (length or 1)
+    self.flops += rows * (self.run.experiment.model.flops(length or 1) or 0.0)
     self.steps, self.waited = self.steps + 1, self.waited + self.run.feed.wait
     if step == self.run.experiment.steps:
       self.flush()
 
-  def on_save(self, step: int) -> None:
+  def on_away(self, phase: str) -> None:
     self.flush()
 
   def flush(self) -> None:
@@ -68,27 +68,30 @@ class Recorder(Part):
       return
     (step, metrics), self.pending = self.pending, None
     jax.block_until_ready(metrics)
+    now = time.perf_counter() - self.run.seconds_away()  # A clock that runs while it trains.
     c = self.run.experiment
-    if step % c.logging.every == 0 or step == c.steps:
+    due = step % c.logging.every == 0 or step == c.steps
+    if due:
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-      self.run.record(step, "train", values | self._speed())
-      self._begin_interval()
+      speed = {} if self.since is None else self._speed(now - self.since)
+      self.run.record(step, "train", values | speed)
+    if due or self.since is None:
+      self._begin_interval(now)
 
-  def _begin_interval(self) -> None:
-    self.tokens = self.steps = 0
+  def _begin_interval(self, now: float | None) -> None:
+    self.steps = self.amount = 0
     self.flops = self.waited = 0.0
-    self.since, self.away = time.perf_counter(), self.run.seconds_away()
+    self.since = now
 
-  def _speed(self) -> dict[str, float]:
-    """Means over the interval, without the time that went to evaluation, saving or compiling."""
-    away = self.run.seconds_away() - self.away
-    seconds = max(time.perf_counter() - self.since - away, 1e-9)
+  def _speed(self, seconds: float) -> dict[str, float]:
+    """Means over an interval of so many seconds of training."""
     speed = {
-      "step_seconds": seconds / max(self.steps, 1),
-      "input_wait_seconds": self.waited / max(self.steps, 1),
-      "tokens_per_second": self.tokens / seconds,
-      "model_flops_per_second": self.flops / seconds,
+      "step_seconds": seconds / self.steps,
+      "input_wait_seconds": self.waited / self.steps,
+      f"{self.unit}_per_second": self.amount / seconds,
     }
-    if self.peak is not None:
-      speed["mfu"] = self.flops / seconds / self.peak
+    if self.flops:
+      speed["model_flops_per_second"] = self.flops / seconds
+      if self.peak is not None:
+        speed["mfu"] = self.flops / seconds / self.peak
     return speed

@@ -25,8 +25,8 @@ class Output:
   loss_sum: jax.Array  # What is differentiated, summed over the batch, float32.
   weight: jax.Array  # What `loss_sum` is divided by.
   metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): their ratio is meant.
-  # State that has no gradients, as it is after this batch.
-  variables: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # The second part of `state.partition(model)` as it is after this batch; None if unchanged.
+  variables: Any = None
   taps: dict[str, Any] = dataclasses.field(default_factory=dict)  # Statistics of the layers.
 
 
@@ -36,7 +36,8 @@ class CausalLM(ObjectiveConfig):
 
   The model offers `hidden(tokens_BT, positions_BT, segments_BT, key) -> x_BTD` and
   `output_VD() -> table_VD`. Metrics: `loss` (nats a token, without smoothing and z-loss, so that
-  runs compare), `accuracy`, `z_loss` where it is on, `bits_per_byte` where the batch has `bytes`.
+  runs compare), `accuracy`, `z_loss` where it is on, `bits_per_byte` and `nats_per_byte` where the
+  batch has `bytes`; of an evaluation also `perplexity`.
   """
 
   # Tokens whose logits a device holds at once, in float32; None: all, in the compute dtype. A chunk
@@ -74,5 +75,10 @@ class CausalLM(ObjectiveConfig):
     if self.z_loss:
       metrics["z_loss"] = (sums["z_loss"], weight)
     if "bytes" in batch:
-      metrics["bits_per_byte"] = (sums["nll"] / math.log(2), (weights_BT * batch["bytes"]).sum())
+      n_bytes = (weights_BT * batch["bytes"]).sum()
+      metrics["bits_per_byte"] = (sums["nll"] / math.log(2), n_bytes)
+      metrics["nats_per_byte"] = (sums["nll"], n_bytes)
     return Output(loss, weight, metrics)
+
+  def derived(self, means: dict[str, float]) -> dict[str, float]:
+    return {"perplexity": math.exp(min(means["loss"], 700.0))}  # Above, a float overflows.

@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 from bigtrain.config import Refused
 
 if TYPE_CHECKING:
-  from bigtrain.cli import Profile
   from bigtrain.run import Run
 
 
@@ -35,8 +34,11 @@ class Part:
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """After update number `step` was dispatched; `metrics` may still be on their way."""
 
-  def on_save(self, step: int) -> None:
-    """Before the state after `step` updates is saved: what belongs to it is made durable."""
+  def on_away(self, phase: str) -> None:
+    """Before time goes to something else ("evaluate", "save", ...), all updates so far being done.
+
+    What belongs to the state is made durable here, before that is saved.
+    """
 
   def close(self) -> None:
     """At the end, also after an error."""
@@ -54,8 +56,6 @@ class Saver(Part):
     due = any(every and step % every == 0 for every in (c.every, c.keep_every))
     if not due and step != last and not self.run.left:
       return
-    for part in self.run.parts:
-      part.on_save(step)
     with self.run.away("save", step=step):
       self.run.store.save(step, self.run.state, self.run.experiment)
 
@@ -63,8 +63,8 @@ class Saver(Part):
 class Signals(Part):
   """SIGTERM and Ctrl-C: the run saves at one step agreed by all processes, and leaves.
 
-  Ctrl-C after that stops at once. Before the first step there is nothing to save: a signal does
-  then what it did before.
+  Ctrl-C after that does what it did before the run, as does every signal before the first step,
+  when there is nothing to save.
   """
 
   def start(self, run: Run, step: int) -> None:
@@ -89,7 +89,8 @@ class Signals(Part):
 
   def _handle(self, number: int, frame) -> None:
     if self.received and number == signal.SIGINT:
-      raise KeyboardInterrupt
+      before = self.before[number]
+      (before if callable(before) else signal.default_int_handler)(number, frame)
     self.received = signal.Signals(number).name
     # Not by print, which the signal may have interrupted.
     os.write(
@@ -134,12 +135,9 @@ class Profiler(Part):
       self.run.directory.event("profile", first=self.first, last=self.last)
 
 
-def default_parts(profile: Profile | None) -> list[Part]:
+def default_parts() -> list[Part]:
   """The parts of every run. Evaluation comes before saving: its rows belong to the checkpoint."""
   from bigtrain.evaluate import Evaluating
   from bigtrain.metrics import Recorder
 
-  parts: list[Part] = [Signals(), Recorder(), Evaluating(), Saver()]
-  if profile is not None and profile.start is not None:
-    parts.append(Profiler(profile.start, profile.steps))
-  return parts
+  return [Signals(), Recorder(), Evaluating(), Saver()]

@@ -61,12 +61,14 @@ def agree(**facts) -> None:
 
 def _explicit() -> dict:
   """What the BIGTRAIN variables say, as arguments of jax."""
+  least = {SETTINGS[1]: 1, SETTINGS[2]: 0}
+  numbers = [_whole(name, n) for name, n in least.items() if os.environ.get(name)]
   if missing := [name for name in SETTINGS if not os.environ.get(name)]:
     raise Refused(
       f"{' and '.join(missing)} must be set too: {', '.join(SETTINGS)} are host:port of process 0, "
       "how many processes there are, and which one this is, from 0; unset all for a single process"
     )
-  coordinator, count, number = os.environ[SETTINGS[0]], _whole(SETTINGS[1], 1), _whole(SETTINGS[2])
+  coordinator, (count, number) = os.environ[SETTINGS[0]], numbers
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
     raise Refused(
@@ -93,12 +95,12 @@ def _launcher() -> str | None:
   In jax's order of detection: the first launcher that is present decides.
   """
   if "OMPI_COMM_WORLD_SIZE" in os.environ:
-    return "OMPI_COMM_WORLD_SIZE" if int(os.environ["OMPI_COMM_WORLD_SIZE"]) > 1 else None
+    return "OMPI_COMM_WORLD_SIZE" if _whole("OMPI_COMM_WORLD_SIZE", 1) > 1 else None
   # A batch script without srun has SLURM_NTASKS too, but is one process and no step.
   if "SLURM_STEP_NODELIST" in os.environ:
     name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-    return name if int(os.environ.get(name, 1)) > 1 else None
-  if int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+    return name if os.environ.get(name) and _whole(name, 1) > 1 else None
+  if os.environ.get("MEGASCALE_NUM_SLICES") and _whole("MEGASCALE_NUM_SLICES") > 1:
     return "MEGASCALE_NUM_SLICES"
   for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
     if name in os.environ:

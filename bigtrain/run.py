@@ -4,27 +4,28 @@ import contextlib
 import dataclasses
 import functools
 import os
-import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
-from bigtrain import checkpoint, load, processes
+from bigtrain import checkpoint, console, load, processes
 from bigtrain.checkpoint import Store
+from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Data, Experiment
 from bigtrain.optim.average import averaged
+from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run_directory import RunDirectory
 from bigtrain.sharding import Mesh
+from bigtrain.state import State, combine
 from bigtrain.validate import check_mesh
 
 if TYPE_CHECKING:
+  from bigtrain.data.tokenizers import Tokenizer
   from bigtrain.parts import Part
-  from bigtrain.train import State
   from bigtrain.writers import Writer
 
 
@@ -41,6 +42,9 @@ class OnMesh:
   def __getattr__(self, name: str):
     return getattr(self._model, name)
 
+  def __repr__(self) -> str:
+    return repr(self._model)
+
 
 class Run:
   """One run, live or loaded."""
@@ -54,19 +58,43 @@ class Run:
   ):
     self.experiment, self.directory, self.mesh = experiment, directory, mesh
     self.parts: list[Part] = []
-    self.state: State | None = None
+    self.leaves: list[jax.Array] = []  # Of the state, as the compiled step takes them.
     self.writers: list[Writer] = []  # Where records go besides the run directory.
     self.phases: dict[str, float] = {}  # Seconds of what was not training.
+
+  def __repr__(self) -> str:
+    said, losses = [str(self.directory.path)], self.metrics.get("loss")
+    if self.leaves:
+      size = sum(leaf.size for leaf in jax.tree.leaves(self.state.model))
+      said.append(f"step {self.state.step} of {self.experiment.steps}, {size:,} parameters")
+    if losses is not None:
+      said.append(f"last loss {losses[-1]:.4f}")
+    return f"<Run {', '.join(said)}>"
 
   @functools.cached_property
   def data(self) -> Data:
     return self.experiment.data.make(self.experiment.seed)
 
+  @functools.cached_property
+  def tokenizer(self) -> "Tokenizer":
+    """What turns text into tokens and back: what the directory keeps, else the data's."""
+    kept = self.experiment.data.read_tokenizer(self.directory.tokenizer)
+    return self.data.tokenizer if kept is None else kept
+
+  @property
+  def state(self) -> State:
+    """All that is trained; the loop replaces it at each step."""
+    return jax.tree.unflatten(self._structure, self.leaves)
+
+  @state.setter
+  def state(self, state: State) -> None:
+    self.leaves, self._structure = jax.tree.flatten(state)
+
   @property
   def weights(self) -> Any:
     """The module to evaluate and sample with: averaged weights, where the optimizer keeps them."""
-    assert self.state is not None
-    return averaged(self.state.optimizer, self.state.model)
+    state = self.state
+    return combine(averaged(state.optimizer, state.model), state.variables)
 
   @property
   def model(self):
@@ -74,14 +102,14 @@ class Run:
     return self.weights if self.mesh is None else OnMesh(self.weights, self.mesh)
 
   @property
-  def metrics(self) -> dict[str, np.ndarray]:
+  def metrics(self) -> Columns:
     """The rows of metrics.jsonl as arrays by name: one entry for each logged step."""
-    return _columns(self.directory.rows("train"))
+    return columns(self.directory.rows("train"))
 
   @property
-  def evaluations(self) -> dict[str, np.ndarray]:
+  def evaluations(self) -> Columns:
     """The same for evaluations: `evaluations["eval/validation/loss"]` at `evaluations["step"]`."""
-    return _columns(self.directory.rows("eval"))
+    return columns(self.directory.rows("eval"))
 
   def evaluate(self) -> dict[str, float]:
     """Metrics of the weights on the held-out split."""
@@ -96,17 +124,20 @@ class Run:
 
     with self.in_mesh():
       return generate_text(
-        self.weights, self.data.tokenizer, [prompt] * samples, tokens, Sampling(**sampling)
+        self.weights, self.tokenizer, [prompt] * samples, tokens, Sampling(**sampling)
       )
 
   def in_mesh(self):
     """A context in which the run's mesh, if it has one, is in force."""
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-  def spec(self, step: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the first array of the batch that update `step` (from 0) consumes."""
-    sizes = Sizes(self.experiment.batch, self.experiment.batch_stages)
-    return next(iter(self.data.stage(step).spec(sizes.at(step)).values()))
+  def batch_shape(self, step: int) -> tuple[int, int | None]:
+    """Rows of the batch that update `step` (from 0) consumes; tokens of a row, None without any."""
+    rows = Sizes(self.experiment.batch, self.experiment.batch_stages).at(step)
+    if not self.experiment.data.row_length():
+      return rows, None
+    spec = self.data.stage(step).spec(rows)
+    return rows, next(iter(spec.values())).shape[1]
 
   def record(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Writes a row to metrics.jsonl and to whoever else wants it; on the first process only."""
@@ -125,7 +156,7 @@ class Run:
   def say(self, text: str) -> None:
     """Tells people, also those who want no progress on the console; on the first process only."""
     if self.directory.writes:
-      print(f"bigtrain: {text}", file=sys.stderr, flush=True)
+      console.say(text)
 
   def seconds_away(self) -> float:
     """Seconds that went to anything but training, so far."""
@@ -134,10 +165,15 @@ class Run:
   @contextlib.contextmanager
   def away(self, phase: str, **fields) -> Iterator[None]:
     """Marks time that is not training: counted by phase, and an event says how long it was."""
-    if self.state is not None:
-      jax.block_until_ready(self.state.step)  # What was dispatched before is training.
+    if self.leaves:
+      jax.block_until_ready(self.leaves[0])  # What was dispatched before is training.
+      for part in self.parts:
+        part.on_away(phase)
     started = time.perf_counter()
-    yield
+    with contextlib.ExitStack() as stack:
+      for writer in self.writers:
+        stack.enter_context(writer.phase(phase))
+      yield
     seconds = time.perf_counter() - started
     self.phases[phase] = self.phases.get(phase, 0.0) + seconds
     self.directory.event(phase, **fields, seconds=round(seconds, 3))
@@ -153,6 +189,8 @@ class Run:
       with Store(self.directory.checkpoints, self.experiment.checkpoints) as self.store:
         yield
       self.directory.event("left" if self.left else "end")
+      for writer in () if self.left else self.writers:
+        writer.end()
     except BaseException as error:
       with contextlib.suppress(OSError):  # A full disk, say, of which `error` tells.
         self.directory.event("error", error=f"{type(error).__name__}: {error}"[:2000])
@@ -173,8 +211,6 @@ def load_run(run_dir: str | os.PathLike, step: int | None = None) -> Run:
   Raises:
     Refused: the directory holds no run, or no checkpoint yet.
   """
-  from bigtrain.train import Program, enable_compilation_cache
-
   processes.initialize()
   enable_compilation_cache()
   experiment, _ = load.read(run_dir)
@@ -197,9 +233,3 @@ def _fitting_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
       continue
     return mesh.make()
   return None
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-  names = {name for row in rows for name in row} - {"kind"}
-  number = lambda value: np.nan if value is None else value  # Not in that row, or not finite.
-  return {name: np.array([number(row.get(name)) for row in rows]) for name in sorted(names)}

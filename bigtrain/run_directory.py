@@ -1,7 +1,7 @@
 """The run directory: what a run writes about itself, and how that is read back.
 
-    RUN/  config.json  experiment.py  environment.json  data.json  metrics.jsonl  events.jsonl
-          checkpoints/  tensorboard/  profile/
+    RUN/  config.json  experiment.py  environment.json  data.json  tokenizer.json  metrics.jsonl
+          events.jsonl  checkpoints/  tensorboard/  profile/
 
 Only the first process writes. Rows of metrics.jsonl are unique by (step, kind): when a run resumes,
 rows past the restored step are dropped before new ones are written.
@@ -96,6 +96,15 @@ class RunDirectory:
         )
     elif self.writes:
       _replace(path, found)
+
+  @property
+  def tokenizer(self) -> epath.Path:
+    return self.path / "tokenizer.json"
+
+  def keep_tokenizer(self, text: str | None) -> None:
+    """Keeps what turns text into tokens, so that sampling needs no corpus."""
+    if self.writes and text is not None:
+      _replace(self.tokenizer, text)
 
   def event(self, name: str, **fields) -> None:
     """Adds a line to events.jsonl, with the time."""

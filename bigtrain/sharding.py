@@ -46,10 +46,12 @@ class Mesh:
     if free:
       sizes[free[0]] = devices // fixed
     if math.prod(sizes.values()) != devices:
+      others = "the other axes" if free else "--mesh.fsdp -1 and the other axes"
+      cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
       raise Refused(
         f"mesh wants {'a multiple of ' if free else ''}{fixed} devices ({said}) but {devices} "
-        f"{'is' if devices == 1 else 'are'} attached; set --mesh.fsdp -1 and the other axes to a "
-        f"divisor of {devices} to use what is there"
+        f"{'is' if devices == 1 else 'are'} attached; set {others} to a divisor of {devices} to "
+        f"use what is there{f', or JAX_NUM_CPU_DEVICES={fixed} to try it on CPU' if cpu else ''}"
       )
     return sizes
 

@@ -9,6 +9,7 @@ import dataclasses
 
 from bigtrain.config import configs
 from bigtrain.experiment import DataConfig, Experiment, ModelConfig
+from bigtrain.optim.schedule import Schedule
 from bigtrain.sharding import Mesh
 from bigtrain.validate import padded
 
@@ -28,6 +29,9 @@ def shrink(experiment: Experiment) -> Experiment:
   if known is not None and needed is not None and not needed <= known <= padded(needed):
     setattr(e.model, "vocab", padded(needed))  # noqa: B010, not every model has a vocabulary.
   e.steps = min(e.steps, STEPS)
+  for _, node in configs(e.optimizer):
+    if isinstance(node, Schedule):
+      node.warmup = min(node.warmup, max(e.steps // 10, 1))
   rows = ROWS * e.microbatches
   e.batch = min(e.batch, rows)
   stages = e.batch_stages[: e.steps - 1]

@@ -3,13 +3,18 @@
 What concerns one object is that object's own `check`; here is what concerns several.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bigtrain.config import Refused, check_types, configs
+import jax
+
+from bigtrain.annotations import check_types
+from bigtrain.config import Refused, configs
 from bigtrain.experiment import Experiment
+from bigtrain.optim.schedule import Schedule
 from bigtrain.sharding import ACTIVATION, AXES, WEIGHT
 
 LEAST = {
@@ -37,32 +42,74 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     devices: how many are attached, to check the mesh against; None checks everything else.
 
   Raises:
-    Refused: with the cause, the nearest right value, and what to change.
+    Refused: a line for each problem: the cause, the nearest right value, and what to change.
   """
   check_types(experiment)
-  for path, least in LEAST.items():
-    value = _get(experiment, path)
-    if value is not None and value < least:
-      raise Refused(f"{path} must be at least {least}, not {value}")
-  _check_stages(experiment)
-  for path, node in configs(experiment):
-    if hasattr(node, "check"):
-      try:
-        node.check()
-      except Refused as error:
-        named = str(error).startswith(path.split(".")[0])
-        raise error if named else Refused(f"{path}: {error}") from error
-  _check_vocabulary(experiment)
-  _check_rows(experiment)
-  if devices is not None:
-    check_mesh(experiment, devices)
+  _all(
+    *(functools.partial(_check_least, experiment, *least) for least in LEAST.items()),
+    *(functools.partial(_check_node, *found) for found in configs(experiment)),
+    functools.partial(_check_stages, experiment),
+  )
+  _all(
+    functools.partial(_check_microbatches, experiment),
+    functools.partial(_check_vocabulary, experiment),
+    functools.partial(_check_rows, experiment),
+    functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
+  )
 
 
 def check_mesh(experiment: Experiment, devices: int) -> None:
   """Refuses a mesh that these devices do not make, or that does not divide what it shards."""
   shape = experiment.mesh.shape(devices)
-  _check_batches(experiment, shape)
-  _check_dims(experiment, shape)
+  wide = [axis for axis, size in shape.items() if size > 1]
+  if len(wide) > 1 and jax.process_count() > 1 and jax.default_backend() == "cpu":
+    # Gloo opens a group under a lock, and two processes may open theirs in different order.
+    others = "".join(f" --mesh.{axis} 1" for axis in wide if axis != "fsdp")
+    raise Refused(
+      f"several processes on CPU can share one mesh axis, not {_axes(tuple(wide), shape)}: jax's "
+      f"transport there may wait for ever; set --mesh.fsdp {devices}{others}, or use one process"
+    )
+  _all(
+    functools.partial(_check_batches, experiment, shape),
+    functools.partial(_check_dims, experiment, shape),
+  )
+
+
+def remarks(experiment: Experiment) -> Iterator[str]:
+  """What can run but is hardly meant, a line each."""
+  for path, node in configs(experiment):
+    if isinstance(node, Schedule) and node.warmup > experiment.steps:
+      yield (
+        f"{path}.warmup is {node.warmup} steps but the run has {experiment.steps}: it never reaches"
+        f" its learning rate; set --{path}.warmup {max(experiment.steps // 10, 1)}, or more --steps"
+      )
+
+
+def _all(*checks: Callable[[], None]) -> None:
+  """Makes every check; what several of them refuse is refused together, a line each."""
+  problems = []
+  for check in checks:
+    try:
+      check()
+    except Refused as error:
+      problems.append(str(error))
+  if problems:
+    raise Refused("\n".join(problems))
+
+
+def _check_least(e: Experiment, path: str, least: int) -> None:
+  value = _get(e, path)
+  if value is not None and value < least:
+    raise Refused(f"{path} must be at least {least}, not {value}")
+
+
+def _check_node(path: str, node: Any) -> None:
+  if hasattr(node, "check"):
+    try:
+      node.check()
+    except Refused as error:
+      named = str(error).startswith(path.split(".")[0])
+      raise error if named else Refused(f"{path}: {error}") from error
 
 
 def _get(node: Any, path: str) -> Any:
@@ -94,9 +141,10 @@ def _check_vocabulary(e: Experiment) -> None:
   most = padded(needed)
   if not needed <= known <= most:
     also = f" (or up to {most}, the next multiple of 128)" if most != needed else ""
+    field = next((name for name, (letter, _) in e.model.dims().items() if letter == "V"), "vocab")
     raise Refused(
-      f"the model's vocabulary is {known} but the tokenizer has {needed} tokens; "
-      f"set it to {needed}{also}"
+      f"model.{field} is {known} but the tokenizer has {needed} tokens; "
+      f"set --model.{field} {needed}{also}"
     )
 
 
@@ -114,16 +162,27 @@ def _check_rows(e: Experiment) -> None:
     )
 
 
+def _batches(e: Experiment) -> list[tuple[str, int]]:
+  """Every batch that is trained on, with its path."""
+  return [
+    ("batch", e.batch),
+    *((f"batch_stages.{i}.1", n) for i, (_, n) in enumerate(e.batch_stages)),
+  ]
+
+
+def _check_microbatches(e: Experiment) -> None:
+  for path, batch in _batches(e):
+    if batch % e.microbatches:
+      near = _multiples_near(batch, e.microbatches)
+      raise Refused(f"{path} {batch} is not divisible by {e.microbatches} microbatches; use {near}")
+
+
 def _check_batches(e: Experiment, shape: dict[str, int]) -> None:
   axes = ACTIVATION["B"]
   shards = math.prod(shape[axis] for axis in axes)
   said = f"the {shards} batch shards of the mesh ({_axes(axes, shape)})"
-  stages = [(f"batch_stages.{i}.1", batch) for i, (_, batch) in enumerate(e.batch_stages)]
-  for path, batch in (("batch", e.batch), *stages):
-    if batch % e.microbatches:
-      near = _multiples_near(batch, e.microbatches)
-      raise Refused(f"{path} {batch} is not divisible by {e.microbatches} microbatches; use {near}")
-    if batch % (unit := e.microbatches * shards):
+  for path, batch in _batches(e):
+    if batch % e.microbatches == 0 and batch % (unit := e.microbatches * shards):
       parts = f" times {e.microbatches} microbatches" if e.microbatches > 1 else ""
       near = _multiples_near(batch, unit)
       raise Refused(f"{path} {batch} is not divisible by {said}{parts}; use {near}")

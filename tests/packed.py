@@ -26,8 +26,9 @@ from bigtrain.models.transformer import BlockConfig
 from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
+from bigtrain.program import Program
 from bigtrain.sharding import Mesh
-from bigtrain.train import Program, State
+from bigtrain.state import State
 
 B, T, V, D, F, LAYERS = 8, 11, 80, 32, 112, 2
 K, G, H = 8, 2, 6  # Grouped queries: two heads share a key and a value.
@@ -158,12 +159,12 @@ def run(e: Experiment, state: State, *, meshed: bool = True) -> tuple[State, lis
   data, metrics = e.data.make(e.seed), []
   with in_mesh(mesh):
     place = jax.tree.map(lambda x: x.sharding, program.abstract()) if meshed else None
-    state = jax.device_put(state, place)
+    leaves, structure = jax.tree.flatten(jax.device_put(state, place))
     for i in range(e.steps):
       rows = lambda wanted, i=i: data.batch(i * e.batch, e.batch, wanted)
-      state, values = step(state, put(rows, e.batch, sharding.batch_sharding()))
+      leaves, values = step(leaves, put(rows, e.batch, sharding.batch_sharding()))
       metrics.append(jax.device_get(values))
-  return jax.device_get(state), metrics
+  return jax.tree.unflatten(structure, jax.device_get(leaves)), metrics
 
 
 def distances(got, wanted) -> dict[str, float]:

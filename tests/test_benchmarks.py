@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bigtrain.load import load
-from bigtrain.train import Program
+from bigtrain.program import Program
 from tests import packed
 from tools.benchmarks import plain_decoder
 

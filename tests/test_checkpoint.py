@@ -17,8 +17,10 @@ from bigtrain import Checkpoints, Mesh, checkpoint
 from bigtrain.checkpoint import SaveFailed, Store, flatten
 from bigtrain.config import Refused
 from bigtrain.parts import Part
+from bigtrain.program import Program
+from bigtrain.run import load_run
 from bigtrain.run_directory import RunDirectory
-from bigtrain.train import Program, load_run, train
+from bigtrain.train import train
 from tests import runs, toys
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint"
@@ -138,8 +140,8 @@ def test_weights_of_no_run_are_refused_and_leave_nothing_in_the_way(trained, tmp
   with pytest.raises(Refused, match="nothing has no checkpoint"):
     train(experiment, tmp_path / "run", quiet=True)
   experiment.weights_from = str(trained.directory.path)
-  experiment.steps = 1
-  assert train(experiment, tmp_path / "run", quiet=True).state.step == 1
+  experiment.steps = 5
+  assert train(experiment, tmp_path / "run", quiet=True).state.step == 5
 
 
 def test_a_leaf_that_is_missing_or_of_another_shape_is_refused_by_name(tmp_path):
@@ -148,10 +150,33 @@ def test_a_leaf_that_is_missing_or_of_another_shape_is_refused_by_name(tmp_path)
   want = lambda name, shape, dtype: {"model": {name: jax.ShapeDtypeStruct(shape, dtype)}}
   with pytest.raises(Refused, match=r"checkpoint .*/3 has no model.upp_DF; did you mean 'model"):
     checkpoint.newest(path, want("upp_DF", (4, 8), np.float32))
-  with pytest.raises(Refused, match=r"model.up_DF as float32\[4,8\], not float32\[4,9\]"):
+  with pytest.raises(
+    Refused, match=r"\[4,8\], not float32\[4,9\]; .* undo that change, or .*--dir"
+  ):
     checkpoint.newest(path, want("up_DF", (4, 9), np.float32))
   with pytest.raises(Refused, match=r"model.up_DF as float32\[4,8\], not int32\[4,8\]"):
     checkpoint.newest(path, want("up_DF", (4, 8), np.int32))
+
+
+@pytest.mark.parametrize("damaged", ["default/_METADATA", "default/manifest.ocdbt", "default/d/*"])
+@pytest.mark.parametrize(
+  ("steps", "remedy"),
+  [((2, 5), "remove that directory to go on from that of step 2"), ((5,), "there is no earlier")],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damaged, steps, remedy):
+  tree = {"x": np.random.default_rng(0).normal(size=3000)}
+  save(tmp_path, *steps, tree=tree)
+  path = RunDirectory(tmp_path).checkpoints
+  for file in (path / "5").glob(damaged):
+    file.write_bytes(file.read_bytes()[:20])
+  with pytest.raises(Refused, match=rf"checkpoint {path}/5 cannot be read: .*{remedy}") as refused:
+    checkpoint.newest(path, {"x": jax.ShapeDtypeStruct((3000,), np.float64)})
+  assert "\n" not in str(refused.value) and len(str(refused.value)) < 800
+  if len(steps) == 2:
+    shutil.rmtree(path / "5")
+    like = {"x": jax.ShapeDtypeStruct((3000,), np.float64)}
+    with jax.enable_x64(True):
+      np.testing.assert_array_equal(checkpoint.newest(path, like)["x"], tree["x"])
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import textwrap
 import types
+from typing import ClassVar
 
 import pytest
 
 from bigtrain import load
-from bigtrain.config import Refused, check_types, config, diff, dump, restore
+from bigtrain.annotations import check_types
+from bigtrain.config import Refused, config, diff, dump, restore
 from bigtrain.experiment import Experiment
 from tests import toys
 
@@ -18,6 +20,8 @@ from tests import toys
 def test_a_field_that_does_not_exist_cannot_be_set():
   with pytest.raises(AttributeError, match="layrs"):
     toys.Model().layrs = 3  # type: ignore
+  with pytest.raises(Refused, match=r"^Experiment has no field 'batchh'; did you mean 'batch'"):
+    toys.experiment().batchh = 3  # type: ignore
 
 
 def test_a_base_without_slots_is_refused_since_it_would_accept_any_field():
@@ -59,14 +63,22 @@ def wrong(path, value):
     ("steps", "100", "steps must be int, not '100' (str)"),
     ("steps", 100.0, "steps must be int, not 100.0 (float)"),
     ("steps", True, "steps must be int, not True (bool)"),
-    ("optimizer.lr", float("nan"), "optimizer.lr must be float"),
+    ("optimizer.lr", float("nan"), "optimizer.lr must be a finite number, not nan"),
+    ("model.dropout", float("inf"), "model.dropout must be a finite number, not inf"),
+    ("steps", float("nan"), "steps must be int, not nan (float)"),
+    ("optimizer", toys.Sgd, "not the class Sgd; write Sgd(...)"),
+    ("optimizer", toys.Data, "optimizer must be OptimizerConfig, not the class Data"),
+    ("data.files", ["a", "b"], "not ['a', 'b'] (list); write ('a', 'b')"),
+    ("data.files", "a.txt", "not 'a.txt' (str); write ('a.txt',)"),
+    ("model.pattern", toys.Attention(), "not an Attention; write (Attention(...),)"),
     ("model.activation", "gelu", "model.activation must be 'relu' or 'silu', not 'gelu' (str)"),
     (
       "model.pattern.1.position",
       toys.Scaling(),
       "must be Rotary or Learned or None, not a Scaling",
     ),
-    ("model.pattern", [toys.Attention()], "model.pattern must be tuple[Attention, ...]"),
+    ("model.pattern", [toys.Attention()], "(list); write (Attention(...),)"),
+    ("model.pattern", (toys.Attention(), 3), "model.pattern must be tuple[Attention, ...], not ("),
     ("batch_stages", ((1, 2), (3,)), "batch_stages must be tuple[tuple[int, int], ...]"),
     ("model", toys.Data(), "model must be ModelConfig, not a Data"),
     ("data.files", ("a", 3), "data.files must be tuple[str, ...]"),
@@ -77,6 +89,14 @@ def test_a_wrong_type_in_python_is_refused_with_its_path(path, value, expected):
   with pytest.raises(Refused) as refusal:
     check_types(wrong(path, value))
   assert expected in str(refusal.value)
+  assert str(refusal.value).startswith(f"{path} must be ") and len(str(refusal.value)) < 150
+
+
+def test_a_long_value_is_shortened_where_it_is_refused():
+  with pytest.raises(Refused) as refusal:
+    check_types(toys.experiment(steps=list(range(1000))))
+  assert str(refusal.value).startswith("steps must be int, not [0, 1, 2, 3")
+  assert str(refusal.value).endswith("... (list)") and len(str(refusal.value)) < 100
 
 
 @pytest.mark.parametrize(
@@ -85,6 +105,23 @@ def test_a_wrong_type_in_python_is_refused_with_its_path(path, value, expected):
 )
 def test_every_value_that_the_annotation_names_is_accepted(path, value):
   check_types(wrong(path, value))
+
+
+def test_a_public_value_without_annotation_is_refused_since_it_would_be_no_field():
+  with pytest.raises(TypeError, match=r"Own.heads has no type.*`heads: int = ...` for a field"):
+
+    @config
+    class Own(toys.Attention):
+      heads = 8
+
+  @config
+  class Fine(toys.Model):
+    LIMIT: ClassVar[int] = 3
+    _table = (1, 2)
+    kind = dict
+    depth = property(lambda self: self.layers)
+
+  assert Fine().depth == 2
 
 
 def test_dump_survives_json_and_restores_the_equal_experiment():
@@ -196,8 +233,9 @@ def test_siblings_are_imported_as_in_a_script_and_as_in_a_package(write):
 
 
 def test_functions_are_those_annotated_with_experiment(write):
-  path = write("def helper(): ...")
-  assert set(load.functions(load.Path(path))) == {"base", "longer"}
+  kinds = "Experiment[toys.Model, toys.Data, toys.Sgd, toys.Loss]"
+  path = write(f"def helper(): ...\ndef a() -> {kinds}: ...\ndef b() -> '{kinds}': ...")
+  assert set(load.functions(load.Path(path))) == {"base", "longer", "a", "b"}
 
 
 def refusal(target):

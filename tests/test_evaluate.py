@@ -10,14 +10,16 @@ import pytest
 from bigtrain.config import Refused
 from bigtrain.data.text import TextData
 from bigtrain.evaluate import Evaluator
-from bigtrain.experiment import Evaluation
+from bigtrain.experiment import Evaluation, ObjectiveConfig
 from bigtrain.models.position import Learned
+from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.average import averaged
+from bigtrain.program import Program
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
 from bigtrain.sharding import Mesh
-from bigtrain.train import Program, train
+from bigtrain.train import train
 from tests import packed
 
 EXAMPLES = 13
@@ -47,6 +49,7 @@ def by_hand(model, data) -> dict[str, float]:
     "loss": nll / tokens,
     "accuracy": ((logits.argmax(-1) == b["targets"]) * b["weights"]).sum() / tokens,
     "bits_per_byte": nll / math.log(2) / b["bytes"].sum(dtype=np.float64),
+    "nats_per_byte": nll / b["bytes"].sum(dtype=np.float64),
     "perplexity": math.exp(nll / tokens),
   }
 
@@ -101,10 +104,19 @@ def test_a_mesh_evaluates_to_the_same(run, wanted, tmp_path):
   assert spread.evaluate() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_split_without_examples_has_no_metrics(run):
+def test_a_split_without_examples_is_refused_and_trains_without_evaluations(run, tmp_path):
   empty = Run(dataclasses.replace(run.experiment, data=packed.Packed(examples=0)), None, None)
   empty.state = run.state
-  assert Evaluator(empty).metrics() == {}
+  with pytest.raises(Refused, match="nothing out to evaluate on; set the source's `validation`"):
+    Evaluator(empty).metrics()
+  e = packed.experiment(data=packed.Packed(examples=0), model={"layers": 1}, steps=2)
+  assert not len(train(e, tmp_path / "run", quiet=True).evaluations)
+
+
+def test_what_an_objective_does_not_derive_is_not_shown(run, wanted, monkeypatch):
+  monkeypatch.setattr(CausalLM, "derived", ObjectiveConfig.derived)
+  run.experiment.evaluation.batch = 8
+  assert Evaluator(run).metrics().keys() == wanted.keys() - {"perplexity"}
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [("It was", 3), ("It", 5)])

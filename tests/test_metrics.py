@@ -12,6 +12,8 @@ from bigtrain.experiment import Evaluation, Logging
 from bigtrain.metrics import Recorder, peak_flops
 from bigtrain.models import presets
 from bigtrain.models.count import count_parameters
+from bigtrain.models.language_model import LanguageModelConfig
+from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
 from bigtrain.parts import Part
 from bigtrain.run import Run
@@ -19,6 +21,14 @@ from bigtrain.run_directory import RunDirectory
 from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from tests import packed
+
+SPEED = {
+  "step_seconds",
+  "input_wait_seconds",
+  "tokens_per_second",
+  "model_flops_per_second",
+  "mfu",
+}
 
 
 def test_flops_of_a_small_model_equal_a_count_by_hand():
@@ -97,6 +107,7 @@ def recorded(monkeypatch, tmp_path):
   run = Run(e, RunDirectory(tmp_path), None)
   run.feed = types.SimpleNamespace(wait=0.25)
   recorder = Recorder()
+  run.parts = [recorder]
   recorder.start(run, 0)
   yield run, recorder, device
   run.directory.close()
@@ -122,7 +133,7 @@ def test_a_save_waits_for_the_row_of_its_step(recorded):
   run, recorder, device = recorded
   for step in (1, 2):
     recorder.after_step(step, {"loss": device.step()})
-  recorder.on_save(2)
+  recorder.on_away("save")
   assert steps_recorded(run) == [2]
   recorder.after_step(3, {"loss": device.step()})
   assert steps_recorded(run) == [2]
@@ -141,7 +152,7 @@ def test_speed_is_that_of_training_alone(recorded):
   evaluating.evaluator = types.SimpleNamespace(metrics=evaluate)
   for step in range(1, 7):
     values = {"loss": device.step()}
-    run.state = types.SimpleNamespace(step=values["loss"])  # Ready when the step is.
+    run.leaves = [values["loss"]]  # Ready when the step is.
     recorder.after_step(step, values)
     evaluating.after_step(step, values)
   assert device.now == 6 + 2 * 7
@@ -156,6 +167,48 @@ def test_speed_is_that_of_training_alone(recorded):
   assert [row["step"] for row in run.directory.rows("eval")] == [3, 6]
 
 
+def test_the_first_step_of_a_start_is_recorded_without_a_speed(recorded):
+  run, recorder, device = recorded
+  run.experiment.logging.every = 1
+  device.now = 50.0  # It warms up.
+  for step in range(1, 7):
+    recorder.after_step(step, {"loss": device.step()})
+  first, *others = run.directory.rows("train")
+  assert first["loss"] == 2.5 and not SPEED & first.keys()
+  assert [row["step_seconds"] for row in others] == [1] * 5
+
+
+def test_the_time_that_rows_take_counts_though_devices_compute_meanwhile(recorded, monkeypatch):
+  run, recorder, device = recorded
+  run.experiment.logging.every = 1
+  record = run.record
+
+  def slow(*row):
+    record(*row)
+    device.now += 3
+    device.last.ready = True  # The step that was dispatched before the row was written.
+
+  monkeypatch.setattr(run, "record", slow)
+  for step in range(1, 7):
+    recorder.after_step(step, {"loss": device.step()})
+  rows = run.directory.rows("train")[1:]
+  assert [row["step_seconds"] for row in rows] == [3] * 5
+  assert [row["tokens_per_second"] for row in rows] == [packed.B * packed.T / 3] * 5
+
+
+def test_data_without_tokens_and_a_model_without_a_formula_show_what_is_known(
+  recorded, monkeypatch
+):
+  run, recorder, device = recorded
+  monkeypatch.setattr(packed.Packed, "row_length", lambda self: None)
+  monkeypatch.setattr(LanguageModelConfig, "flops", lambda self, length=1: None)
+  for step in range(1, 7):
+    recorder.after_step(step, {"loss": device.step()})
+  for row in run.directory.rows("train"):
+    assert row["examples_per_second"] == packed.B
+    assert SPEED & row.keys() == {"step_seconds", "input_wait_seconds"}
+
+
 class Watching(Part):
   """Notes the rows that are written when each step has been dispatched."""
 
@@ -167,15 +220,18 @@ class Watching(Part):
     self.rows[step] = steps_recorded(self.run)
 
 
-def test_a_run_writes_every_row_once_and_one_step_late(tmp_path):
+def test_a_run_writes_every_row_once_in_order_and_one_step_late(tmp_path):
   e = packed.experiment(
-    optimizer=SGD(lr=0.1), mesh=Mesh(data=8, fsdp=1), model={"layers": 1}, steps=5
+    optimizer=SGD(lr=0.1, schedule=Constant()),
+    mesh=Mesh(data=8, fsdp=1),
+    model={"layers": 1},
+    steps=5,
   )
-  e.logging, e.evaluation = Logging(every=2, tensorboard=False), Evaluation(every=2, batch=8)
+  e.logging, e.evaluation = Logging(every=2, tensorboard=False), Evaluation(every=4, batch=8)
   watching = Watching()
   train(e, tmp_path / "run", quiet=True, parts=[watching])
-  # The last step is recorded at once, step 2 when step 3 has been dispatched.
-  assert watching.rows == {1: [], 2: [], 3: [2], 4: [2], 5: [2, 4, 5]}
+  # Step 2 is recorded when step 3 has been dispatched; the last one and one to evaluate at once.
+  assert watching.rows == {1: [], 2: [], 3: [2], 4: [2, 4], 5: [2, 4, 5]}
   lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
   rows = [(row["kind"], row["step"]) for row in lines]
-  assert sorted(rows) == [*(("eval", s) for s in (2, 4, 5)), *(("train", s) for s in (2, 4, 5))]
+  assert rows == [("train", 2), ("train", 4), ("eval", 4), ("train", 5), ("eval", 5)]

@@ -69,6 +69,8 @@ def test_metrics_are_the_textbook_values():
   assert value["accuracy"] == pytest.approx((right * weights).sum() / weights.sum(), rel=1e-6)
   bits = (nll * weights).sum() / np.log(2) / (batch["bytes"] * weights).sum()
   assert value["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+  assert value["nats_per_byte"] == pytest.approx(bits * np.log(2), rel=1e-6)
+  assert CausalLM().derived(value) == {"perplexity": pytest.approx(np.exp(value["loss"]))}
   extras = out.loss_sum / out.weight - value["loss"] - value["z_loss"]
   smoothing = 0.2 * ((-log_p(m, batch).mean(-1) - nll) * weights).sum() / weights.sum()
   assert float(extras) == pytest.approx(smoothing, rel=1e-4)

@@ -1,15 +1,18 @@
 """A mesh changes where numbers are computed, not which: every one equals a single device's."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from bigtrain.config import Refused
+from bigtrain.load import load
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
 from bigtrain.optim.sgd import SGD
+from bigtrain.program import Program
 from bigtrain.sharding import Mesh
-from bigtrain.train import Program
 from bigtrain.validate import validate
 from tests import packed
 
@@ -50,6 +53,18 @@ def test_five_steps_of_sgd_equal_a_single_device():
   e = packed.experiment(optimizer=NESTEROV, mesh=Mesh(data=2, fsdp=2, tensor=2))
   state = packed.start(e)
   assert_equal(e, packed.run(e, state), packed.run(e, state, meshed=False))
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_the_quickstart_equal_a_single_device():
+  e, _ = load("experiments/quickstart.py")
+  e = dataclasses.replace(e, steps=20, batch=8, mesh=Mesh(data=2, fsdp=2, tensor=2))
+  e.optimizer.schedule.warmup = 5
+  state = jax.device_get(Program(e, None).compile_init()(jax.random.key(e.seed)))
+  (_, metrics), (_, alone) = (packed.run(e, state, meshed=meshed) for meshed in (True, False))
+  losses, wanted = ([m["loss"] for m in rows] for rows in (metrics, alone))
+  np.testing.assert_allclose(losses, wanted, atol=1e-5, rtol=0)
+  assert wanted[-1] < wanted[0] - 1
 
 
 def test_the_run_that_is_compared_learns_clips_and_drops(alone):

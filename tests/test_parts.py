@@ -6,11 +6,11 @@ import types
 import jax
 import pytest
 
-from bigtrain.cli import Profile
 from bigtrain.config import Refused
 from bigtrain.evaluate import Evaluating
 from bigtrain.experiment import Checkpoints
 from bigtrain.metrics import Recorder
+from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
 from bigtrain.parts import Part, Profiler, Saver, Signals, default_parts
 from bigtrain.sharding import Mesh
@@ -36,8 +36,8 @@ class Diary(Part):
     if step == self.fails_at:
       raise ValueError("planted")
 
-  def on_save(self, step):
-    self.calls.append(("save", step))
+  def on_away(self, phase):
+    self.calls.append(("away", phase))
 
   def close(self):
     self.calls.append(("close",))
@@ -45,21 +45,24 @@ class Diary(Part):
 
 def experiment():
   e = packed.experiment(
-    optimizer=SGD(lr=0.1), mesh=Mesh(data=8, fsdp=1), model={"layers": 1}, steps=3
+    optimizer=SGD(lr=0.1, schedule=Constant()),
+    mesh=Mesh(data=8, fsdp=1),
+    model={"layers": 1},
+    steps=3,
   )
   e.checkpoints = Checkpoints(every=2)
   return e
 
 
-def test_every_part_is_called_around_each_step_and_before_each_save(tmp_path):
+def test_every_part_is_called_around_each_step_and_before_whatever_else_takes_time(tmp_path):
   first, second = Diary(), Diary()
   train(experiment(), tmp_path / "run", quiet=True, parts=[first, second])
   assert first.calls == second.calls
   assert first.calls == [
     ("start", 0),
-    *[("before", 0), ("after", 1)],
-    *[("before", 1), ("save", 2), ("after", 2)],  # Saving comes before parts that are added.
-    *[("before", 2), ("save", 3), ("after", 3)],
+    *[("before", 0), ("away", "compile"), ("after", 1)],
+    *[("before", 1), ("away", "save"), ("after", 2)],  # Before the parts that are added.
+    *[("before", 2), ("away", "evaluate"), ("away", "save"), ("after", 3)],
     ("close",),
   ]
 
@@ -74,11 +77,12 @@ def test_a_failing_part_ends_the_run_with_its_error_recorded_and_every_part_clos
 
 
 def test_evaluation_stands_before_saving_so_that_its_rows_belong_to_the_checkpoint():
-  assert [*map(type, default_parts(None))] == [Signals, Recorder, Evaluating, Saver]
-  *_, profiler = default_parts(Profile(start=4, steps=2))
-  assert isinstance(profiler, Profiler)
+  assert [*map(type, default_parts())] == [Signals, Recorder, Evaluating, Saver]
+
+
+def test_a_profile_of_no_steps_is_refused():
   with pytest.raises(Refused, match=r"profile\.steps 0: from 0 on, and 1 step or more"):
-    default_parts(Profile(start=4, steps=0))
+    Profiler(4, 0)
 
 
 @pytest.mark.parametrize(("last", "traced"), [(9, [4, 5]), (5, [4])])

@@ -122,6 +122,7 @@ def test_a_process_that_stays_alone_is_refused_after_the_timeout(number):
     ("", "", "0", "BIGTRAIN_COORDINATOR and BIGTRAIN_PROCESSES must be set too"),
     ("a:1", "2", "2", "number them from 0 to 1"),
     ("a:1", "two", "0", "BIGTRAIN_PROCESSES is 'two'; give a whole number from 1 on"),
+    ("", "x", "", "BIGTRAIN_PROCESSES is 'x'; give a whole number"),
     ("a:1", "0", "0", "BIGTRAIN_PROCESSES is '0'"),
     ("a:1", "2", "-1", "BIGTRAIN_PROCESS is '-1'; give a whole number from 0 on"),
     ("a", "2", "0", "BIGTRAIN_COORDINATOR is 'a'; give host:port"),
@@ -136,6 +137,21 @@ def test_wrong_or_partial_settings_are_refused(
   said = dict(zip(processes.SETTINGS, (coordinator, count, number), strict=True))
   announce(monkeypatch, **said)
   with pytest.raises(Refused, match=message):
+    processes.initialize()
+  assert not joined
+
+
+@pytest.mark.parametrize(
+  "variables",
+  [
+    {"OMPI_COMM_WORLD_SIZE": "x"},
+    STEP | {"SLURM_STEP_NUM_TASKS": "2(x3)"},
+    {"MEGASCALE_NUM_SLICES": "two"},
+  ],
+)
+def test_a_launcher_that_says_no_number_is_refused_by_its_variable(monkeypatch, joined, variables):
+  announce(monkeypatch, **variables)
+  with pytest.raises(Refused, match=f"{list(variables)[-1]} is '.*'; give a whole number from"):
     processes.initialize()
   assert not joined
 

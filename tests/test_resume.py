@@ -4,11 +4,14 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
 
+from bigtrain import processes
 from bigtrain.cli import main
+from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
 from bigtrain.parts import Part
 from bigtrain.train import train
@@ -101,7 +104,7 @@ def test_a_signal_before_the_first_step_ends_in_one_line(tmp_path, number):
   process.send_signal(number)
   code, err = runs.finish(process)
   assert code == Exit.LEFT
-  assert err == "bigtrain: stopped at once; the same command goes on from what was saved\n"
+  assert err == "bigtrain: stopped at once; what was saved before is whole\n"
 
 
 class Raise(Part):
@@ -160,3 +163,39 @@ def test_a_changed_config_is_refused_until_it_is_allowed(tmp_path, capsys):
   shutil.rmtree(tmp_path / "run/checkpoints")
   (tmp_path / "run/config.json").unlink()
   assert main([*command, "--steps", "8"]) == Exit.REFUSED
+
+
+def test_a_start_that_fails_keeps_the_run_for_nobody(tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise RuntimeError("no writer")
+
+  with monkeypatch.context() as broken:
+    broken.setattr(sys.modules["bigtrain.train"], "default_writers", fail)
+    with pytest.raises(RuntimeError, match="no writer") as kept:
+      train(runs.base(), tmp_path, quiet=True)
+  assert kept.tb is not None  # Whose frames keep the directory, and with it the lock's file.
+  assert train(runs.base(), tmp_path, quiet=True).state.step == 20
+
+
+def test_processes_of_other_configs_write_nothing(tmp_path, monkeypatch):
+  def differ(**facts):
+    raise Refused(f"the processes differ in {', '.join(facts)}")
+
+  monkeypatch.setattr(processes, "agree", differ)
+  with pytest.raises(Refused, match="differ in config"):
+    train(runs.base(), tmp_path / "run", quiet=True)
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_is_kept_out_of_the_data_is_told_at_every_start(tmp_path, monkeypatch, capsys):
+  folder = tmp_path / "text"
+  shutil.copytree(os.environ["RUNS_TEXT"], folder)
+  (folder / "empty.txt").touch()
+  monkeypatch.setenv("RUNS_TEXT", str(folder))
+  for steps in (5, 6):
+    experiment = runs.base()
+    experiment.steps = steps
+    train(experiment, tmp_path / "run", quiet=True, allow_changes=True)
+    assert "kept out of the data: 1 x empty file; first" in capsys.readouterr().err
+  told = [event["found"] for event in runs.events(tmp_path / "run", "kept_out")]
+  assert len(told) == 2 and told[0] == told[1] and "1 x empty file" in told[0]

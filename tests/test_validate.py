@@ -13,9 +13,11 @@ from bigtrain.data.sources import Files
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import TokenizerFile
 from bigtrain.experiment import Evaluation
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.schedule import Cosine, InverseSqrt
 from bigtrain.sharding import Mesh
 from bigtrain.smoke import shrink
-from bigtrain.validate import validate
+from bigtrain.validate import remarks, validate
 from tests import toys
 
 MESH = Mesh(data=2, fsdp=2)
@@ -59,6 +61,12 @@ MESH = Mesh(data=2, fsdp=2)
       "model.vocab 257 is not divisible by 2, the mesh's tensor=2; use 384, or a smaller --mesh.",
     ),
     ({"mesh": Mesh(data=3, fsdp=1)}, "mesh wants 3 devices (data=3, fsdp=1, tensor=1) but 4 are"),
+    (
+      {"mesh": Mesh(data=3, fsdp=1)},
+      "attached; set --mesh.fsdp -1 and the other axes to a divisor of 4 to use what is there, or "
+      "JAX_NUM_CPU_DEVICES=3 to try it on CPU",
+    ),
+    ({"mesh": Mesh(tensor=8)}, "attached; set the other axes to a divisor of 4 to use what is"),
     ({"steps": 0}, "steps must be at least 1, not 0"),
     ({"steps": "100"}, "steps must be int, not '100' (str)"),
     ({"evaluation": Evaluation(every=-1)}, "evaluation.every must be at least 0, not -1"),
@@ -71,7 +79,7 @@ MESH = Mesh(data=2, fsdp=2)
     ),
     (
       {"data": toys.Data(tokens=257)},
-      "the model's vocabulary is 256 but the tokenizer has 257 tokens; set it to 257 (or up to 384",
+      "model.vocab is 256 but the tokenizer has 257 tokens; set --model.vocab 257 (or up to 384,",
     ),
     (
       {"data": toys.Data(length=512)},
@@ -105,6 +113,45 @@ def test_an_impossible_experiment_is_refused_in_one_line(fields, expected):
 )
 def test_a_possible_experiment_passes(fields):
   validate(toys.experiment(**fields), devices=4)
+
+
+def test_all_problems_that_do_not_depend_on_each_other_are_named_at_once():
+  model = toys.Model(dim=66, pattern=(toys.Attention(kv_heads=3),))
+  with pytest.raises(Refused) as refusal:
+    validate(toys.experiment(steps=0, batch_stages=((9, 0),), model=model))
+  first, second, third = str(refusal.value).splitlines()
+  assert first.startswith("steps must") and second.startswith("model.pattern.0: 4 heads")
+  assert third.startswith("batch_stages")
+  fields = {"batch": 30, "model": toys.Model(dim=66), "mesh": Mesh(fsdp=4)}
+  with pytest.raises(Refused) as refusal:
+    validate(toys.experiment(data=toys.Data(tokens=257, length=512), **fields), devices=4)
+  starts = ("model.vocab is 256", "the data's rows", "batch 30", "model.dim 66")
+  for line, start in zip(str(refusal.value).splitlines(), starts, strict=True):
+    assert line.startswith(start)
+
+
+def test_without_devices_microbatches_are_checked_beside_the_rest():
+  fields = {"data": toys.Data(length=512)}
+  with pytest.raises(Refused, match=r"(?s)batch 9 is not divisible by 2 micro.*\nthe data's rows"):
+    validate(toys.experiment(batch=9, microbatches=2, **fields))
+
+
+def test_a_warm_up_longer_than_the_run_is_remarked_on():
+  of = lambda warmup: toys.experiment(
+    steps=40, optimizer=AdamW(lr=1e-3, schedule=Cosine(warmup=warmup))
+  )
+  assert [*remarks(of(40))] == []
+  assert [*remarks(of(41))] == [
+    "optimizer.schedule.warmup is 41 steps but the run has 40: it never reaches its learning rate; "
+    "set --optimizer.schedule.warmup 4, or more --steps"
+  ]
+
+
+def test_several_processes_on_cpu_take_one_axis(monkeypatch):
+  monkeypatch.setattr("jax.process_count", lambda: 2)
+  validate(toys.experiment(mesh=Mesh(tensor=1, data=4, fsdp=1)), devices=4)
+  with pytest.raises(Refused, match=r"one mesh axis, not data=2, fsdp=2.*--mesh.fsdp 4"):
+    validate(toys.experiment(mesh=MESH), devices=4)
 
 
 def test_without_devices_only_the_mesh_is_not_checked():
@@ -143,6 +190,13 @@ def test_shrinking_asks_a_config_that_knows_how_it_is_small():
       return Own(dim=8, vocab=self.vocab)
 
   assert shrink(toys.experiment(model=Own(dim=1024))).model.dim == 8
+
+
+def test_shrinking_shortens_a_warm_up_with_the_run():
+  e = toys.experiment(steps=10_000, optimizer=AdamW(lr=1e-3, schedule=InverseSqrt(warmup=4000)))
+  small = shrink(e)
+  assert 1 <= small.optimizer.schedule.warmup < small.steps / 2
+  validate(small)
 
 
 def test_shrinking_follows_a_tokenizer_that_shrinks():

@@ -8,13 +8,13 @@ import collections
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from bigtrain.config import Refused
+from bigtrain.console import Progress
 from bigtrain.data.readers import Problem
 from bigtrain.data.rows import WINDOW
 from bigtrain.data.sources import Austen, Document, Files, Input
@@ -56,38 +56,14 @@ class Writer:
       self._files[part].write(np.array(self.counts["positions"], "<i8").tobytes())
 
 
-class Progress:
-  """A bar on stderr over so many bytes; nothing where that is not a terminal."""
-
-  def __init__(self, title: str, total: int):
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = (*progress.Progress.get_default_columns(), progress.TransferSpeedColumn())
-    self._bar = progress.Progress(
-      *columns, console=console, transient=True, disable=not console.is_terminal
-    )
-    self._task = self._bar.add_task(title, total=total)
-
-  def __enter__(self) -> "Progress":
-    self._bar.start()
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._bar.stop()
-
-  def advance(self, read: int) -> None:
-    self._bar.advance(self._task, read)
-
-
 def build(
   source: Austen | Files, inputs: list[Input], tokenizer: Tokenizer, folder: pathlib.Path
 ) -> dict[str, Any]:
   """Tokenises every document of `source` into the empty `folder`; returns its manifest.
 
   Raises:
-    Refused: there is no training document, or bad input where the source refuses that.
+    Refused: there is no document to train on or none to hold out, or bad input where the source
+      refuses that.
   """
   dtype = "<u2" if tokenizer.vocab <= 2**16 else "<u4"
   train, validation = (
@@ -110,10 +86,11 @@ def build(
   validation.close()
   if not train.counts["documents"]:
     raise Refused(f"the source has no document to train on{f'; {first}' if first else ''}")
-  if kinds:
-    counts = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
-    where = folder.with_suffix("") / "problems.jsonl"
-    print(f"kept out of the data: {counts}; first {first}; all in {where}", file=sys.stderr)
+  if isinstance(source, Files) and source.validation and not validation.counts["documents"]:
+    raise Refused(
+      f"validation={source.validation!r} holds out none of the {train.counts['documents']} "
+      "documents: take a larger share or the pattern of other files, or 0 to evaluate nothing"
+    )
   manifest = {
     "source": source.settings(),
     "inputs": [str(path) for path, _ in inputs],
@@ -121,7 +98,7 @@ def build(
     "vocab": tokenizer.vocab,
     "dtype": dtype,
     "splits": {"train": train.counts, "validation": validation.counts},
-    "problems": dict(kinds),
+    "problems": dict(kinds.most_common()),
     "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
   }
   (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))

@@ -11,14 +11,16 @@ import json
 import os
 import pathlib
 import shutil
-import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigtrain.data.build import Progress, build, sync
-from bigtrain.data.readers import kind_of
+from bigtrain.config import Refused
+from bigtrain.console import Progress, say
+from bigtrain.data.build import build, sync
+from bigtrain.data.readers import Problem, kind_of
 from bigtrain.data.sources import Austen, Document, Files, Input
 from bigtrain.data.tokenizers import BPE, Bytes, Tokenizer, TokenizerFile
 
@@ -66,6 +68,16 @@ class Prepared(NamedTuple):
   tokenizer: Tokenizer
   manifest: dict[str, Any]
 
+  def kept_out(self) -> str | None:
+    """What of the input is not in the data, how often and why; None if all is."""
+    if not (kinds := self.manifest["problems"]):
+      return None
+    counts = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    path = self.folder / "problems.jsonl"
+    with path.open() as log:
+      first = Problem(**json.loads(log.readline()))
+    return f"kept out of the data: {counts}; first {first}; all in {path}"
+
   def split(self, name: str) -> Split:
     return Split(
       Stored(self.folder / f"{name}.tokens", self.manifest["dtype"]),
@@ -76,11 +88,23 @@ class Prepared(NamedTuple):
 
 
 def root() -> pathlib.Path:
-  """Where this user's caches are."""
-  if own := os.environ.get("BIGTRAIN_CACHE"):
-    return pathlib.Path(own).expanduser()
+  """Where this user's caches are.
+
+  Raises:
+    Refused: it cannot be written.
+  """
   xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(xdg).expanduser() / "bigtrain"
+  path = pathlib.Path(os.environ.get("BIGTRAIN_CACHE") or f"{xdg}/bigtrain").expanduser()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except OSError as error:
+    raise Refused(
+      f"the cache {path} cannot be written: {error.strerror}; set BIGTRAIN_CACHE to a folder of "
+      "your own"
+    ) from error
+  return path
 
 
 def prepare(source: Austen | Files, tokenizer: Bytes | BPE | TokenizerFile) -> Prepared:
@@ -99,9 +123,7 @@ def prepare(source: Austen | Files, tokenizer: Bytes | BPE | TokenizerFile) -> P
   try:
     lock.acquire(timeout=1)
   except Timeout:
-    print(
-      f"waiting for another process that prepares this data ({lock.lock_file})", file=sys.stderr
-    )
+    say(f"waiting for another process that prepares this data ({lock.lock_file})")
     lock.acquire()
   try:
     made = tokenizer.make(corpus, lambda: _learning_texts(source, inputs), root() / "tokenizers")
@@ -149,9 +171,14 @@ def _contents(inputs: list[Input]) -> list[tuple[str, bool | None, str]]:
       stat = path.stat()
       name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
       if name not in memo:
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-          memo[name] = hashlib.file_digest(file, "sha256").hexdigest()
-      progress.advance(stat.st_size)
+          while chunk := file.read(2**24):
+            digest.update(chunk)
+            progress.advance(len(chunk))
+        memo[name] = digest.hexdigest()
+      else:
+        progress.advance(stat.st_size)
       found.append((memo[name], held_out, kind_of(path) + path.suffix))
   if len(memo) > known:
     unfinished = memo_path.with_suffix(f".{os.getpid()}")

@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from etils import epath
 
 from bigtrain.config import Refused, config
 from bigtrain.data.text import TextData
@@ -31,6 +32,9 @@ class Stages(DataConfig):
 
   def row_length(self) -> int | None:
     return max((data.row_length() or 0 for _, data in self.stages), default=None)
+
+  def read_tokenizer(self, path: epath.Path) -> Tokenizer | None:
+    return self.stages[-1][1].read_tokenizer(path)
 
   def check(self) -> None:
     steps = [step for step, _ in self.stages]
@@ -67,9 +71,19 @@ class StagedData(Data):
   def digest(self) -> str:
     return " ".join(str(data.digest()) for _, data in self._stages)
 
+  def kept_out(self) -> str | None:
+    found = dict.fromkeys(data.kept_out() for _, data in self._stages)
+    return "; ".join(filter(None, found)) or None
+
+  def about(self) -> str:
+    return "; ".join(f"from step {step} on {data.about()}" for step, data in self._stages)
+
   @property
   def tokenizer(self) -> Tokenizer:
     return self._stages[-1][1].tokenizer
+
+  def tokenizer_json(self) -> str | None:
+    return self._stages[-1][1].tokenizer_json()
 
   def eval_examples(self) -> int:
     return self._stages[-1][1].eval_examples()

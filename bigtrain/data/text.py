@@ -5,8 +5,10 @@ import functools
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from etils import epath
 
 from bigtrain.config import Refused, config
+from bigtrain.console import human
 from bigtrain.data.cache import Prepared, prepare
 from bigtrain.data.pack import Packing
 from bigtrain.data.rows import FIELDS, Rows
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 SMOKE_BYTES = 2**24  # Of input that --smoke still prepares; for more it takes the embedded corpus.
 SMOKE_SEQ = 128
+PADDED = 2**16  # Tokens of a row that may be longer than all of the text, to try out a few words.
 
 
 @config
@@ -38,6 +41,9 @@ class TextData(DataConfig):
 
   def row_length(self) -> int:
     return self.seq
+
+  def read_tokenizer(self, path: epath.Path) -> Tokenizer | None:
+    return self.tokenizer.read(path)
 
   def check(self) -> None:
     if self.seq < 1:
@@ -71,9 +77,20 @@ class Text(Data):
     """Of the files' contents, how they are read, and the tokenizer; not of where they lie."""
     return self.prepared.folder.name
 
+  def about(self) -> str:
+    train, held_out = (self.manifest["splits"][name] for name in ("train", "validation"))
+    tokens = f"{human(train['positions'])} tokens of {human(train['documents'])} documents"
+    return f"{tokens}, {human(held_out['positions'])} held out"
+
+  def kept_out(self) -> str | None:
+    return self.prepared.kept_out()
+
   @property
   def tokenizer(self) -> Tokenizer:
     return self.prepared.tokenizer
+
+  def tokenizer_json(self) -> str | None:
+    return self.tokenizer.json
 
   @property
   def vocab(self) -> int:
@@ -107,6 +124,12 @@ class Text(Data):
 
   @functools.cached_property
   def _train(self) -> Rows:
+    seq, there = self._config.seq, self.manifest["splits"]["train"]["positions"]
+    if seq > max(there, PADDED):
+      raise Refused(
+        f"rows of {seq} tokens are longer than all of the training text, which has {there}; set "
+        f"data.seq to {max(there, PADDED)} or less"
+      )
     return self._rows("train", self._seed)
 
   @functools.cached_property

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from etils import epath
 
 from bigtrain.config import Refused, config, nearest
 
@@ -27,6 +28,7 @@ class Tokenizer(Protocol):
   vocab: int  # Ids are below this.
   eot: int  # Before, between and after documents; encoding never gives it.
   digest: str  # Of everything that decides what it gives.
+  json: str | None  # As a tokenizer.json; None where its config is enough to make it again.
 
   def encode(self, text: str) -> np.ndarray:
     """(n,) int32 ids of one text, without special tokens."""
@@ -53,6 +55,9 @@ class Bytes:
     return 257
 
   def make(self, corpus: str, texts: Texts, folder: pathlib.Path) -> "ByteTokenizer":
+    return ByteTokenizer()
+
+  def read(self, path: epath.Path) -> "ByteTokenizer":
     return ByteTokenizer()
 
 
@@ -87,6 +92,10 @@ class BPE:
       unfinished.replace(path)
     return FileTokenizer(path, EOT, self.vocab)
 
+  def read(self, path: epath.Path) -> "FileTokenizer | None":
+    """What was learned before and kept in a file, if that is there."""
+    return FileTokenizer(path, EOT, self.vocab) if path.exists() else None
+
   def _learn(self, texts: Iterable[str]) -> "tokenizers.Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -107,7 +116,7 @@ class BPE:
 class TokenizerFile:
   """Any Hugging Face tokenizer.json."""
 
-  path: str
+  path: str  # Of the tokenizer.json.
   eot: str = EOT  # The token that ends a document, as that file spells it.
 
   def size(self) -> int:
@@ -115,6 +124,10 @@ class TokenizerFile:
 
   def make(self, corpus: str, texts: Texts, folder: pathlib.Path) -> "FileTokenizer":
     return self._open()
+
+  def read(self, path: epath.Path) -> "FileTokenizer | None":
+    """A copy of the file, if it is there."""
+    return FileTokenizer(path, self.eot) if path.exists() else None
 
   def _open(self) -> "FileTokenizer":
     path = pathlib.Path(self.path).expanduser()
@@ -128,6 +141,7 @@ class ByteTokenizer:
   """UTF-8 bytes."""
 
   vocab, eot, digest = 257, 256, "bytes 1"
+  json: str | None = None
 
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -155,7 +169,7 @@ class FileTokenizer:
     Refused: the file is not a tokenizer, or has no token `eot`.
   """
 
-  def __init__(self, path: pathlib.Path, eot: str, vocab: int | None = None):
+  def __init__(self, path: pathlib.Path | epath.Path, eot: str, vocab: int | None = None):
     from tokenizers import Tokenizer
 
     data = path.read_bytes()
@@ -173,6 +187,7 @@ class FileTokenizer:
         f"ends a document: one of {', '.join(sorted(added)[:8]) or 'its vocabulary'}"
       )
     self.eot = found
+    self.json: str | None = data.decode()
     self.vocab = vocab or max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     self.digest = hashlib.sha256(data + f"{eot} {self.vocab}".encode()).hexdigest()
 

@@ -18,12 +18,14 @@ from bigtrain.precision import project
 
 @config
 class AttentionConfig:
+  """Attention of grouped queries (arXiv:2305.13245); by default each head has its own key."""
+
   heads: int  # Query heads.
   kv_heads: int | None = None  # Key-value heads, a divisor of `heads`; None for as many.
   head_dim: int | None = None  # None for the model's dim / heads.
   causal: bool = True  # A position sees itself and what is before it.
   window: int | None = None  # Positions seen, itself included; None for all.
-  rotary: Rotary | None = None
+  rotary: Rotary | None = None  # Rotates q and k by their positions.
   qk_norm: NormConfig | None = None  # Normalises each head of q and k (arXiv:2010.04245).
   softcap: float | None = None  # Scores are squashed to this magnitude by tanh.
   bias: bool = False  # On the q, k and v products.

@@ -27,7 +27,10 @@ ACTIVATIONS = {
 
 @config
 class FeedForwardConfig:
+  """Up to the hidden units, through the activation, and down."""
+
   hidden: int  # Units.
+  # `relu2` is the square of relu (arXiv:2109.08668), `gelu_tanh` an approximation of gelu (GPT-2).
   activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
   gated: bool = False  # The activation multiplies a second product (arXiv:2002.05202).
   bias: bool = False  # On every product.

@@ -17,7 +17,7 @@ Residual = Literal["scaled", "same", "zero"]
 class Normal:
   """Every weight from a normal distribution of one width (GPT-2, BERT)."""
 
-  std: float = 0.02
+  std: float = 0.02  # Standard deviation.
   # Products that write to the residual stream: `scaled` by 1/sqrt(2 * layers) (GPT-2), the `same`
   # as others, or `zero`, so that every block starts as the identity.
   residual: Residual = "scaled"
@@ -30,7 +30,7 @@ class Normal:
 class FanIn:
   """Normal with variance `scale` / fan_in (LeCun 1998 for scale 1)."""
 
-  scale: float = 1.0
+  scale: float = 1.0  # 2 keeps the variance behind a ReLU (He et al. 2015, arXiv:1502.01852).
   residual: Residual = "same"  # As in Normal.
 
   def deviation(self, fan_in: int) -> float:

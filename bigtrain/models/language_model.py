@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from bigtrain import sharding
@@ -68,11 +69,15 @@ class LanguageModel(nnx.Module):
     """Logits (B, T, V) float32 of the token after each position.
 
     Args:
-      tokens_BT: token ids.
+      tokens_BT: token ids; also a list of equally long lists.
       positions_BT: position of each token in its document; by default a row is one document.
       segments_BT: the document of each token within its row; attention stays within it.
       key: dropout's key; None (no dropout) outside training.
+
+    Raises:
+      Refused: text, or what cannot be token ids of this model.
     """
+    tokens_BT = _token_ids(tokens_BT, self.c)
     return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT, key))
 
   def hidden(self, tokens_BT, positions_BT=None, segments_BT=None, key=None) -> jax.Array:
@@ -114,3 +119,31 @@ class LanguageModel(nnx.Module):
       x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
     x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
     return (x_BTD if self.norm is None else self.norm(x_BTD)), cache
+
+
+def _token_ids(tokens_BT: Any, c: LanguageModelConfig) -> jax.Array:
+  """The ids as an array; the messages are for people who call a model by hand."""
+  if not isinstance(tokens_BT, jax.Array):
+    try:
+      tokens_BT = np.asarray(tokens_BT)
+    except ValueError:
+      raise Refused(
+        "rows of one call must have equally many tokens; pad the shorter ones"
+      ) from None
+    if tokens_BT.dtype.kind in "US":
+      raise Refused("the model takes token ids, not text: run.model([run.tokenizer.encode(text)])")
+    if tokens_BT.size and not 0 <= tokens_BT.min() <= tokens_BT.max() < c.vocab:
+      raise Refused(
+        f"token ids are from 0 to {c.vocab - 1}, not {tokens_BT.min()} to {tokens_BT.max()}"
+      )
+  if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+    raise Refused(f"token ids are integers, not {tokens_BT.dtype}")
+  if tokens_BT.ndim != 2:
+    raise Refused(
+      f"the model takes rows of token ids, (B, T), not {tokens_BT.shape}; for one row: [ids]"
+    )
+  if tokens_BT.shape[0] % (shards := sharding.axis_size("B")):
+    raise Refused(
+      f"{tokens_BT.shape[0]} rows do not divide over the mesh: give a multiple of {shards}"
+    )
+  return jnp.asarray(tokens_BT)

@@ -14,7 +14,7 @@ from bigtrain.config import config
 class RMSNormConfig:
   """Zhang & Sennrich 2019, arXiv:1910.07467."""
 
-  eps: float = 1e-6
+  eps: float = 1e-6  # Added to the mean square.
   scale: bool = True  # A learned scale for each element.
 
   def make(self, dim: int) -> "RMSNorm":
@@ -25,8 +25,8 @@ class RMSNormConfig:
 class LayerNormConfig:
   """Ba et al. 2016, arXiv:1607.06450."""
 
-  eps: float = 1e-5
-  bias: bool = True
+  eps: float = 1e-5  # Added to the variance.
+  bias: bool = True  # A learned offset for each element, besides the scale.
 
   def make(self, dim: int) -> "LayerNorm":
     return LayerNorm(self, dim)

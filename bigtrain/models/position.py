@@ -17,7 +17,7 @@ from bigtrain.config import Refused, config
 class Llama3Scaling:
   """Slows rotations that do not turn once in the original context (Llama 3.1, arXiv:2407.21783)."""
 
-  factor: float = 8.0
+  factor: float = 8.0  # How far the longest wavelengths are stretched.
   low: float = 1.0  # Wavelengths longer than original / low are stretched by the whole factor,
   high: float = 4.0  # those shorter than original / high not at all.
   original: int = 8192  # Positions of the first training.
@@ -28,7 +28,7 @@ class Rotary:
   """Rotary embedding (Su et al. 2021, arXiv:2104.09864)."""
 
   theta: float = 10_000.0  # Wavelengths grow from 2 pi to 2 pi theta positions.
-  scaling: Llama3Scaling | None = None
+  scaling: Llama3Scaling | None = None  # For rows longer than those of the first training.
 
 
 @config

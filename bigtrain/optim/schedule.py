@@ -16,7 +16,7 @@ from bigtrain.config import Refused, config
 
 @config
 class Schedule(abc.ABC):
-  """A rise and what follows it. A run shorter than its warm-up is nothing but warm-up."""
+  """A rise and what follows it. A run is at least as long as its warm-up."""
 
   warmup: int = 100  # Steps until the peak; Adam wants about 2 / (1 - b2) (arXiv:1910.04209).
 

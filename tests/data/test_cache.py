@@ -123,7 +123,7 @@ def test_wide_vocabularies_take_four_bytes(corpus):
   assert texts(narrow) == texts(wide)
 
 
-def test_bad_input_is_counted_named_and_kept_out(corpus, capsys):
+def test_bad_input_is_counted_named_and_kept_out(corpus, builds):
   (corpus / "c.jsonl").write_text('{"text": "good"}\nbad\n{"text": 1}\nbad\n')
   (corpus / "d.txt").write_text("")
   prepared = prepare(Files(pattern=str(corpus), validation=0.0), Bytes())
@@ -140,11 +140,29 @@ def test_bad_input_is_counted_named_and_kept_out(corpus, capsys):
     ("c.jsonl", 4),
     ("d.txt", None),
   ]
-  said = capsys.readouterr().err
-  assert "2 x not JSON" in said
-  assert f"{corpus}/c.jsonl:2" in said
+  again = prepare(Files(pattern=str(corpus), validation=0.0), Bytes())
+  assert len(builds) == 1  # What is found in the cache tells as well.
+  for each in (prepared, again):
+    assert each.kept_out() == (
+      "kept out of the data: 2 x not JSON, 1 x 'text' is not text, 1 x empty file; first "
+      f"{corpus}/c.jsonl:2: not JSON (Expecting value); all in {prepared.folder}/problems.jsonl"
+    )
   with pytest.raises(Refused, match=r"c\.jsonl:2: not JSON"):
     prepare(Files(pattern=str(corpus), validation=0.0, on_error="refuse"), Bytes())
+
+
+def test_a_share_that_holds_nothing_out_is_refused(tmp_path):
+  (tmp_path / "a.txt").write_text("one document")
+  with pytest.raises(Refused, match=r"validation=0.01 holds out none of the 1 documents: take a l"):
+    prepare(Files(pattern=str(tmp_path / "a.txt")), Bytes())
+  assert prepare(Files(pattern=str(tmp_path / "a.txt"), validation=0), Bytes()).kept_out() is None
+
+
+def test_a_cache_that_cannot_be_written_is_refused_by_its_variable(tmp_path, monkeypatch):
+  (tmp_path / "file").touch()
+  monkeypatch.setenv("BIGTRAIN_CACHE", str(tmp_path / "file/cache"))
+  with pytest.raises(Refused, match=r"the cache .* cannot be written: .*; set BIGTRAIN_CACHE"):
+    cache.root()
 
 
 def test_a_source_without_any_document_is_refused_with_the_cause(tmp_path):

@@ -143,6 +143,24 @@ def test_a_document_of_one_character_trains_and_evaluates_to_padding(tmp_path):
   assert batch["targets"].tolist() == [[97, 256, 0, 0, 0, 0, 0, 0]] * 3
   assert data.eval_examples() == 0
   assert not data.eval_batch(0, 2)["weights"].any()
+  far = TextData(source=Files(pattern=str(tmp_path / "a.txt"), validation=0.0), seq=10**8).make(0)
+  with pytest.raises(Refused, match="rows of 100000000 tokens are longer than all of the training"):
+    far.batch(0, 1)
+
+
+def test_people_are_told_how_much_there_is_to_learn_from(files):
+  text = TextData(source=files).make(0)
+  train, held_out = (
+    [d for d in files.documents(lambda n: None) if getattr(d, "held_out", None) is side]
+    for side in (False, True)
+  )
+  # Bytes are tokens; an end-of-text follows each document.
+  tokens, others = (sum(len(d.text.encode()) + 1 for d in side) for side in (train, held_out))
+  assert tokens > 1000 and others > 1000
+  about = f"{tokens / 1000:.3g}K tokens of {len(train)} documents, {others / 1000:.3g}K held out"
+  assert text.about() == about
+  staged = Stages(stages=((0, TextData(source=files)), (10, TextData(source=files, seq=32))))
+  assert staged.make(0).about() == f"from step 0 on {about}; from step 10 on {about}"
 
 
 def test_stages_give_each_step_its_data_and_refuse_what_cannot_follow(files):
@@ -152,6 +170,8 @@ def test_stages_give_each_step_its_data_and_refuse_what_cannot_follow(files):
   data = staged.make(0)
   assert [data.stage(s).batch(0, 2)["tokens"].shape[1] for s in (0, 9, 10, 99)] == [32, 32, 64, 64]
   assert data.eval_examples() == long.make(0).eval_examples()
+  assert data.kept_out() == short.make(0).kept_out()  # Once.
+  assert "1 x not JSON" in str(data.kept_out())
   assert data.tokenizer.digest == long.make(0).tokenizer.digest
   with pytest.raises(Refused, match="the first is 0"):
     Stages(stages=((1, short),)).check()

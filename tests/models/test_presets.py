@@ -2,7 +2,8 @@
 
 import pytest
 
-from bigtrain.config import Refused, check_types
+from bigtrain.annotations import check_types
+from bigtrain.config import Refused
 from bigtrain.models import presets
 from bigtrain.models.count import count_parameters
 from bigtrain.models.position import Llama3Scaling

@@ -23,8 +23,8 @@ from rich.table import Table
 from bigtrain.checkpoint import Store
 from bigtrain.experiment import Experiment
 from bigtrain.load import load
+from bigtrain.program import Program
 from bigtrain.run_directory import RunDirectory
-from bigtrain.train import Program
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
 

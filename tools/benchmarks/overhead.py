@@ -31,7 +31,7 @@ import bigtrain
 from bigtrain.experiment import Experiment
 from bigtrain.load import load
 from bigtrain.parts import Part
-from bigtrain.train import Program
+from bigtrain.program import Program
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
 READY = 4  # Batches that B goes through over and over.

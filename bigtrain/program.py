@@ -1,0 +1,150 @@
+"""The program of an experiment: initialisation and the training step, pure and compiled."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigtrain import failures, sharding
+from bigtrain.data import cache
+from bigtrain.experiment import Experiment
+from bigtrain.objectives import Output
+from bigtrain.optim.optimizer import global_norm
+from bigtrain.state import State, combine, partition
+
+
+class Program:
+  """The functions of an experiment that are compiled; they are pure. `mesh` is the one in force."""
+
+  def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh | None):
+    self.experiment, self.mesh = experiment, mesh
+    self.transformation = experiment.optimizer.make(experiment.steps)
+    self.learning_rate = experiment.optimizer.learning_rate(experiment.steps)
+
+  def init(self, key: jax.Array) -> State:
+    """The state before the first update: the same bits on any mesh."""
+    model, variables = partition(self.experiment.model.make(key))
+    return State(
+      step=jnp.zeros((), jnp.int32),
+      example=jnp.zeros((), jnp.uint32),
+      model=model,
+      optimizer=self.transformation.init(model),
+      variables=variables,
+      statistics={},
+    )
+
+  def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+    """One update, and its metrics as float32 scalars."""
+    # Folding in a small number gives a key that `init` has split off: a branch beside those.
+    steps = jax.random.fold_in(jax.random.key(self.experiment.seed), 2**32 - 1)
+    key = jax.random.fold_in(steps, state.step)
+    gradient, output, variables = self.gradient(state.model, state.variables, batch, key)
+    updates, optimizer = self.transformation.update(gradient, state.optimizer, state.model)
+    model = optax.apply_updates(state.model, updates)
+    sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
+    metrics = {name: value / weight for name, (value, weight) in sums.items()}
+    metrics |= {
+      "weight": output.weight,
+      "learning_rate": jnp.float32(self.learning_rate(state.step)),
+      "gradient_norm": global_norm(gradient),
+    }
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      example=state.example + jnp.uint32(jax.tree.leaves(batch)[0].shape[0]),
+      model=model,
+      optimizer=optimizer,
+      variables=variables,
+    )
+    return state, metrics
+
+  def gradient(self, model, variables, batch: dict[str, jax.Array], key) -> tuple[Any, Output, Any]:
+    """The gradient of the mean loss, the sums over the batch, and the variables after it.
+
+    Microbatches add up sums, which are divided once: the result is that of the whole batch to
+    rounding, also where microbatches hold different numbers of tokens. Variables go through them
+    in turn.
+    """
+
+    def loss(model, variables, batch, key):
+      output = self.experiment.objective(combine(model, variables), batch, key)
+      after = variables if output.variables is None else output.variables
+      return output.loss_sum, (dataclasses.replace(output, variables=None), after)
+
+    grad = jax.grad(loss, has_aux=True)
+    n = self.experiment.microbatches
+    if n == 1:
+      total, (output, variables) = grad(model, variables, batch, key)
+    else:
+      # Rows m, m + n, m + 2n, ... form microbatch m: every device keeps the rows it has.
+      def split(x):
+        sizes = (x.shape[0] // n, n, *x.shape[1:])
+        return jnp.swapaxes(jax.lax.reshape(x, sizes, out_sharding=sharding.act("B")), 0, 1)
+
+      parts = (jax.tree.map(split, batch), jax.random.split(key, n))
+
+      def add(carry, part):
+        sums, variables = carry
+        gradient, (output, variables) = grad(model, variables, *part)
+        return (jax.tree.map(jnp.add, sums, (gradient, output)), variables), None
+
+      first = jax.tree.map(lambda x: x[0], parts)
+      gradient, (output, _) = jax.eval_shape(grad, model, variables, *first)
+      zeros = jax.tree.map(jnp.zeros_like, (gradient, output))
+      ((total, output), variables), _ = jax.lax.scan(add, (zeros, variables), parts)
+    weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone moves nothing.
+    gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), total)
+    return gradient, output, variables
+
+  def abstract(self) -> State:
+    """Shapes, dtypes and shardings of the state."""
+    tree, mesh = jax.eval_shape(self.init, jax.random.key(0)), self.mesh
+    if mesh is None:
+      return tree
+    spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # Tracing gives constants none.
+    place = lambda x: jax.sharding.NamedSharding(mesh, spec(x))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
+
+  def compile_init(self):
+    """Initialisation, compiled. On CPU it is not optimised: it runs once, for a moment."""
+    options: dict[str, str | bool] = {}
+    if jax.default_backend() == "cpu":
+      options["xla_backend_optimization_level"] = "0"
+    return jax.jit(self.init).lower(jax.random.key(0)).compile(compiler_options=options)
+
+  def compile_step(self, spec: dict[str, jax.ShapeDtypeStruct]):
+    """The training step for batches of that spec, compiled: `(leaves, batch) -> leaves, metrics`.
+
+    It takes and donates the leaves of a state, not the tree: to take a module apart and to build it
+    again at each call costs more than all else that the loop does. A batch of another shape is an
+    error when it is called, never a silent recompilation.
+    """
+    place = sharding.batch_sharding()
+    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for k, s in spec.items()}
+    leaves, structure = jax.tree.flatten(self.abstract())
+
+    def step(leaves: list[jax.Array], batch):
+      state, metrics = self.step(jax.tree.unflatten(structure, leaves), batch)
+      leaves, after = jax.tree.flatten(state)
+      if after != structure:
+        raise TypeError(f"an update made of the state\n{structure}\nanother tree:\n{after}")
+      return leaves, metrics
+
+    compiled = jax.jit(step, donate_argnums=0).lower(leaves, batch).compile()
+    failures.check_memory(compiled)
+    return compiled
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs on disk, so that a restart does not compile again.
+
+  The directory is this user's own: what lies in it is executed. JAX_COMPILATION_CACHE_DIR names
+  another one.
+  """
+  if jax.config.values["jax_compilation_cache_dir"] is None:
+    path = cache.root() / "compiled"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
