@@ -183,7 +183,8 @@ class Store:
 
 
 def _shortened(cause: str) -> str:
-  """The system's word for what went wrong comes last, behind long paths."""
+  """The system's word for what went wrong comes last, behind long paths and before a long spec."""
+  cause = re.sub(r" \[tensorstore_spec='.*?'\]", "", cause)
   return cause if len(cause) <= 500 else f"{cause[:200]} ... {cause[-295:]}"
 
 

@@ -46,15 +46,15 @@ class Recorder(Part):
     super().start(run, step)
     self.pending: tuple[int, dict[str, jax.Array]] | None = None
     self.peak = peak_flops()
+    self.in_tokens = bool(run.experiment.data.row_length())
     self._begin_interval(None)  # Later: the first step of a start, which warms up, is not timed.
 
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self.flush()
     self.pending = step, metrics
-    rows, length = self.run.batch_shape(step - 1)
-    self.unit = "examples" if length is None else "tokens"
-    self.amount += rows * (length or 1)
-    self.flops += rows * (self.run.experiment.model.flops(length or 1) or 0.0)
+    rows, length = self.run.feed.shape[0], self.run.feed.shape[1] if self.in_tokens else 1
+    self.amount += rows * length
+    self.flops += rows * (self.run.experiment.model.flops(length) or 0.0)
     self.steps, self.waited = self.steps + 1, self.waited + self.run.feed.wait
     if step == self.run.experiment.steps:
       self.flush()
@@ -67,7 +67,7 @@ class Recorder(Part):
     if self.pending is None:
       return
     (step, metrics), self.pending = self.pending, None
-    jax.block_until_ready(metrics)
+    next(iter(metrics.values())).block_until_ready()  # A program's outputs are ready together.
     now = time.perf_counter() - self.run.seconds_away()  # A clock that runs while it trains.
     c = self.run.experiment
     due = step % c.logging.every == 0 or step == c.steps
@@ -88,7 +88,7 @@ class Recorder(Part):
     speed = {
       "step_seconds": seconds / self.steps,
       "input_wait_seconds": self.waited / self.steps,
-      f"{self.unit}_per_second": self.amount / seconds,
+      f"{'tokens' if self.in_tokens else 'examples'}_per_second": self.amount / seconds,
     }
     if self.flops:
       speed["model_flops_per_second"] = self.flops / seconds

@@ -211,7 +211,7 @@ def test_sample_and_evaluate_pass_their_arguments_to_the_run(run, monkeypatch):
     def sample(self, prompt, tokens, temperature, top_k, top_p, seed, samples):
       return [f" {tokens} {temperature} {top_k} {top_p} {seed}"] * samples
 
-  monkeypatch.setattr(sys.modules["bigtrain.train"], "load_run", Run, raising=False)
+  monkeypatch.setitem(sys.modules, "bigtrain.run", types.SimpleNamespace(load_run=Run))
   assert run("evaluate", "runs/a").out == "loss 1.25\nof 1\n"
   flags = "--tokens 5 --top_k 3 --temperature 0 --samples 2 --seed 9"
   result = run("sample", "runs/a", "--prompt", "It was", *flags.split())

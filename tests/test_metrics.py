@@ -105,7 +105,7 @@ def recorded(monkeypatch, tmp_path):
   device = Device(monkeypatch)
   e = packed.experiment(steps=6, logging=Logging(every=2), evaluation=Evaluation(every=3))
   run = Run(e, RunDirectory(tmp_path), None)
-  run.feed = types.SimpleNamespace(wait=0.25)
+  run.feed = types.SimpleNamespace(wait=0.25, shape=(packed.B, packed.T))
   recorder = Recorder()
   run.parts = [recorder]
   recorder.start(run, 0)
@@ -202,6 +202,7 @@ def test_data_without_tokens_and_a_model_without_a_formula_show_what_is_known(
   run, recorder, device = recorded
   monkeypatch.setattr(packed.Packed, "row_length", lambda self: None)
   monkeypatch.setattr(LanguageModelConfig, "flops", lambda self, length=1: None)
+  recorder.start(run, 0)
   for step in range(1, 7):
     recorder.after_step(step, {"loss": device.step()})
   for row in run.directory.rows("train"):

@@ -1,8 +1,8 @@
 """Feed: from rows on the host to global arrays on the devices, ahead of the step that needs them.
 
 A process computes only the rows that its devices hold, by the batch sharding's own indices and
-never by a process number: mesh axes other than the batch's may span processes. Reading threads
-compute rows, one more thread moves them to the devices; closing the feed stops them.
+never by a process number: mesh axes other than the batch's may span processes. Threads compute the
+rows of a batch and move them to the devices; closing the feed stops them.
 """
 
 import itertools
@@ -18,8 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bigtrain.experiment import Data
 
 READ_THREADS = 2  # Planning holds Python's lock, copying does not: a second thread is of use.
-HOST_AHEAD = 4  # Batches on the host.
-DEVICE_AHEAD = 2  # Batches on the devices, besides the one in use.
+AHEAD = 3  # Batches on the devices, besides the one in use.
 
 Batch = dict[str, np.ndarray]
 Span = tuple[int, int]  # Rows [first, last) of the global batch.
@@ -112,6 +111,7 @@ class Feed(Iterator[dict[str, jax.Array]]):
   """
 
   wait = 0.0  # Seconds that the last `next` took: how long the step had to wait for its batch.
+  shape: tuple[int, ...] = ()  # Of the first array of the last batch.
 
   def __init__(
     self,
@@ -123,26 +123,22 @@ class Feed(Iterator[dict[str, jax.Array]]):
     example: int,
     stop: int,
   ):
-    def read(at: int) -> tuple[int, dict[Span, Batch]]:
+    def read(at: int) -> dict[str, jax.Array]:
       size, start = sizes.at(at), example + sizes.between(step, at)
-      rows = lambda wanted: data.stage(at).batch(start, size, wanted)
-      return size, read_rows(rows, size, sharding)
+      return put(lambda rows: data.stage(at).batch(start, size, rows), size, sharding)
 
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=HOST_AHEAD)
-    host = grain.MapDataset.range(step, stop).map(read).to_iter_dataset(options)
-    devices = host.map(lambda sized: to_devices(sized[1], sized[0], sharding))
-    ahead = grain.experimental.ThreadPrefetchIterDataset(devices, prefetch_buffer_size=DEVICE_AHEAD)
-    self._batches: Any = iter(ahead)
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=AHEAD)
+    self._batches: Any = iter(grain.MapDataset.range(step, stop).map(read).to_iter_dataset(options))
     self._batches.start_prefetch()
 
   def __next__(self) -> dict[str, jax.Array]:
     if self._batches is None:
       raise StopIteration
     started = time.perf_counter()
-    try:
-      return next(self._batches)
-    finally:
-      self.wait = time.perf_counter() - started
+    batch = next(self._batches)
+    self.wait = time.perf_counter() - started
+    self.shape = next(iter(batch.values())).shape
+    return batch
 
   def close(self) -> None:
     """Stops the threads and drops what they prepared; there is no next batch."""

@@ -6,6 +6,7 @@ a cache of plans, so start-up and memory do not grow with the documents (8 bytes
 """
 
 import collections
+import functools
 import threading
 
 import numpy as np
@@ -17,6 +18,8 @@ WINDOW = 1024  # Documents between two entries of the prefix sums on disk.
 ROWS_PER_WINDOW = 64  # At least, by joining windows of short documents: padding stays below 1%.
 CHUNK = 256  # Neighbouring rows that are shuffled as one, so that a planned window is used again.
 GROUP = 256 * CHUNK  # Rows shuffled one by one, drawn from chunks all over the split.
+ORDER_BLOCK = 1024  # Examples whose order is computed at once: most of the time it is the call.
+ORDER_BLOCKS = 64  # Kept.
 PLAN_BYTES = 256 * 2**20  # Memory for plans.
 FIELDS = {
   "tokens": np.int32,
@@ -57,6 +60,7 @@ class Rows:
     self._plans: collections.OrderedDict[tuple[int, int], Plan] = collections.OrderedDict()
     self._plan_bytes = 0
     self._lock = threading.Lock()
+    self._order_of = functools.lru_cache(ORDER_BLOCKS)(self._order_block)
     self._positions = np.arange(seq, dtype=np.int32)
 
   def __call__(self, examples: np.ndarray) -> dict[str, np.ndarray]:
@@ -74,13 +78,23 @@ class Rows:
     return batch
 
   def _order(self, examples) -> tuple[np.ndarray, np.ndarray]:
-    """Epoch and row of each example: a permutation of all rows in every epoch.
+    """Epoch and row of each example, from blocks that serve the batches around this one too."""
+    found = np.empty((2, len(examples)), np.int64)
+    blocks, within = np.divmod(examples, ORDER_BLOCK)
+    for block in set(blocks.tolist()):
+      here = blocks == block
+      found[:, here] = self._order_of(block)[:, within[here]]
+    return found[0], found[1]
+
+  def _order_block(self, block: int) -> np.ndarray:
+    """Epoch and row, (2, ORDER_BLOCK), of a block of examples: all rows permuted in every epoch.
 
     Chunks of neighbouring rows are permuted; then single rows within groups of many chunks; the
     whole is turned by a random offset, so that the chunk that is not full lies elsewhere each time.
     """
+    examples = block * ORDER_BLOCK + np.arange(ORDER_BLOCK)
     if self._seed is None:
-      return np.zeros_like(examples), examples
+      return np.stack([np.zeros_like(examples), examples])
     epoch, slot = np.divmod(examples, self.count)
     key = hashes(key_of(self._seed), epoch)
     group, within = np.divmod(slot, GROUP)
@@ -90,7 +104,7 @@ class Rows:
     full = chunk < self.count // CHUNK
     chunk[full] = permute(chunk[full], self.count // CHUNK, hashes(key, 0)[full])
     turn = (hashes(key, 1) % np.uint64(self.count)).astype(np.int64)
-    return epoch, (chunk * CHUNK + within + turn) % self.count
+    return np.stack([epoch, (chunk * CHUNK + within + turn) % self.count])
 
   def _plan(self, epoch: int, window: int) -> Plan:
     with self._lock:
