@@ -81,6 +81,8 @@ class Data(abc.ABC):
   `tokens` int32, `targets` int32, `weights` float32 (0 where nothing is predicted), `segments`
   int32 (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within
   each document). Evaluation batches also have `bytes` float32: the UTF-8 bytes of each target.
+  Data of classes has `inputs` float32 (B, ...), images as (B, height, width, channels), `labels`
+  int32 (B,) and `weights` float32 (B,), 0 for padding.
   """
 
   @abc.abstractmethod
@@ -90,6 +92,10 @@ class Data(abc.ABC):
   @abc.abstractmethod
   def batch(self, example: int, size: int, rows: "slice | None" = None) -> "dict[str, np.ndarray]":
     """Rows `rows` (all if None) of the batch of `size` examples from global index `example` on."""
+
+  def examples(self) -> int:
+    """How many examples (rows) an epoch has."""
+    raise Refused("this data has no epochs: give the run's length in steps")
 
   def digest(self) -> str | None:
     """Of what decides the batches besides the config, such as files; a resumed run must find it."""
@@ -218,8 +224,9 @@ class Experiment(Generic[M, D, U, L]):
   data: D
   optimizer: U
   objective: L
-  steps: int  # Updates.
   batch: int  # Global batch, rows.
+  steps: int = 0  # Updates; 0 where `epochs` says how many.
+  epochs: float | None = None  # Passes over the training examples, in place of `steps`.
   batch_stages: tuple[tuple[int, int], ...] = ()  # (step, batch): that batch from that step on.
   microbatches: int = 1  # Equal parts of the batch whose gradients are added up before an update.
   mesh: Mesh = dataclasses.field(default_factory=Mesh)

@@ -83,7 +83,7 @@ def weight(dims: str) -> P | None:
 
 
 def act(dims: str) -> P | None:
-  """The spec of an activation, or of a batch (`act("BT")`)."""
+  """The spec of an activation, or of a batch."""
   return spec(ACTIVATION, dims)
 
 
@@ -104,8 +104,8 @@ def axes(letter: str) -> tuple[str, ...]:
 
 
 def batch_sharding() -> NamedSharding | None:
-  """Of every array of a batch, (B, T, ...), on the mesh in force; None without one."""
-  spec = act("BT")
+  """Of every array of a batch, (B, ...), on the mesh in force; None without one."""
+  spec = act("B")
   return None if spec is None else NamedSharding(jax.sharding.get_mesh(), spec)
 
 

@@ -28,7 +28,7 @@ def shrink(experiment: Experiment) -> Experiment:
   known, needed = e.model.vocabulary(), e.data.vocabulary()
   if known is not None and needed is not None and not needed <= known <= padded(needed):
     setattr(e.model, "vocab", padded(needed))  # noqa: B010, not every model has a vocabulary.
-  e.steps = min(e.steps, STEPS)
+  e.steps, e.epochs = min(e.steps or STEPS, STEPS), None
   for _, node in configs(e.optimizer):
     if isinstance(node, Schedule):
       node.warmup = min(node.warmup, max(e.steps // 10, 1))

@@ -7,6 +7,7 @@ just calls them.
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def train(
   """Trains, or goes on with what `run_dir` holds, until `experiment.steps` updates are done.
 
   Args:
-    experiment: what to train; it is copied, so later changes to it do not matter.
+    experiment: what to train; it is copied, so later changes to it do not matter. Its epochs
+      become steps.
     run_dir: the run directory; run_directory.py says what lies in it.
     source: the experiment's file, of which the run directory keeps a copy.
     quiet: no progress on the console.
@@ -54,6 +56,10 @@ def train(
   experiment = copy.deepcopy(experiment)
   processes.initialize()
   validate(experiment, jax.device_count())
+  if experiment.epochs is not None:
+    examples = experiment.epochs * experiment.data.make(experiment.seed).examples()
+    experiment.steps, experiment.epochs = math.ceil(examples / experiment.batch), None
+    validate(experiment)
   processes.agree(config=dump(experiment))
   enable_compilation_cache()
   directory = RunDirectory(run_dir, writes=processes.is_first())

@@ -18,7 +18,7 @@ from bigtrain.optim.schedule import Schedule
 from bigtrain.sharding import ACTIVATION, AXES, WEIGHT
 
 LEAST = {
-  "steps": 1,
+  "steps": 0,
   "batch": 1,
   "microbatches": 1,
   "seed": 0,
@@ -46,6 +46,7 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
   """
   check_types(experiment)
   _all(
+    functools.partial(_check_length, experiment),
     *(functools.partial(_check_least, experiment, *least) for least in LEAST.items()),
     *(functools.partial(_check_node, *found) for found in configs(experiment)),
     functools.partial(_check_stages, experiment),
@@ -116,6 +117,18 @@ def _get(node: Any, path: str) -> Any:
   for name in path.split("."):
     node = getattr(node, name)
   return node
+
+
+def _check_length(e: Experiment) -> None:
+  if e.epochs is None:
+    if e.steps < 1:
+      raise Refused("steps must be at least 1, or epochs given in their place")
+  elif e.steps:
+    raise Refused(f"steps {e.steps} and epochs {e.epochs} are both given; add --epochs None")
+  elif e.epochs <= 0:
+    raise Refused(f"epochs must be above 0, not {e.epochs}")
+  elif e.batch_stages:
+    raise Refused("epochs cannot be counted with batch_stages; give the run's length in steps")
 
 
 def _check_stages(e: Experiment) -> None:

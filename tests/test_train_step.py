@@ -120,3 +120,12 @@ def test_batches_and_data_change_at_their_steps_and_each_new_shape_is_announced(
   events = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
   shapes = [event["shapes"]["tokens"] for event in events if event["event"] == "compile"]
   assert shapes == [[8, 11], [16, 11], [16, 14]]
+
+
+def test_epochs_become_the_steps_that_go_through_the_examples(tmp_path, monkeypatch):
+  monkeypatch.setattr(packed.PackedData, "examples", lambda self: 20)
+  e = dataclasses.replace(calm(), steps=0, epochs=1.5, batch=8, mesh=Mesh(data=8, fsdp=1))
+  run = train(e, tmp_path, quiet=True)
+  assert run.experiment.steps == run.state.step == 4  # 30 examples, 8 at a time.
+  assert json.loads((tmp_path / "config.json").read_text())["steps"] == 4
+  assert train(e, tmp_path, quiet=True).state.step == 4  # The same command goes on with it.

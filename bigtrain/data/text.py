@@ -102,8 +102,7 @@ class Text(Data):
     """Documents, positions and bytes of each split, and what was kept out."""
     return self.prepared.manifest
 
-  def rows(self) -> int:
-    """Rows of one epoch."""
+  def examples(self) -> int:
     return self._train.count
 
   def spec(self, size: int) -> "dict[str, jax.ShapeDtypeStruct]":

@@ -76,7 +76,7 @@ def test_held_out_bytes_add_up_to_the_held_out_text(packing, tokenizer):
 
 def test_documents_that_fit_come_back_whole_from_an_epoch(files):
   data = TextData(source=files, seq=512).make(3)
-  batch = data.batch(0, data.rows())
+  batch = data.batch(0, data.examples())
   found = sorted(data.tokenizer.decode(ids) for ids in segments(batch))
   lines = pathlib.Path(files.pattern).read_text().splitlines()[:-1]
   held_out = {data.tokenizer.decode(i) for i in segments(data.eval_batch(0, data.eval_examples()))}
