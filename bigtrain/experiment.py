@@ -204,6 +204,7 @@ class Logging:
   """What is written while training."""
 
   every: int = 10  # Steps between rows of metrics.jsonl and lines on the console.
+  layers_every: int = 100  # Steps between statistics of every layer, for `diagnose`; 0 for none.
   tensorboard: bool = True  # Also write TensorBoard files.
 
 

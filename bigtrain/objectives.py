@@ -27,7 +27,8 @@ class Output:
   metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): their ratio is meant.
   # The second part of `state.partition(model)` as it is after this batch; None if unchanged.
   variables: Any = None
-  taps: dict[str, Any] = dataclasses.field(default_factory=dict)  # Statistics of the layers.
+  # Statistics of the layers, by name (taps.py); the training step puts them here.
+  taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @config

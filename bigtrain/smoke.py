@@ -47,7 +47,7 @@ def shrink(experiment: Experiment) -> Experiment:
   )
   e.checkpoints.every = min(e.checkpoints.every, EVERY)
   e.checkpoints.keep_every = e.checkpoints.keep_every and min(e.checkpoints.keep_every, EVERY)
-  e.logging.every = 1
+  e.logging.every, e.logging.layers_every = 1, min(e.logging.layers_every, EVERY)
   return e
 
 

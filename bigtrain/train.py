@@ -104,18 +104,20 @@ def loop(run: Run) -> None:
   )
   with feed:
     run.feed = feed
-    compiled = {}
+    compiled, layers_every = {}, experiment.logging.layers_every
     for part in run.parts:
       part.start(run, step)
     while step < experiment.steps and not run.left:
       for part in run.parts:
         part.before_step(step)
       batch = next(feed)
+      statistics = layers_every > 0 and (step + 1) % layers_every == 0
       shapes = tuple(x.shape for x in batch.values())
-      if shapes not in compiled:
+      if (key := (statistics, shapes)) not in compiled:
         with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
-          compiled[shapes] = program.compile_step(data.stage(step).spec(sizes.at(step)))
-      run.leaves, metrics = compiled[shapes](run.leaves, batch)
+          spec = data.stage(step).spec(sizes.at(step))
+          compiled[key] = program.compile_step(spec, statistics=statistics)
+      run.leaves, metrics = compiled[key](run.leaves, batch)
       step += 1
       for part in run.parts:
         part.after_step(step, metrics)

@@ -30,6 +30,7 @@ LEAST = {
   "checkpoints.keep": 1,
   "checkpoints.keep_every": 1,
   "logging.every": 1,
+  "logging.layers_every": 0,
 }
 VOCABULARY_MULTIPLE = 128  # A vocabulary may be padded to this, the tile of a TPU's matrix unit.
 

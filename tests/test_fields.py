@@ -149,6 +149,7 @@ VALUES = {
   "Experiment.batch_stages": (((1, 64),),),
   "LanguageModelConfig.first": (lambda e: e.model.pattern[:1],),
   "LanguageModelConfig.unroll": (1, 2),
+  "Logging.layers_every": (1,),
 }
 # Which probe is likely to see the fields of an object.
 FIRST = {"data": "batches", "evaluation": "record", "checkpoints": "record", "logging": "record"}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.models.initial import Initializer
 from bigtrain.precision import project
@@ -23,6 +23,11 @@ ACTIVATIONS = {
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "silu": jax.nn.silu,
 }
+
+
+def dead(h) -> jax.Array:
+  """The share of hidden units, the last dim, that are zero for every token."""
+  return jnp.mean(jnp.all(h == 0, axis=tuple(range(h.ndim - 1))).astype(jnp.float32))
 
 
 @config
@@ -62,7 +67,10 @@ class FeedForward(nnx.Module):
     activation = ACTIVATIONS[self.c.activation]
     if self.gate_DF is None:
       h_BTF = activation(up_BTF)
+      taps.tap("dead", dead, h_BTF)
     else:
       gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F)
-      h_BTF = activation(checkpoint_name(gate_BTF, "gate")) * up_BTF
+      a_BTF = activation(checkpoint_name(gate_BTF, "gate"))
+      taps.tap("dead", dead, a_BTF)
+      h_BTF = a_BTF * up_BTF
     return project("BTF,FD->BTD", h_BTF, self.down_FD, self.down_bias_D)

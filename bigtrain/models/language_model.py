@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens
@@ -117,7 +117,8 @@ class LanguageModel(nnx.Module):
       elif isinstance(self.c.position, Sinusoidal):
         x_BTD += sinusoid(self.c.position, tokens.positions, self.c.dim).astype(dtype)
       x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
-    x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
+    with taps.named("transformer"):
+      x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
     return (x_BTD if self.norm is None else self.norm(x_BTD)), cache
 
 

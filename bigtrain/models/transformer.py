@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models.attention import AttentionConfig
@@ -125,14 +125,15 @@ class Block(nnx.Module):
     """The block's output (B, T, D) and its extended cache."""
     ka, *kd = (None,) * 3 if key is None else jax.random.split(key, 3)
     pre = self.placement != "post"
-    with jax.named_scope("attention"):
+    with jax.named_scope("attention"), taps.named("attention"):
       h_BTD = self.attention_norm(x_BTD) if pre else x_BTD
       y_BTD, cache = self.attention(h_BTD, tokens, ka, cache)
       x_BTD = self._add(x_BTD, y_BTD, self.attention_norm, self.attention_out_norm, kd[0])
-    with jax.named_scope("feed_forward"):
+    with jax.named_scope("feed_forward"), taps.named("feed_forward"):
       h_BTD = self.feed_forward_norm(x_BTD) if pre else x_BTD
       y_BTD = self.feed_forward(h_BTD)
       x_BTD = self._add(x_BTD, y_BTD, self.feed_forward_norm, self.feed_forward_out_norm, kd[1])
+    taps.tap("output", taps.rms, x_BTD)
     return x_BTD, cache
 
   def _add(self, x_BTD, y_BTD, norm, out_norm, key):
@@ -204,15 +205,17 @@ class Transformer(nnx.Module):
       unroll = min(self.c.unroll, repeats)
       apply = self._remat(unroll == repeats)
       body = functools.partial(_repeat, apply=apply, tokens=tokens, cache=cache)
-      x_BTD, pair = jax.lax.scan(body, x_BTD, layers, unroll=unroll)
+      x_BTD, (pair, found) = jax.lax.scan(body, x_BTD, layers, unroll=unroll)
       pairs.append(pair)
+      with taps.named("segments", i):
+        taps.hand_on(found)
     if cache is not None:
       length = cache.length + x_BTD.shape[1]
       cache = dataclasses.replace(cache, pairs=pairs, length=length)
     return x_BTD, cache
 
   def _remat(self, unrolled: bool):
-    apply = lambda block, *args: block(*args)
+    apply = lambda block, *args: taps.collected(block)(*args)
     if self.c.remat == "none":
       return apply
     policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.c.remat])
@@ -234,7 +237,7 @@ class Transformer(nnx.Module):
 def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None):
   """One repeat of a pattern: the body of the scan."""
   blocks, keys, pairs = layer
-  extended = []
+  extended, found = [], {}
   for j, block in enumerate(blocks):
     layer_cache = None
     if cache is not None:
@@ -242,6 +245,7 @@ def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None):
       layer_cache = LayerCache(k_BSKH, v_BSKH, Tokens(cache.positions_BS), cache.length)
     key = None if keys is None else keys[j]
     with jax.named_scope(f"block{j}"):
-      x_BTD, layer_cache = apply(block, x_BTD, tokens, key, layer_cache)
+      (x_BTD, layer_cache), tapped = apply(block, x_BTD, tokens, key, layer_cache)
+    found |= taps.under(j, tapped)
     extended.append(layer_cache and (layer_cache.k_BSKH, layer_cache.v_BSKH))
-  return x_BTD, extended
+  return x_BTD, (extended, found)
