@@ -74,6 +74,9 @@ class OptimizerConfig(abc.ABC):
   def check(self) -> None: ...
 
 
+SOURCE = "source/"  # How the names of arrays begin that say of which source a row is.
+
+
 class Data(abc.ABC):
   """A prepared dataset. Batches are pure functions of their arguments and the seed it has.
 
@@ -82,7 +85,8 @@ class Data(abc.ABC):
   int32 (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within
   each document). Evaluation batches also have `bytes` float32: the UTF-8 bytes of each target.
   Data of classes has `inputs` float32 (B, ...), images as (B, height, width, channels), `labels`
-  int32 (B,) and `weights` float32 (B,), 0 for padding.
+  int32 (B,) and `weights` float32 (B,), 0 for padding. A mixture also has `source/<name>` float32
+  (B,) for each of its sources: 1 where the row is of that source.
   """
 
   @abc.abstractmethod

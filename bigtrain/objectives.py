@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from bigtrain.config import Refused, config
-from bigtrain.experiment import ObjectiveConfig
+from bigtrain.experiment import SOURCE, ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
 
 
@@ -37,8 +37,9 @@ class CausalLM(ObjectiveConfig):
 
   The model offers `hidden(tokens_BT, positions_BT, segments_BT, key) -> x_BTD` and
   `output_VD() -> table_VD`. Metrics: `loss` (nats a token, without smoothing and z-loss, so that
-  runs compare), `accuracy`, `z_loss` where it is on, `bits_per_byte` and `nats_per_byte` where the
-  batch has `bytes`; of an evaluation also `perplexity`.
+  runs compare), `loss/<source>` where the data is a mixture, `accuracy`, `z_loss` where it is on,
+  `bits_per_byte` and `nats_per_byte` where the batch has `bytes`; of an evaluation also
+  `perplexity`.
   """
 
   # Tokens whose logits a device holds at once, in float32; None: all, in the compute dtype. A chunk
@@ -73,6 +74,12 @@ class CausalLM(ObjectiveConfig):
       )
     weight = weights_BT.sum()
     metrics = {"loss": (sums["nll"], weight), "accuracy": (sums["correct"], weight)}
+    for name in filter(lambda name: name.startswith(SOURCE), batch):
+      of = batch[name][:, None]
+      metrics[f"loss/{name.removeprefix(SOURCE)}"] = (
+        (sums["nll_BT"] * of).sum(),
+        (weights_BT * of).sum(),
+      )
     if self.z_loss:
       metrics["z_loss"] = (sums["z_loss"], weight)
     if "bytes" in batch:

@@ -46,10 +46,11 @@ def cross_entropy(
 
   Returns:
     The loss, which can be differentiated, and a dict of weighted sums which cannot: `nll`, `z_loss`
-    (with its factor) and `correct` (no logit is higher than the target's).
+    (with its factor), `correct` (no logit is higher than the target's); and `nll_BT`, not summed.
   """
   settings = (chunk, z_loss, label_smoothing)
-  return _cross_entropy(settings, x_BTD, table_VD, targets_BT, weights_BT)
+  loss, sums, nll_BT = _cross_entropy(settings, x_BTD, table_VD, targets_BT, weights_BT)
+  return loss, sums | {"nll_BT": nll_BT}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,8 +59,8 @@ def _cross_entropy(settings, *arrays) -> Any:
 
 
 def _forward(settings, *arrays):
-  loss, sums, *gradients = _island(settings, True, *arrays)
-  return (loss, sums), gradients
+  loss, sums, nll_BT, *gradients = _island(settings, True, *arrays)
+  return (loss, sums, nll_BT), gradients
 
 
 def _backward(_, gradients, cotangents):
@@ -71,13 +72,13 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _island(settings, differentiate: bool, *arrays) -> Any:
-  """(loss, sums) of the whole batch, and (dx, dtable) where they are wanted."""
+  """(loss, sums, nll_BT) of the whole batch, and (dx, dtable) where they are wanted."""
   local = functools.partial(_local, settings, differentiate)
   manual = set(jax.sharding.get_abstract_mesh().explicit_axes)
   if not manual:  # No mesh, or already inside an island: those do not nest.
     return local(*arrays)
   specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
-  out_specs = (P(), P(), *specs[: 2 * differentiate])
+  out_specs = (P(), P(), specs[2], *specs[: 2 * differentiate])
   return jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names=manual)(*arrays)
 
 
@@ -93,32 +94,34 @@ def _local(settings, differentiate, x_BTD, table_VD, targets_BT, weights_BT):
   def step(dtable_VD: Any, xs) -> Any:
     x_ND, targets_N, weights_N = xs
     logits_NV = _product("nd,vd->nv", x_ND, table_VD).astype(logits_dtype).astype(jnp.float32)
-    sums, dlogits_NV = _token_sums(
+    sums, nll_N, dlogits_NV = _token_sums(
       logits_NV, targets_N, weights_N, vocabulary, z_loss, label_smoothing
     )
     if not differentiate:
-      return dtable_VD, (sums, ())
+      return dtable_VD, (sums, nll_N, ())
     dlogits_NV = dlogits_NV.astype(x_ND.dtype)
     dx_ND = _product("nv,vd->nd", dlogits_NV, table_VD).astype(x_ND.dtype)
-    return dtable_VD + _product("nv,nd->vd", dlogits_NV, x_ND), (sums, dx_ND)
+    return dtable_VD + _product("nv,nd->vd", dlogits_NV, x_ND), (sums, nll_N, dx_ND)
 
   start: Any = ()
   if differentiate:
     start = jnp.zeros(table_VD.shape, jnp.float32)
     start = jax.lax.pcast(start, (*(_varying(x_BTD) | _varying(table_VD)),), to="varying")
-  dtable_VD, (sums, dx_CND) = jax.lax.scan(
+  dtable_VD, (sums, nll_CN, dx_CND) = jax.lax.scan(
     step, start, (*map(split, (x_BTD, targets_BT, weights_BT)),)
   )
   sums = {name: jax.lax.psum(s_C.sum(), (*_varying(s_C),)) for name, s_C in sums.items()}
   loss = sums.pop("loss")
+  nll_BT = _typed_as(nll_CN.reshape(-1)[:tokens].reshape(targets_BT.shape), targets_BT)
   if not differentiate:
-    return loss, sums
+    return loss, sums, nll_BT
   dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape)
-  return loss, sums, _typed_as(dx_BTD, x_BTD), _typed_as(dtable_VD.astype(table_VD.dtype), table_VD)
+  gradients = (dx_BTD, x_BTD), (dtable_VD.astype(table_VD.dtype), table_VD)
+  return loss, sums, nll_BT, *(_typed_as(*pair) for pair in gradients)
 
 
 def _token_sums(logits_NV, targets_N, weights_N, split, z_loss, label_smoothing):
-  """A chunk's weighted sums, and the gradient of its loss with respect to the logits.
+  """A chunk's weighted sums, its tokens' nll, and the gradient of its loss by the logits.
 
   `split` names the axes over which the vocabulary is spread.
   """
@@ -146,7 +149,7 @@ def _token_sums(logits_NV, targets_N, weights_N, split, z_loss, label_smoothing)
   sums = {name: (weights_N * value_N).sum() for name, value_N in tokens.items()}
   p_NV = exp_NV * ((1 + 2 * z_loss * logsumexp_N) / total_N)[:, None]
   wanted_NV = (1 - label_smoothing) * hit_NV + label_smoothing / V
-  return sums, weights_N[:, None] * (p_NV - wanted_NV)
+  return sums, weights_N * nll_N, weights_N[:, None] * (p_NV - wanted_NV)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -170,5 +173,5 @@ def _vocabulary_axes(table_VD) -> tuple[str, ...]:
 
 
 def _typed_as(gradient, primal):
-  """Sums a gradient over the devices that share the primal."""
+  """Sums a gradient over the devices that share the primal (for a value of theirs: of one)."""
   return jax.lax.psum(gradient, (*(_varying(gradient) - _varying(primal)),))

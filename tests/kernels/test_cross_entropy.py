@@ -37,8 +37,10 @@ def plain(x_BTD, table_VD, targets_BT, weights_BT, z_loss=0.0, label_smoothing=0
   hot_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=logits_BTV.dtype)
   smooth_BTV = (1 - label_smoothing) * hot_BTV + label_smoothing / logits_BTV.shape[-1]
   z_BT = z_loss * jax.nn.logsumexp(logits_BTV, axis=-1) ** 2
+  nll_BT = -(weights_BT[..., None] * hot_BTV * log_p_BTV).sum(-1)
   sums = {
-    "nll": -(weights_BT[..., None] * hot_BTV * log_p_BTV).sum(),
+    "nll_BT": nll_BT,
+    "nll": nll_BT.sum(),
     "z_loss": (weights_BT * z_BT).sum(),
     "correct": (weights_BT * (logits_BTV.argmax(-1) == targets_BT)).sum(),
   }
@@ -98,7 +100,8 @@ def test_inside_an_island_it_gives_the_same():
   with mesh_of((2, 2, 2)):
     placed = on_mesh(args)
     specs = tuple(jax.typeof(a).sharding.spec for a in placed)
-    got = gradients(jax.shard_map(f, in_specs=specs, out_specs=P()), placed)
+    sums = dict.fromkeys(("nll", "z_loss", "correct"), P()) | {"nll_BT": specs[2]}
+    got = gradients(jax.shard_map(f, in_specs=specs, out_specs=(P(), sums)), placed)
   assert_close(jax.device_get(got), exact(**EXTRAS), rtol=1e-6)
 
 
