@@ -49,7 +49,8 @@ def cross_entropy(
     (with its factor), `correct` (no logit is higher than the target's); and `nll_BT`, not summed.
   """
   settings = (chunk, z_loss, label_smoothing)
-  loss, sums, nll_BT = _cross_entropy(settings, x_BTD, table_VD, targets_BT, weights_BT)
+  results: Any = _cross_entropy(settings, x_BTD, table_VD, targets_BT, weights_BT)
+  loss, sums, nll_BT = results
   return loss, sums | {"nll_BT": nll_BT}
 
 
