@@ -1,8 +1,21 @@
-"""Feature vectors with classes: rows of numbers, for a classifier of dense layers."""
+"""Feature vectors with classes: rows of numbers, for a classifier of dense layers.
 
-from bigtrain.config import config
-from bigtrain.data.examples import Source
+Dims: B batch, C features.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from bigtrain.config import Refused, config
+from bigtrain.data.examples import ExampleData, Raw, Source
 from bigtrain.experiment import DataConfig
+
+CHUNK = 4096  # Examples read at once for mean and variance.
 
 
 @config
@@ -11,3 +24,61 @@ class FeatureData(DataConfig):
 
   source: Source
   standardize: bool = True  # Each feature to mean 0 and variance 1 over the training examples.
+
+  def make(self, seed: int) -> "Features":
+    return Features(self, seed)
+
+  def features(self) -> int:
+    """How many features an example has, touching no data."""
+    return math.prod(self.source.shape() or ())
+
+  def classes(self) -> int:
+    """How many classes there are, touching no data."""
+    return self.source.n_classes()
+
+  def check(self) -> None:
+    if self.source.shape() is None:
+      raise Refused(
+        f"{type(self.source).__name__} has images of any size, which are no vectors of features; "
+        "use ImageData"
+      )
+
+  def smoke(self) -> Self:
+    return dataclasses.replace(self, source=self.source.smoke())
+
+
+class Features(ExampleData):
+  version = "features 1"
+
+  def __init__(self, c: FeatureData, seed: int):
+    ExampleData.__init__(self, c.source, seed)
+    self._config = c
+
+  def shape(self) -> tuple[int, ...]:
+    return (self._config.features(),)
+
+  def problem(self, raw: Raw) -> str | None:
+    if isinstance(raw, bytes):
+      return "is an encoded image, not a vector of features"
+    return None if np.isfinite(raw).all() else "has a feature that is NaN or infinite"
+
+  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> np.ndarray:
+    x_BC = self._flat(raws)
+    if self._config.standardize:
+      mean_C, scale_C = self._moments
+      x_BC = (x_BC - mean_C) * scale_C
+    return x_BC
+
+  def _flat(self, raws: Sequence[Raw]) -> np.ndarray:
+    return np.asarray(raws, np.float32).reshape(len(raws), -1)
+
+  @functools.cached_property
+  def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and 1 / standard deviation of each feature; 1 for a feature that never changes."""
+    split, at, _ = self._sides.train
+    chunks = [at[i : i + CHUNK] for i in range(0, len(at), CHUNK)]
+    read = lambda chunk: self._flat(split.read(chunk)[0]).astype(np.float64)
+    mean_C = sum(read(chunk).sum(0) for chunk in chunks) / len(at)
+    variance_C = sum(np.square(read(chunk) - mean_C).sum(0) for chunk in chunks) / len(at)
+    scale_C = 1 / np.sqrt(np.where(variance_C > 0, variance_C, 1))
+    return mean_C.astype(np.float32), scale_C.astype(np.float32)
