@@ -78,7 +78,8 @@ class Features(ExampleData):
     split, at, _ = self._sides.train
     chunks = [at[i : i + CHUNK] for i in range(0, len(at), CHUNK)]
     read = lambda chunk: self._flat(split.read(chunk)[0]).astype(np.float64)
-    mean_C = sum(read(chunk).sum(0) for chunk in chunks) / len(at)
-    variance_C = sum(np.square(read(chunk) - mean_C).sum(0) for chunk in chunks) / len(at)
+    mean_C = np.sum([read(chunk).sum(0) for chunk in chunks], 0) / len(at)
+    squares = [np.square(read(chunk) - mean_C).sum(0) for chunk in chunks]
+    variance_C = np.sum(squares, 0) / len(at)
     scale_C = 1 / np.sqrt(np.where(variance_C > 0, variance_C, 1))
     return mean_C.astype(np.float32), scale_C.astype(np.float32)
