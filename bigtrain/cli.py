@@ -39,6 +39,9 @@ COMMANDS = {
   "train": Command("bigtrain.cli", "train", "train an experiment, or go on with a run"),
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
+  "data": Command(
+    "bigtrain.data.fetch", "data", "fetch a dataset by name: bigtrain data fetch NAME"
+  ),
 }
 
 

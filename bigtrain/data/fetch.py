@@ -1,4 +1,4 @@
-"""bigtrain data fetch: whole datasets by name, each file checked by its digest."""
+"""`bigtrain data fetch`: whole datasets by name, each file checked by its digest."""
 
 import hashlib
 import http.client
@@ -10,6 +10,7 @@ import urllib.request
 from bigtrain.config import Refused, config, nearest
 from bigtrain.console import Progress
 from bigtrain.data.datasets import FASHION_MNIST, fetched
+from bigtrain.flags import parse
 
 TIMEOUT = 30  # Seconds without a byte, after which the next mirror is tried.
 CHUNK = 2**16  # Bytes.
@@ -33,10 +34,25 @@ class Fetch:
   Files that are there and whole are not fetched again.
   """
 
-  out: str | None = (
-    None  # Folder for the files; unless given, where FashionMNIST(whole=True) looks.
-  )
+  out: str | None = None  # A folder for the files; unless given, the one where sources look.
   source: str | None = None  # A folder that holds the files, in place of the network.
+
+
+def data(arguments: list[str]) -> None:
+  """bigtrain data fetch NAME [--out FOLDER] [--source FOLDER]."""
+  example = "bigtrain data fetch fashion_mnist"
+  action, *rest = arguments or ["--help"]
+  if action in ("-h", "--help"):
+    rest = [action]
+  elif action != "fetch":
+    raise Refused(
+      f"there is no command 'data {action}'{nearest(action, ['fetch'])} as in {example}"
+    )
+  name = rest.pop(0) if rest and not rest[0].startswith("-") else None
+  [settings] = parse([Fetch()], rest, f"bigtrain data fetch {name or 'NAME'}", Fetch.__doc__ or "")
+  if name is None:
+    raise Refused(f"bigtrain data fetch takes the name of a dataset first: {example}")
+  print(fetch(name, settings))
 
 
 def fetch(name: str, settings: Fetch) -> pathlib.Path:
@@ -66,7 +82,8 @@ def _get(file: str, digest: str, out: pathlib.Path, source: str | None, mirrors)
       try:
         _copy(place + file, got)
       except (OSError, http.client.HTTPException) as error:
-        tried.append(f"{place}{file}: {getattr(error, 'reason', None) or error}")
+        reason = getattr(error, "reason", error)
+        tried.append(f"{place}{file}: {getattr(reason, 'strerror', None) or reason}")
         continue
       if (found := _digest(got)) == digest:
         got.replace(out / file)
