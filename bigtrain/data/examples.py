@@ -200,7 +200,7 @@ class ExampleData(Data):
       chosen = train.hashes[kept] < opened.held_out * 2.0**64
       mine, theirs = kept[~chosen], kept[chosen]
     kept_out = self._report(report)
-    self._check_classes(train.labels[mine])
+    self._check_classes(train.labels[mine], kept_out)
     digest = hashlib.sha256()
     for found, at in ((train, mine), (held_out, theirs)):
       digest.update(found.hashes[at].tobytes() + b"|" + found.labels[at].tobytes() + b"|")
@@ -231,14 +231,14 @@ class ExampleData(Data):
       raise Refused(f"bad examples: {counts}; first {first}; remove them, or set on_error='skip'")
     return f"kept out of the data: {counts}; first {first}"
 
-  def _check_classes(self, labels: np.ndarray) -> None:
+  def _check_classes(self, labels: np.ndarray, kept_out: str | None) -> None:
     counts = np.bincount(labels, minlength=self.classes())
     if len(empty := np.flatnonzero(counts == 0)):
       which = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
       raise Refused(
         f"{self._source.about()} has no training example of class {which}: labels count from 0, "
         f"and {self.classes()} classes are said to be there; correct the labels or the source's "
-        "`classes`"
+        "`classes`" + f"; {kept_out}" * (kept_out is not None)
       )
 
 

@@ -61,8 +61,8 @@ class TFDSSplit(Split):
     tfds = _tfds()
     data_dir = None if c.data_dir is None else os.path.expanduser(c.data_dir)
     try:
-      info = tfds.builder(c.name, data_dir=data_dir).info
-      kinds = info.features
+      builder = tfds.builder(c.name, data_dir=data_dir)
+      info, kinds = builder.info, builder.info.features
     except Exception as error:  # It raises many kinds, with long lists of all names.
       raise Refused(f"tfds cannot find {c.name}: {_first_line(error)}") from error
     for name in (c.input, c.label):
@@ -83,7 +83,7 @@ class TFDSSplit(Split):
         f"{c.name} --file_format=array_record`"
       ) from error
     sizes = [(f.filename, f.skip, f.take) for f in info.splits[split].file_instructions]
-    self.key = repr((info.full_name, str(info.data_path), sizes, len(self._examples)))
+    self.key = repr((info.full_name, str(builder.data_path), sizes, len(self._examples)))
 
   def __len__(self) -> int:
     return len(self._examples)

@@ -98,7 +98,10 @@ def test_files_are_decoded_once_for_ever_and_again_when_one_changes(root, monkey
   Image.new("RGB", (9, 9)).save(root / "train/red/0.png")
   assert data(root).digest() != first and len(looked) == 3
   # A look is not shared by data that is looked at in another way.
-  assert data(root, size=(20, 30), validation=0.0).examples() and len(looked) == 4
+  smaller = data(root, size=(20, 30), validation=0.0)
+  with pytest.raises(Refused, match=r"class 2.*kept out of the data: .*not 20 x 30"):
+    smaller.examples()
+  assert len(looked) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 
 import numpy as np
@@ -39,7 +40,7 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
     for i in range(n):
       file = io.BytesIO()
       Image.fromarray(np.full((10 + i, 20, 3), 100 * (i % 3) + part, np.uint8)).save(file, "png")
-      data = file.getvalue()[:-20] if (i, part) == (4, 0) else file.getvalue()
+      data = file.getvalue()[:50] if (i, part) == (4, 0) else file.getvalue()
       vector = np.full(4, i + 100 * part, np.float32)
       yield i, {"image": data, "vector": vector, "label": i % 3}
 
@@ -63,9 +64,11 @@ def test_a_prepared_dataset_is_read_by_name_at_random_without_tensorflow(prepare
   for part, batch in enumerate((data.batch(3, 40), data.eval_batch(0, 9))):
     wanted = (100 * batch["labels"] + part) / 255 * 2 - 1
     np.testing.assert_allclose(batch["inputs"][:, 4, 4, 1], wanted, atol=1e-6)
-  assert data.kept_out() == (
-    "kept out of the data: 1 x is a damaged image; first stripes train[4] is a damaged image"
-  ) or "1 x is a damaged image" in str(data.kept_out())
+  # Builders store examples in an order of their own.
+  assert re.fullmatch(
+    r"kept out of the data: 1 x is a damaged image; first stripes train\[\d+\] is a damaged image",
+    str(data.kept_out()),
+  )
   assert "tensorflow" not in sys.modules
 
 

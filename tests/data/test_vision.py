@@ -1,4 +1,6 @@
 import io
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -195,3 +197,19 @@ def test_numbers_that_are_no_bytes_are_no_pixels():
 
   with pytest.raises(Refused, match="pixels of float64, not uint8"):
     ImageData(source=Floats(), size=4).make(0).examples()
+
+
+def test_the_code_of_the_page_about_images_runs():
+  page = pathlib.Path(__file__).parent.parent.parent / "docs" / "images.md"
+  first, second = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+  names: dict = {}
+  exec(first, names)
+  assert names["batch"]["inputs"].shape == (32, 28, 28, 1)
+  # The mean and deviation that it gives are those of the images.
+  plain = ImageData(source=names["images"].source, size=28, channels=1, mean=(0.286,), std=(0.353,))
+  inputs = plain.make(0).batch(0, 4500)["inputs"]
+  assert abs(inputs.mean()) < 0.02 and abs(inputs.std() - 1) < 0.02
+  validate(toys.experiment(data=names["features"]))
+  exec(second, names)
+  with pytest.raises(Refused, match="data/flowers/train is not there"):
+    validate(toys.experiment(data=names["photographs"]))
