@@ -73,9 +73,6 @@ class FashionMNIST(FashionMNISTSubset):
         raise Refused(f"{folder / name} is damaged; run `bigtrain data fetch fashion_mnist`")
     return _fashion_mnist(folder)
 
-  def smoke(self) -> Source:
-    return FashionMNISTSubset()
-
 
 def _fashion_mnist(folder: pathlib.Path) -> Opened:
   return Opened(*(idx_split(str(folder / part), (28, 28)) for part in ("train", "t10k")))

@@ -83,10 +83,6 @@ class Source(abc.ABC):
     """What becomes of bad examples."""
     return "refuse"
 
-  def smoke(self) -> "Source":
-    """A source of as many classes that is there, for --smoke."""
-    return self
-
   def check(self) -> None: ...
 
 

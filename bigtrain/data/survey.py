@@ -73,7 +73,8 @@ def _look(split: "Split", inspect: Callable[[Any], Problem]) -> Survey:
     for i, raw in zip(at.tolist(), raws, strict=True):
       if (said := inspect(raw)) is not None:
         problems[i] = said
-      digest = hashlib.blake2b(np.ascontiguousarray(raw).data, digest_size=8).digest()
+      stored = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).data
+      digest = hashlib.blake2b(stored, digest_size=8).digest()
       hashes[i] = int.from_bytes(digest, "little")
 
   tell = lambda: say(f"looking once at {len(split):,} examples, such as {split.where(0)}")

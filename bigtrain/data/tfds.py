@@ -71,8 +71,8 @@ class TFDSSplit(Split):
     known = getattr(kinds[c.label], "num_classes", None)
     if known is not None and known != c.classes:
       raise Refused(f"{c.name} has {known} classes, but `classes` is {c.classes}")
-    image = isinstance(kinds[c.input], tfds.features.Image)
-    decoders = {c.input: tfds.decode.SkipDecoding()} if image else None
+    images = [name for name, kind in kinds.items() if isinstance(kind, tfds.features.Image)]
+    decoders = {name: tfds.decode.SkipDecoding() for name in images}
     try:
       self._examples: Any = tfds.data_source(
         c.name, split=split, data_dir=data_dir, decoders=decoders, download=False
