@@ -132,7 +132,7 @@ def _expand(pattern: str) -> list[pathlib.Path]:
   found = glob.iglob(f"{wanted}/**" if path.is_dir() else wanted, recursive=True)
   files = sorted(p for p in map(pathlib.Path, found) if p.is_file())
   if not files:
-    raise Refused(f"no files match {pattern}{_near(path)}")
+    raise Refused(f"no files match {pattern}{near(path)}")
   if not any(kind_of(p) for p in files):
     raise Refused(
       f"{files[0]} is not .txt, .jsonl (also .gz, .zst) or .parquet, as sources must be"
@@ -140,7 +140,12 @@ def _expand(pattern: str) -> list[pathlib.Path]:
   return files
 
 
-def _near(path: pathlib.Path) -> str:
+def missing(name: str) -> Refused:
+  """What to raise where a file or folder of that name is not there."""
+  return Refused(f"{name} is not there{near(pathlib.Path(name).expanduser())}")
+
+
+def near(path: pathlib.Path) -> str:
   """The names nearest to the first part of the path that does not exist."""
   parent, name = pathlib.Path(path.anchor), ""
   for name in path.parts[bool(path.anchor) :]:
