@@ -87,6 +87,11 @@ def act(dims: str) -> P | None:
   return spec(ACTIVATION, dims)
 
 
+def lay(x, dims: str) -> jax.Array:
+  """An activation of these dims, moved to where the table lays it."""
+  return x if (spec := act(dims)) is None else jax.sharding.reshard(x, spec)
+
+
 def mergeable(dims: str) -> bool:
   """Whether dims of an activation can become one without moving data: only the first is sharded."""
   return not any(act(dims[1:]) or ())

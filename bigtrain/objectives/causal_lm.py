@@ -1,12 +1,8 @@
-"""What is minimised: functions (model, batch, key) -> Output.
-
-Everything in an Output is a sum over the batch, so that microbatches, hosts and packed rows with
-different numbers of tokens add up exactly; whoever holds the global sums divides once.
+"""The next token.
 
 Dims: B batch, T position, D model, V vocabulary.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -15,20 +11,7 @@ import jax
 from bigtrain.config import Refused, config
 from bigtrain.experiment import SOURCE, ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-  """What an objective says about a batch. Two Outputs add leaf by leaf, `variables` aside."""
-
-  loss_sum: jax.Array  # What is differentiated, summed over the batch, float32.
-  weight: jax.Array  # What `loss_sum` is divided by.
-  metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): their ratio is meant.
-  # The second part of `state.partition(model)` as it is after this batch; None if unchanged.
-  variables: Any = None
-  # Statistics of the layers, by name (taps.py); the training step puts them here.
-  taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+from bigtrain.objectives.output import Output
 
 
 @config
