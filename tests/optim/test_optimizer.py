@@ -9,7 +9,8 @@ from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.average import averaged
-from bigtrain.optim.optimizer import Optimizer, clip_by_global_norm
+from bigtrain.optim.clip import by_global_norm
+from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.schedule import Constant, Linear
 from bigtrain.optim.sgd import SGD
 
@@ -100,17 +101,17 @@ def test_decay_spares_the_paths_in_which_the_pattern_is_found(no_decay, spared):
 
 def test_clipping_scales_all_gradients_to_the_limit_together():
   gradients = {"a": jnp.float32([3, 0]), "b": jnp.float32([[0], [4]])}
-  clip = lambda limit: clip_by_global_norm(limit).update(gradients, optax.EmptyState())[0]
+  clip = lambda limit: by_global_norm(limit).update(gradients, optax.EmptyState())[0]
   np.testing.assert_allclose(clip(1.0)["a"], [0.6, 0], rtol=1e-6)
   np.testing.assert_allclose(clip(1.0)["b"], [[0], [0.8]], rtol=1e-6)
   assert all((x == y).all() for x, y in zip(clip(5.0).values(), gradients.values(), strict=True))
   zeros = {"a": jnp.zeros(2)}
-  assert not clip_by_global_norm(1.0).update(zeros, optax.EmptyState())[0]["a"].any()
+  assert not by_global_norm(1.0).update(zeros, optax.EmptyState())[0]["a"].any()
 
 
 def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
   ones = jnp.ones(2**16, jnp.bfloat16)  # A bfloat16 sum of ones stops at 256.
-  clipped = clip_by_global_norm(64.0).update(ones, optax.EmptyState())[0]
+  clipped = by_global_norm(64.0).update(ones, optax.EmptyState())[0]
   assert clipped.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.float32(clipped), 0.25)
 
