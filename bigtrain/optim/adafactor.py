@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigtrain.config import Refused, config
+from bigtrain.config import config
+from bigtrain.optim.adam import check_positive
 from bigtrain.optim.layout import Layout, map_layers
 from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.schedule import Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay
@@ -21,13 +22,12 @@ class Adafactor(Optimizer):
   """
 
   schedule: Constant | Cosine | InverseSqrt | Linear | WarmupStableDecay = InverseSqrt()
-  relative: bool = True  # The rate is a share of the weights' root mean square in each layer.
   decay: float = 0.8  # Mean squares decay by 1 - t^-decay at update t.
   threshold: float = 1.0  # Largest root mean square of a layer's update.
   eps: float = 1e-30  # Added to squares.
-  least: float = (
-    1e-3  # What a layer's root mean square counts at least, where the rate is relative.
-  )
+  # The rate is a share of the root mean square of a layer's weights, which counts at least this
+  # much; None: it is a plain rate.
+  least: float | None = 1e-3
 
   def direction(self) -> optax.GradientTransformation:
     def shorten(updates, params):
@@ -35,19 +35,16 @@ class Adafactor(Optimizer):
 
     def stretch(updates, params):
       scaled = lambda layout, w, u: u * jnp.maximum(self.least, _rms(layout, w))
-      return map_layers(scaled, params, updates)
+      return updates if self.least is None else map_layers(scaled, params, updates)
 
-    return optax.chain(
-      scale_by_factors(self.decay, self.eps),
-      optax.stateless(shorten),
-      optax.stateless(stretch) if self.relative else optax.identity(),
-    )
+    factors = scale_by_factors(self.decay, self.eps)
+    return optax.chain(factors, optax.stateless(shorten), optax.stateless(stretch))
 
   def check(self) -> None:
     Optimizer.check(self)
-    for name in ("decay", "threshold", "eps", "least"):
-      if not getattr(self, name) > 0:
-        raise Refused(f"{name} is {getattr(self, name)}; it must be above 0")
+    check_positive(decay=self.decay, threshold=self.threshold, eps=self.eps)
+    if self.least is not None:
+      check_positive(least=self.least)
 
 
 class Factors(NamedTuple):
@@ -73,7 +70,7 @@ def scale_by_factors(decay: float, eps: float) -> optax.GradientTransformation:
 
   def update(updates, state: Any, params=None):
     count = state.count + 1
-    beta = 1 - (count / 1.0) ** -decay
+    beta = 1 - count.astype(float) ** -decay
     square = lambda u: u**2 + eps
 
     def follow(i, old):

@@ -29,7 +29,7 @@ class Adam(Optimizer):
 
 @config
 class NAdam(Adam):
-  """Adam that looks one step of its momentum ahead (Dozat 2016, openreview OM0jvwB8jIp57ZJjtNEZ)."""
+  """Adam, a step of momentum ahead (Dozat 2016, openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ)."""
 
   def direction(self) -> optax.GradientTransformation:
     return optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=True)

@@ -9,7 +9,7 @@ import optax
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
 from bigtrain.optim.layout import Layout, is_matrix, map_layers, matrices_by, spread
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Optimizer, check_pattern
 
 # Of x, x x' x and (x x')^2 x: steepest at 0, and every singular value ends between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -62,6 +62,7 @@ class Muon(Optimizer):
 
   def check(self) -> None:
     Optimizer.check(self)
+    check_pattern("spared", self.spared)
     check_decay(momentum=self.momentum, b1=self.b1, b2=self.b2)
     check_positive(adam_lr=self.adam_lr, eps=self.eps)
     if self.iterations < 1:

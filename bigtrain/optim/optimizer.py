@@ -78,8 +78,6 @@ class Optimizer(OptimizerConfig):
         raise Refused(f"{name} is {limit}; it is a limit above 0, or None for no clipping")
     if self.average is not None and not 0 < self.average < 1:
       raise Refused(f"average is {self.average}; it lies between 0 and 1, as 0.999; None for none")
-    if self.no_decay == "":
-      raise Refused('no_decay is "", which every path matches; None lets all parameters decay')
     check_pattern("no_decay", self.no_decay)
     for pattern, factor in self.rates:
       check_pattern("rates", pattern)
@@ -88,7 +86,9 @@ class Optimizer(OptimizerConfig):
 
 
 def check_pattern(name: str, pattern: str | None) -> None:
-  """Refuses what is no regular expression."""
+  """Refuses what is no regular expression, or is found everywhere."""
+  if pattern == "":
+    raise Refused(f'{name} is "", which every path matches; None is for none')
   try:
     re.compile(pattern or "")
   except re.error as error:

@@ -10,7 +10,7 @@ from jax import P
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
 from bigtrain.optim.layout import Layout, layout, map_layers, matrices_by, spread
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Optimizer, check_pattern
 
 
 @config
@@ -34,6 +34,7 @@ class SOAP(Optimizer):
 
   def check(self) -> None:
     Optimizer.check(self)
+    check_pattern("spared", self.spared)
     check_decay(b1=self.b1, b2=self.b2)
     check_positive(eps=self.eps)
     for name in ("every", "largest"):
@@ -74,7 +75,7 @@ def scale_by_soap(c: SOAP) -> optax.GradientTransformation:
       _turned(c, layout(path, g), count, g, *rest)
       for (path, g), *rest in zip(paths, *columns, strict=True)
     ]
-    directions, square, sides = (structure.unflatten(x) for x in zip(*results, strict=True))
+    directions, square, sides = (structure.unflatten(r[i] for r in results) for i in range(3))
     return directions, Soap(count, mean, square, sides)
 
   return optax.GradientTransformation(init, update)

@@ -82,7 +82,7 @@ CASES = {
     eps=1e-3,
     least=0.5,
   ),
-  "adafactor_plain": case(Adafactor, references.adafactor(0.8, 1.0, 1e-30, None), relative=False),
+  "adafactor_plain": case(Adafactor, references.adafactor(0.8, 1.0, 1e-30, None), least=None),
   "muon": case(
     Muon,
     references.muon(0.8, 4, "spectral"),
