@@ -34,8 +34,9 @@ class Adafactor(Optimizer):
       return map_layers(lambda at, u: u / jnp.maximum(1.0, _rms(at, u) / self.threshold), updates)
 
     def stretch(updates, params):
-      scaled = lambda layout, w, u: u * jnp.maximum(self.least, _rms(layout, w))
-      return updates if self.least is None else map_layers(scaled, params, updates)
+      if (least := self.least) is None:
+        return updates
+      return map_layers(lambda at, w, u: u * jnp.maximum(least, _rms(at, w)), params, updates)
 
     factors = scale_by_factors(self.decay, self.eps)
     return optax.chain(factors, optax.stateless(shorten), optax.stateless(stretch))

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import optax
 
 from bigtrain.optim.layout import Layout, map_layers
+from bigtrain.precision import raised
 
 
 def global_norm(tree) -> jax.Array:
   """The Euclidean norm of all leaves together, in float32 at least."""
-  raised = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return optax.tree.norm(jax.tree.map(raised, tree))
+  wide = lambda x: x.astype(raised(x.dtype))
+  return optax.tree.norm(jax.tree.map(wide, tree))
 
 
 def by_global_norm(limit: float) -> optax.GradientTransformation:
