@@ -11,7 +11,7 @@ from bigtrain import failures, sharding, taps
 from bigtrain.data import cache
 from bigtrain.experiment import Experiment
 from bigtrain.objectives import Output
-from bigtrain.optim.optimizer import global_norm
+from bigtrain.optim.clip import global_norm
 from bigtrain.state import State, combine, partition
 from bigtrain.statistics import sizes
 

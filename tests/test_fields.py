@@ -144,6 +144,7 @@ def test_every_leaf_is_listed():
 EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 # Second values where the generic ones would be invalid or too large to matter for a tiny model.
 VALUES = {
+  "AdamW.rates": ((("_", 0.5),),),
   "CausalLM.loss_chunk": (32, None),
   "Checkpoints.keep_every": (1,),
   "Experiment.batch_stages": (((1, 64),),),

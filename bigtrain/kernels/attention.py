@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bigtrain import sharding, taps
+from bigtrain.precision import raised
 
 MASKED = -1e30  # Finite, so that a row that may see nothing (padding) has no NaN.
 
@@ -52,7 +53,9 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=
   k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
   mask_BGTS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:]))
   mask_BNS = shaped(mask_BGTS, "BNS", (B, G * T, mask_BTS.shape[-1]))
-  score_BKNS = jnp.einsum("bknh,bksh->bkns", q_BKNH, k_BKSH, preferred_element_type=jnp.float32)
+  score_BKNS = jnp.einsum(
+    "bknh,bksh->bkns", q_BKNH, k_BKSH, preferred_element_type=raised(q_BKNH.dtype)
+  )
   if softcap is not None:
     score_BKNS = softcap * jnp.tanh(score_BKNS / softcap)
   score_BKNS = jnp.where(mask_BNS[:, None], score_BKNS, MASKED)

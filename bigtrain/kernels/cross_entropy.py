@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import P
 
+from bigtrain.precision import raised
 from bigtrain.sharding import axes
 
 
@@ -89,12 +90,13 @@ def _local(settings, differentiate, x_BTD, table_VD, targets_BT, weights_BT):
   tokens = targets_BT.size
   chunks = math.ceil(tokens / (chunk or tokens))
   split = lambda a: _split(a.reshape(tokens, *a.shape[2:]), chunks)
-  logits_dtype = jnp.float32 if chunk else x_BTD.dtype
+  wide = raised(x_BTD.dtype)
+  logits_dtype = wide if chunk else x_BTD.dtype
   vocabulary = _vocabulary_axes(table_VD)
 
   def step(dtable_VD: Any, xs) -> Any:
     x_ND, targets_N, weights_N = xs
-    logits_NV = _product("nd,vd->nv", x_ND, table_VD).astype(logits_dtype).astype(jnp.float32)
+    logits_NV = _product("nd,vd->nv", x_ND, table_VD).astype(logits_dtype).astype(wide)
     sums, nll_N, dlogits_NV = _token_sums(
       logits_NV, targets_N, weights_N, vocabulary, z_loss, label_smoothing
     )
@@ -106,7 +108,7 @@ def _local(settings, differentiate, x_BTD, table_VD, targets_BT, weights_BT):
 
   start: Any = ()
   if differentiate:
-    start = jnp.zeros(table_VD.shape, jnp.float32)
+    start = jnp.zeros(table_VD.shape, wide)
     start = jax.lax.pcast(start, (*(_varying(x_BTD) | _varying(table_VD)),), to="varying")
   dtable_VD, (sums, nll_CN, dx_CND) = jax.lax.scan(
     step, start, (*map(split, (x_BTD, targets_BT, weights_BT)),)
@@ -153,7 +155,8 @@ def _token_sums(logits_NV, targets_N, weights_N, split, z_loss, label_smoothing)
   return sums, weights_N * nll_N, weights_N[:, None] * (p_NV - wanted_NV)
 
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _product(dims: str, a, b) -> jax.Array:
+  return jnp.einsum(dims, a, b, preferred_element_type=raised(a.dtype))
 
 
 def _split(a_N, chunks):

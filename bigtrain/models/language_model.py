@@ -17,7 +17,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, Sinusoidal, lookup, sinusoid
 from bigtrain.models.transformer import Cache, Transformer, TransformerConfig
-from bigtrain.precision import Dtype, compute_dtype
+from bigtrain.precision import Dtype, compute_dtype, raised
 
 
 @config
@@ -100,7 +100,8 @@ class LanguageModel(nnx.Module):
 
   def logits(self, x_BTD) -> jax.Array:
     """Logits (B, T, V) float32 of a hidden state."""
-    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(), preferred_element_type=jnp.float32)
+    wide = raised(x_BTD.dtype)
+    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(), preferred_element_type=wide)
 
   def output_VD(self) -> jax.Array:
     """The table whose products with the hidden state are the logits: gathered, compute dtype."""
