@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from bigtrain import load
+from bigtrain.config import configs
 from bigtrain.data.tokenizers import BPE
 from bigtrain.experiment import Evaluation
 from bigtrain.sharding import Mesh
@@ -144,11 +145,18 @@ def test_every_leaf_is_listed():
 EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 # Second values where the generic ones would be invalid or too large to matter for a tiny model.
 VALUES = {
+  "BPE.special": (lambda e: (*e.data.tokenizer.special, "[NEW]"),),
   "CausalLM.loss_chunk": (32, None),
   "Checkpoints.keep_every": (1,),
   "Experiment.batch_stages": (((1, 64),),),
+  "EncoderConfig.first": (lambda e: e.model.encoder.pattern[:1],),
+  "EncoderConfig.unroll": (1, 2),
   "LanguageModelConfig.first": (lambda e: e.model.pattern[:1],),
   "LanguageModelConfig.unroll": (1, 2),
+  "MaskedLM.loss_chunk": (32, None),
+  "MaskedText.cls": ("[SEP]",),
+  "MaskedText.mask": ("[SEP]",),
+  "MaskedText.sep": ("[MASK]",),
 }
 # Which probe is likely to see the fields of an object.
 FIRST = {"data": "batches", "evaluation": "record", "checkpoints": "record", "logging": "record"}
@@ -168,7 +176,9 @@ def small(function, **mesh):
   if isinstance(tokenizer := getattr(e.data, "tokenizer", None), BPE):
     tokenizer.vocab = 300  # The model's, the next multiple of 128, has room for a second value.
   if (tokens := e.data.vocabulary()) is not None:
-    e.model.vocab = padded(tokens)
+    for _, node in configs(e.model):
+      if hasattr(node, "vocab"):
+        node.vocab = padded(tokens)
   return e
 
 
