@@ -164,6 +164,8 @@ FIRST = {"data": "batches", "evaluation": "record", "checkpoints": "record", "lo
 EXEMPT = {
   "Evaluation.batch": "every example counts once, whatever the batch: only memory and speed differ",
 }
+# Why a leaf has one valid value only.
+ONE_VALUE = {"model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention"}
 
 
 def small(function, **mesh):
@@ -191,5 +193,6 @@ def test_every_field_of_every_experiment_changes_what_a_run_does():
       dead += [f"{path.name}:{name} {line}" for line in looks.dead(small(function))]
       dead += looks.dead(small(function, data=-1, fsdp=1))
   assert not dead, "\n".join(dead)
-  assert not looks.untried, "\n".join(looks.untried.values())
+  untried = [line for line in looks.untried.values() if line.split(" ")[0] not in ONE_VALUE]
+  assert not untried, "\n".join(untried)
   assert set(EXEMPT) <= looks.fields, "an exemption for a field that no experiment has"
