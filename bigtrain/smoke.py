@@ -40,7 +40,7 @@ def shrink(experiment: Experiment) -> Experiment:
   gap = e.steps // (len(stages) + 1)
   e.batch_stages = tuple(((i + 1) * gap, min(n, rows)) for i, (_, n) in enumerate(stages))
   e.mesh = Mesh()
-  e.weights_from = None
+  e.weights_from, e.new_weights = None, ()
   e.evaluation = dataclasses.replace(
     e.evaluation,
     every=min(e.evaluation.every, EVERY),
