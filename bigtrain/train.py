@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from bigtrain import checkpoint, console, processes, sharding
+from bigtrain import console, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Experiment
@@ -126,21 +126,19 @@ def loop(run: Run) -> None:
 def begin(run: Run, program: Program) -> State:
   """The state to go on from: the newest checkpoint, else a fresh one.
 
-  A fresh one may begin with another run's weights: those that were trained, not their average, with
-  the optimizer's state made anew.
+  A fresh one may begin with other weights (weights.py), with the optimizer's state made anew.
   """
-  weights_from = run.experiment.weights_from
   if steps := run.store.steps():
     with run.away("restore", step=steps[-1]):
       return run.store.restore(steps[-1], program.abstract())
   with run.away("initialise"):
     state = program.compile_init()(jax.random.key(run.experiment.seed))
-  if weights_from is not None:
-    with run.away("weights", source=weights_from):
-      path = RunDirectory(weights_from, writes=False).checkpoints
-      abstract = program.abstract()
-      like = {"model": abstract.model, "variables": abstract.variables}
-      weights = checkpoint.newest(path, like)
-      optimizer = jax.jit(program.transformation.init)(weights["model"])
-      state = dataclasses.replace(state, **weights, optimizer=optimizer)
+  if (source := run.experiment.weights_from) is not None:
+    with run.away("weights", source=source):
+      found, told = weights.load(source, state, run.experiment.new_weights)
+      optimizer = jax.jit(program.transformation.init)(found["model"])
+      state = dataclasses.replace(state, **found, optimizer=optimizer)
+    for line in told:
+      run.directory.event("weights_told", told=line)
+      run.say(line)
   return state

@@ -51,6 +51,7 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     *(functools.partial(_check_least, experiment, *least) for least in LEAST.items()),
     *(functools.partial(_check_node, *found) for found in configs(experiment)),
     functools.partial(_check_stages, experiment),
+    functools.partial(_check_new_weights, experiment),
   )
   _all(
     functools.partial(_check_microbatches, experiment),
@@ -146,6 +147,11 @@ def _check_stages(e: Experiment) -> None:
       f"{e.steps} steps take {examples} examples; the data position holds 2**32 - 1: take longer "
       f"rows and a smaller batch"
     )
+
+
+def _check_new_weights(e: Experiment) -> None:
+  if e.new_weights and e.weights_from is None:
+    raise Refused("new_weights are parts of a model whose others come from weights_from; set that")
 
 
 def _check_vocabulary(e: Experiment) -> None:

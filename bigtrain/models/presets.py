@@ -1,6 +1,7 @@
-"""Published decoders by size. Each function returns a config of which any field may be changed.
+"""Published models by size. Each function returns a config of which any field may be changed.
 
-Dropout is 0 throughout: these are shapes for pretraining, where every token is seen about once.
+The decoders' dropout is 0: these are shapes for pretraining, where every token is seen about once.
+BERT's is as published: it was trained for about forty epochs.
 """
 
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import TypeVar
 
 from bigtrain.config import Refused, nearest
 from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.encoder import EncoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Normal
 from bigtrain.models.language_model import LanguageModelConfig
@@ -51,6 +53,13 @@ LLAMA3 = {
 QWEN3 = {
   "0.6b": (1024, 28, 16, 3072),
   "8b": (4096, 36, 32, 12288),
+}
+# Devlin et al. 2018, arXiv:1810.04805, section 3, uncased; MiniLM is the six-layer student of Wang
+# et al. 2020, arXiv:2002.10957, of which all-MiniLM-L6-v2 was made: (dim, layers, heads).
+BERT = {
+  "base": (768, 12, 12),
+  "large": (1024, 24, 16),
+  "minilm": (384, 6, 12),
 }
 
 
@@ -134,6 +143,27 @@ def qwen3(size: str) -> LanguageModelConfig:
     norm=RMSNormConfig(eps=1e-6),
     init=Normal(std=0.02, residual="scaled"),
     tied=size == "0.6b",
+  )
+
+
+def bert(size: str) -> EncoderConfig:
+  """BERT (arXiv:1810.04805), uncased: base, large or minilm; the bare encoder with its pooler.
+
+  MaskedLMConfig and TextClassifierConfig put heads on it.
+  """
+  dim, layers, heads = _shape("bert", BERT, size)
+  attention = AttentionConfig(heads=heads, causal=False, bias=True, out_bias=True, dropout=0.1)
+  feed_forward = FeedForwardConfig(hidden=4 * dim, activation="gelu", bias=True)
+  return EncoderConfig(
+    vocab=30522,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
+    position=Learned(length=512),
+    norm=LayerNormConfig(eps=1e-12),
+    norm_placement="post",
+    dropout=0.1,
+    init=Normal(std=0.02, residual="same"),
   )
 
 
