@@ -115,7 +115,7 @@ class Images(ExampleData):
     changes = () if keys is None else c.augment
     if isinstance(raws, np.ndarray) and not changes and c.crop == 1.0:
       shape = len(raws), *self.shape()
-      if raws.size == np.prod(shape):
+      if raws.shape == shape or (*raws.shape, 1) == shape:
         return self._normalised(raws.reshape(shape))
     draws = [Draws(key) for key in (np.zeros(len(raws), int) if keys is None else keys).tolist()]
     # Decoding lets other threads run; what costs microseconds is quicker without them.

@@ -183,6 +183,23 @@ def test_impossible_settings_are_refused(fields, said):
     validate(toys.experiment(data=data))
 
 
+def test_as_many_pixels_in_another_shape_are_cropped_like_any_other():
+  @config
+  class Wide(Source):
+    def n_classes(self):
+      return 1
+
+    def shape(self):
+      return 4, 16
+
+    def open(self):
+      pixels = np.tile(np.arange(0, 160, 10, dtype=np.uint8), (3, 4, 1))
+      return Opened(ArraySplit(pixels, np.zeros(3, int), "wide"), 0.0)
+
+  x = ImageData(source=Wide(), size=8, channels=1, mean=(0.0,), std=(1.0,)).make(0).batch(0, 1)
+  assert x["inputs"].min() * 255 > 50 and x["inputs"].max() * 255 < 100  # Its middle.
+
+
 def test_numbers_that_are_no_bytes_are_no_pixels():
   @config
   class Floats(Source):
