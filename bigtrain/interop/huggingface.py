@@ -1,9 +1,10 @@
-"""Weights of Hugging Face decoders (GPT-2, Llama, Qwen3) as those of our modules.
+"""Weights of Hugging Face models (GPT-2, Llama, Qwen3, ViT) as those of our modules.
 
 Two tables say, for each of our parameters, the tensor that holds it and the order of its dims
 there; our own order is the parameter's suffix.
 
-Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary.
+Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary,
+P pixels and channels of a patch, Q the class token, C classes.
 """
 
 import math
@@ -59,12 +60,39 @@ LLAMA = {
   ".feed_forward.up_DF": "layers.{}.mlp.up_proj.weight FD",
   ".feed_forward.down_FD": "layers.{}.mlp.down_proj.weight DF",
 }
+VIT = {
+  "class_QD": "vit.embeddings.cls_token QD",
+  "position_TD": "vit.embeddings.position_embeddings TD",
+  "patch_PD": "vit.embeddings.patch_embeddings.projection.weight DP",
+  "patch_bias_D": "vit.embeddings.patch_embeddings.projection.bias D",
+  "norm.scale_D": "vit.layernorm.weight D",
+  "norm.bias_D": "vit.layernorm.bias D",
+  "head_DC": "classifier.weight CD",
+  "head_bias_C": "classifier.bias C",
+  ".attention_norm.scale_D": "vit.encoder.layer.{}.layernorm_before.weight D",
+  ".attention_norm.bias_D": "vit.encoder.layer.{}.layernorm_before.bias D",
+  ".attention.q_DKGH": "vit.encoder.layer.{}.attention.attention.query.weight KGHD",
+  ".attention.q_bias_KGH": "vit.encoder.layer.{}.attention.attention.query.bias KGH",
+  ".attention.k_DKH": "vit.encoder.layer.{}.attention.attention.key.weight KHD",
+  ".attention.k_bias_KH": "vit.encoder.layer.{}.attention.attention.key.bias KH",
+  ".attention.v_DKH": "vit.encoder.layer.{}.attention.attention.value.weight KHD",
+  ".attention.v_bias_KH": "vit.encoder.layer.{}.attention.attention.value.bias KH",
+  ".attention.o_KGHD": "vit.encoder.layer.{}.attention.output.dense.weight DKGH",
+  ".attention.o_bias_D": "vit.encoder.layer.{}.attention.output.dense.bias D",
+  ".feed_forward_norm.scale_D": "vit.encoder.layer.{}.layernorm_after.weight D",
+  ".feed_forward_norm.bias_D": "vit.encoder.layer.{}.layernorm_after.bias D",
+  ".feed_forward.up_DF": "vit.encoder.layer.{}.intermediate.dense.weight FD",
+  ".feed_forward.up_bias_F": "vit.encoder.layer.{}.intermediate.dense.bias F",
+  ".feed_forward.down_FD": "vit.encoder.layer.{}.output.dense.weight DF",
+  ".feed_forward.down_bias_D": "vit.encoder.layer.{}.output.dense.bias D",
+}
+PATCHES = VIT["patch_PD"].split()[0]
 BASE = re.compile(r"^(transformer|model)\.")  # Checkpoints of the bare decoder lack it.
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # Not weights.
 
 
 def load_weights(model: M, tensors: Mapping[str, np.ndarray]) -> M:
-  """A copy of a LanguageModel with these weights in place of its own, in float32.
+  """A copy of a LanguageModel or a ViT with these weights in place of its own, in float32.
 
   Args:
     model: the module, or its shapes (`jax.eval_shape(config.make, key)`), of the same shape as the
@@ -75,9 +103,11 @@ def load_weights(model: M, tensors: Mapping[str, np.ndarray]) -> M:
     Refused: a tensor that the model needs is missing or has another size, or one is left over.
   """
   tensors = {BASE.sub("", name): x for name, x in tensors.items() if not BUFFERS.search(name)}
-  table = GPT2 if "wte.weight" in tensors else LLAMA
+  table = GPT2 if "wte.weight" in tensors else VIT if PATCHES in tensors else LLAMA
   if table is GPT2:
     tensors = _split(tensors)
+  elif table is VIT:  # Channels come last in our patches.
+    tensors[PATCHES] = np.asarray(tensors[PATCHES]).transpose(0, 2, 3, 1)
   unused = set(tensors)
   if getattr(model, "output_table_VD", None) is None:
     unused.discard("lm_head.weight")  # The embedding once more.
