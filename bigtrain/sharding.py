@@ -92,6 +92,19 @@ def lay(x, dims: str) -> jax.Array:
   return x if (spec := act(dims)) is None else jax.sharding.reshard(x, spec)
 
 
+def spread(w) -> jax.Array:
+  """A parameter without letters, over fsdp by its largest dim that divides, else replicated."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return w
+  shards = math.prod(mesh.shape[axis] for axis in GATHERED)
+  fits = [i for i, size in enumerate(w.shape) if size % shards == 0]
+  place = [None] * w.ndim
+  if fits:
+    place[max(fits, key=lambda i: w.shape[i])] = GATHERED
+  return jax.sharding.reshard(w, P(*place))
+
+
 def mergeable(dims: str) -> bool:
   """Whether dims of an activation can become one without moving data: only the first is sharded."""
   return not any(act(dims[1:]) or ())
