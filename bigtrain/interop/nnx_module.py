@@ -83,7 +83,7 @@ class WithNNXModule(ObjectiveConfig):
   objective: ObjectiveConfig = Classification()
 
   def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Output:
-    live = Live(model, key)
+    live: Any = Live(model, key)  # It stands for a module.
     output = self.objective(live, batch, key)
     after = jax.tree.unflatten(
       jax.tree.structure(partition(model)[1]), jax.tree.leaves(live.variables)
