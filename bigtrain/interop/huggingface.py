@@ -1,10 +1,10 @@
-"""Weights of Hugging Face models (GPT-2, Llama, Qwen3, BERT) as those of our modules.
+"""Weights of Hugging Face models (GPT-2, Llama, Qwen3, BERT, ViT) as those of our modules.
 
 The tables say, for each of our parameters, the tensor that holds it and the order of its dims
 there; our own order is the parameter's suffix.
 
-Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary; those
-of heads as in models/encoder.py.
+Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary, P
+pixels and channels of a patch, Q the class token, C classes; heads' as in models/encoder.py.
 """
 
 import math
@@ -95,7 +95,38 @@ BERT = {
   ".feed_forward_norm.scale_D": "encoder.layer.{}.output.LayerNorm.weight D",
   ".feed_forward_norm.bias_D": "encoder.layer.{}.output.LayerNorm.bias D",
 }
-MARKS = {"wte.weight": GPT2, "embeddings.word_embeddings.weight": BERT}  # Of a table's checkpoints.
+VIT = {
+  "class_QD": "vit.embeddings.cls_token QD",
+  "position_TD": "vit.embeddings.position_embeddings TD",
+  "patch_PD": "vit.embeddings.patch_embeddings.projection.weight DP",
+  "patch_bias_D": "vit.embeddings.patch_embeddings.projection.bias D",
+  "norm.scale_D": "vit.layernorm.weight D",
+  "norm.bias_D": "vit.layernorm.bias D",
+  "head_DC": "classifier.weight CD",
+  "head_bias_C": "classifier.bias C",
+  ".attention_norm.scale_D": "vit.encoder.layer.{}.layernorm_before.weight D",
+  ".attention_norm.bias_D": "vit.encoder.layer.{}.layernorm_before.bias D",
+  ".attention.q_DKGH": "vit.encoder.layer.{}.attention.attention.query.weight KGHD",
+  ".attention.q_bias_KGH": "vit.encoder.layer.{}.attention.attention.query.bias KGH",
+  ".attention.k_DKH": "vit.encoder.layer.{}.attention.attention.key.weight KHD",
+  ".attention.k_bias_KH": "vit.encoder.layer.{}.attention.attention.key.bias KH",
+  ".attention.v_DKH": "vit.encoder.layer.{}.attention.attention.value.weight KHD",
+  ".attention.v_bias_KH": "vit.encoder.layer.{}.attention.attention.value.bias KH",
+  ".attention.o_KGHD": "vit.encoder.layer.{}.attention.output.dense.weight DKGH",
+  ".attention.o_bias_D": "vit.encoder.layer.{}.attention.output.dense.bias D",
+  ".feed_forward_norm.scale_D": "vit.encoder.layer.{}.layernorm_after.weight D",
+  ".feed_forward_norm.bias_D": "vit.encoder.layer.{}.layernorm_after.bias D",
+  ".feed_forward.up_DF": "vit.encoder.layer.{}.intermediate.dense.weight FD",
+  ".feed_forward.up_bias_F": "vit.encoder.layer.{}.intermediate.dense.bias F",
+  ".feed_forward.down_FD": "vit.encoder.layer.{}.output.dense.weight DF",
+  ".feed_forward.down_bias_D": "vit.encoder.layer.{}.output.dense.bias D",
+}
+PATCHES = VIT["patch_PD"].split()[0]
+MARKS = {  # Of a table's checkpoints.
+  "wte.weight": GPT2,
+  "embeddings.word_embeddings.weight": BERT,
+  PATCHES: VIT,
+}
 BASE = re.compile(r"^(transformer|model|bert)\.")  # Checkpoints of the bare model lack it.
 # Not weights, or (the decoder of BERT's head) others once more.
 BUFFERS = re.compile(
@@ -147,6 +178,8 @@ def load_some(
   table = next((table for mark, table in MARKS.items() if mark in tensors), LLAMA)
   if table is GPT2:
     tensors = _split(tensors)
+  elif table is VIT:  # Channels come last in our patches.
+    tensors[PATCHES] = np.asarray(tensors[PATCHES]).transpose(0, 2, 3, 1)
   unused = set(tensors)
   if getattr(model, "output_table_VD", None) is None:
     unused.discard("lm_head.weight")  # The embedding once more.

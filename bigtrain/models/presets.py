@@ -16,6 +16,7 @@ from bigtrain.models.language_model import LanguageModelConfig
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
 from bigtrain.models.position import Learned, Llama3Scaling, Rotary
 from bigtrain.models.transformer import BlockConfig
+from bigtrain.models.vit import ViTConfig
 
 T = TypeVar("T")
 
@@ -60,6 +61,16 @@ BERT = {
   "base": (768, 12, 12),
   "large": (1024, 24, 16),
   "minilm": (384, 6, 12),
+}
+# Dosovitskiy 2020, arXiv:2010.11929, table 1 (b, l), Steiner 2021, arXiv:2106.10270, table 2 (s),
+# Zhai 2021, arXiv:2106.04560, table 2 (g); "ti" is Steiner's too: (dim, layers, heads, hidden,
+# patch).
+VIT = {
+  "ti/16": (192, 12, 3, 768, 16),
+  "s/16": (384, 12, 6, 1536, 16),
+  "b/16": (768, 12, 12, 3072, 16),
+  "l/16": (1024, 24, 16, 4096, 16),
+  "g/14": (1408, 40, 16, 6144, 14),
 }
 
 
@@ -163,6 +174,24 @@ def bert(size: str) -> EncoderConfig:
     norm=LayerNormConfig(eps=1e-12),
     norm_placement="post",
     dropout=0.1,
+    init=Normal(std=0.02, residual="same"),
+  )
+
+
+def vit(size: str) -> ViTConfig:
+  """ViT (arXiv:2010.11929): ti/16, s/16, b/16, l/16 or g/14, for images of 224 pixels.
+
+  With a class token and 1,000 classes, as the files of timm and big_vision that carry these names.
+  """
+  dim, layers, heads, hidden, patch = _shape("vit", VIT, size)
+  attention = AttentionConfig(heads=heads, causal=False, bias=True, out_bias=True)
+  feed_forward = FeedForwardConfig(hidden=hidden, activation="gelu", bias=True)
+  return ViTConfig(
+    patch=patch,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
+    norm=LayerNormConfig(eps=1e-6),
     init=Normal(std=0.02, residual="same"),
   )
 
