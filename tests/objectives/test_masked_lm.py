@@ -22,6 +22,8 @@ from bigtrain.models.transformer import BlockConfig
 from bigtrain.objectives import MaskedLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
+from bigtrain.sharding import Mesh
+from bigtrain.train import train
 from bigtrain.validate import validate
 from tests import packed
 from tests.models.build import filled
@@ -158,6 +160,14 @@ def test_parts_of_a_batch_add_up_and_padding_rows_count_nothing():
   for other in (jax.tree.map(jnp.add, *halves), objective(model, padded, None)):
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
       np.testing.assert_allclose(a, b, rtol=2e-5)
+
+
+def test_a_run_of_pairs_trains_evaluates_and_counts_its_tokens(tmp_path):
+  e = experiment(steps=2, mesh=Mesh(data=8, fsdp=1))
+  run = train(e, tmp_path / "run", quiet=True)
+  found = run.evaluations
+  assert 0 <= found["eval/validation/next_sentence_accuracy"][-1] <= 1
+  assert found["eval/validation/perplexity"][-1] > 1 and run.feed.shape == (packed.B, packed.T)
 
 
 def test_a_head_without_pairs_and_pairs_without_a_head_are_refused():
