@@ -11,8 +11,9 @@ import pytest
 from jax.test_util import check_grads
 
 from bigtrain.kernels.cross_entropy import cross_entropy
+from bigtrain.models.activation import FUNCTIONS
 from bigtrain.models.attention import AttentionConfig
-from bigtrain.models.feed_forward import ACTIVATIONS, FeedForwardConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Initializer, Normal
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
 from bigtrain.models.position import Rotary, lookup
@@ -71,7 +72,7 @@ def test_attention(options):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", (*FUNCTIONS, "prelu"))
 def test_feed_forward(activation, gated):
   c = FeedForwardConfig(hidden=12, activation=activation, gated=gated, bias=True)
   check(lambda m, x_BTD: m(x_BTD), block(lambda key: c.make(D, INIT, key)), draw(B, T, D))

@@ -18,8 +18,8 @@ from bigtrain.validate import validate
 from tests import golden, packed
 from tests.models import test_encoder
 from tests.models.build import filled
+from tests.objectives.test_masked_lm import experiment
 from tests.test_checkpoint import save
-from tests.test_masked_lm import experiment
 
 CLASSES = 3
 
