@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 
 from bigtrain.config import Refused, config, nearest
-from bigtrain.data.examples import OnError, Opened, Source, Split
+from bigtrain.data.examples import OnError, Opened, OwnFiles, Split
 from bigtrain.data.sources import missing
 
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -37,7 +37,7 @@ class ArraySplit(Split):
 
 
 @config
-class Arrays(Source):
+class Arrays(OwnFiles):
   """Arrays in a .npz file, or in a folder of .npy files: examples (N, *shape), labels (N,).
 
   Images are uint8, (height, width) or (height, width, channels); features any numbers.
@@ -50,18 +50,6 @@ class Arrays(Source):
   inputs: str = "inputs"  # The name of the array of examples.
   labels: str = "labels"  # The name of the array of labels.
   on_error: OnError = "skip"
-
-  def n_classes(self) -> int:
-    return self.classes
-
-  def shape(self) -> tuple[int, ...]:
-    return self.size
-
-  def errors(self) -> OnError:
-    return self.on_error
-
-  def about(self) -> str:
-    return self.train
 
   def check(self) -> None:
     check_sides(self.train, self.validation)
@@ -95,7 +83,7 @@ class Arrays(Source):
 
 
 @config
-class IDX(Source):
+class IDX(OwnFiles):
   """IDX files, as MNIST's, also .gz and .xz: PREFIX-images-idx3-ubyte, PREFIX-labels-idx1-ubyte."""
 
   train: str  # The prefix with its folder, such as data/mnist/train.
@@ -103,18 +91,6 @@ class IDX(Source):
   classes: int = 10  # Labels are from 0 to below this.
   validation: float | str = 0.1  # Held out: a share by a hash of the bytes, or another prefix.
   on_error: OnError = "skip"
-
-  def n_classes(self) -> int:
-    return self.classes
-
-  def shape(self) -> tuple[int, ...]:
-    return self.size
-
-  def errors(self) -> OnError:
-    return self.on_error
-
-  def about(self) -> str:
-    return self.train
 
   def check(self) -> None:
     check_sides(self.train, self.validation)

@@ -86,6 +86,29 @@ class Source(abc.ABC):
   def check(self) -> None: ...
 
 
+class OwnFiles(Source):
+  """A source that lies outside the package: its fields say what is in it."""
+
+  __slots__ = ()
+
+  train: str
+  classes: int
+  size: tuple[int, ...] | None
+  on_error: OnError
+
+  def n_classes(self) -> int:
+    return self.classes
+
+  def shape(self) -> tuple[int, ...] | None:
+    return self.size
+
+  def errors(self) -> OnError:
+    return self.on_error
+
+  def about(self) -> str:
+    return self.train
+
+
 class Side(NamedTuple):
   """The usable examples of one side."""
 

@@ -7,14 +7,14 @@ import numpy as np
 
 from bigtrain.config import Refused, config, nearest
 from bigtrain.data.arrays import check_sides
-from bigtrain.data.examples import OnError, Opened, Source, Split
+from bigtrain.data.examples import OnError, Opened, OwnFiles, Split
 from bigtrain.data.sources import missing
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # No names of classes.
 
 
 @config
-class ImageFolder(Source):
+class ImageFolder(OwnFiles):
   """Images in a folder for each class (JPEG, PNG, WebP, BMP); every visible file is an example."""
 
   train: str  # The folder that holds the folders of the classes.
@@ -22,18 +22,6 @@ class ImageFolder(Source):
   validation: float | str = 0.1  # Held out: a share by a hash of the bytes, or another such folder.
   size: tuple[int, int] | None = None  # Height and width that all must have; None for any.
   on_error: OnError = "skip"
-
-  def n_classes(self) -> int:
-    return self.classes
-
-  def shape(self) -> tuple[int, ...] | None:
-    return self.size
-
-  def errors(self) -> OnError:
-    return self.on_error
-
-  def about(self) -> str:
-    return self.train
 
   def check(self) -> None:
     check_sides(self.train, self.validation)

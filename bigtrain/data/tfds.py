@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import Refused, config
-from bigtrain.data.examples import OnError, Opened, Source, Split
+from bigtrain.data.examples import OnError, Opened, OwnFiles, Split
 
 
 @config
-class TFDS(Source):
+class TFDS(OwnFiles):
   """A prepared dataset with an image, or an array of numbers, and a label."""
 
   name: str  # Such as cifar10, or imagenet2012:5.1.0.
@@ -26,15 +26,6 @@ class TFDS(Source):
   size: tuple[int, ...] | None = None  # Shape of every example; None for images of any size.
   data_dir: str | None = None  # Where datasets are prepared; tfds's own choice unless given.
   on_error: OnError = "skip"
-
-  def n_classes(self) -> int:
-    return self.classes
-
-  def shape(self) -> tuple[int, ...] | None:
-    return self.size
-
-  def errors(self) -> OnError:
-    return self.on_error
 
   def about(self) -> str:
     return f"{self.name} of tfds"
