@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from bigtrain.config import Refused, config, shortened
-from bigtrain.data.shuffle import key_of, permute
+from bigtrain.data.shuffle import in_blocks, key_of, permute
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.experiment import SOURCE, Data, DataConfig
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
   import jax
 
 BLOCK = 10_000  # Examples in which every source has its exact share, to 1 in 10,000.
+BLOCKS = 8  # Remembered.
 STREAM = 0x6D6978  # Keeps the order of sources apart from other orders of the same seed.
 
 
@@ -91,7 +92,8 @@ class Mixed(Data):
     self.names = [source.name for source in c.sources]
     self.parts = [source.data.make(seed) for source in c.sources]
     self._c, self._seed = c, seed
-    self._order_of = functools.lru_cache(8)(self._block)
+    # The source of each example, and the example's number within it.
+    self.order = in_blocks(self._block, BLOCK, BLOCKS)
 
   @functools.cached_property
   def counts(self) -> np.ndarray:
@@ -108,15 +110,6 @@ class Mixed(Data):
         "examples; give it more weight, a higher temperature, or leave it out"
       )
     return counts
-
-  def order(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each example, and the example's number within it, both (examples,)."""
-    blocks, places = np.divmod(examples, BLOCK)
-    found = np.empty((2, len(examples)), np.int64)
-    for block in set(blocks.tolist()):
-      here = blocks == block
-      found[:, here] = self._order_of(block)[:, places[here]]
-    return found[0], found[1]
 
   def _block(self, block: int) -> np.ndarray:
     """Source and number within it, (2, BLOCK); each source's examples come in their own order."""
