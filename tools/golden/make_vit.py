@@ -6,7 +6,6 @@ files, images, and the logits they give. Run in the environment that make_decode
   golden/bin/python tools/golden/make_vit.py tests/golden
 """
 
-import json
 import pathlib
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import tempfile
 import numpy as np
 import torch
 import transformers
-from make_decoders import SCALE, SEED, digest
+from make_decoders import SCALE, SEED, save
 from safetensors.numpy import load_file
 
 CONFIG = transformers.ViTConfig(
@@ -49,14 +48,7 @@ def record() -> dict[str, np.ndarray]:
 
 def main(folder: pathlib.Path) -> None:
   arrays = {name: np.ascontiguousarray(x) for name, x in record().items()}
-  about = {
-    "transformers": transformers.__version__,
-    "torch": torch.__version__,
-    "seed": SEED,
-    "sha256": digest(arrays),
-  }
-  np.savez(folder / "vit.npz", about=json.dumps(about), **arrays)
-  print("vit", about)
+  save(folder / "vit.npz", arrays)
 
 
 if __name__ == "__main__":
