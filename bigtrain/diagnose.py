@@ -134,6 +134,7 @@ def learning_rate(r: Records) -> Iterator[Finding]:
   if loss is None or len(loss) < 20 or not np.isfinite(loss).all():
     return
   ratios = _update_ratios(r.layers)
+  moved = np.median([*ratios.values()]) if ratios else None  # By a typical layer.
   start, end = np.median(loss[: len(loss) // 10]), np.median(loss[-(len(loss) // 10) :])
   best, noise = _smooth(loss).min(), _noise(loss)
   lower = "Lower the learning rate (try a third of it), lengthen the warm-up, or clip the gradient"
@@ -145,18 +146,18 @@ def learning_rate(r: Records) -> Iterator[Finding]:
   elif len(spikes) >= 3:
     at = ", ".join(f"{r.train['step'][i]:.0f}" for i in spikes[:5])
     yield Finding("learning rate too high", f"the loss spikes, at steps {at}", lower)
-  elif ratios and np.median([*ratios.values()]) > UPDATE_LARGE:
+  elif moved is not None and moved > UPDATE_LARGE:
     worst = max(ratios, key=lambda at: ratios[at])
     yield Finding(
       "learning rate too high",
       f"each update moves {worst} by {ratios[worst]:.1%} of its size",
       lower,
     )
-  elif ratios and np.median([*ratios.values()]) < UPDATE_SMALL and start - end < 2 * noise:
+  elif moved is not None and moved < UPDATE_SMALL and start - end < 2 * noise:
     yield Finding(
       "learning rate too low",
-      f"each update moves the weights by {np.median([*ratios.values()]):.0e} of their size and the "
-      f"loss hardly falls ({start:.3f} to {end:.3f})",
+      f"each update moves the weights by {moved:.0e} of their size and the loss hardly falls "
+      f"({start:.3f} to {end:.3f})",
       "Raise the learning rate tenfold and look again",
     )
 

@@ -56,8 +56,10 @@ def train(
   experiment = copy.deepcopy(experiment)
   processes.initialize()
   validate(experiment, jax.device_count())
+  data = None
   if experiment.epochs is not None:
-    examples = experiment.epochs * experiment.data.make(experiment.seed).examples()
+    data = experiment.data.make(experiment.seed)
+    examples = experiment.epochs * data.examples()
     experiment.steps, experiment.epochs = math.ceil(examples / experiment.batch), None
     validate(experiment)
   processes.agree(config=dump(experiment))
@@ -66,6 +68,8 @@ def train(
   with contextlib.closing(directory):
     directory.begin(experiment, source, allow_changes=allow_changes)
     run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
+    if data is not None:  # What it took to count the examples is not done again.
+      run.data = data
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     for remark in remarks(experiment):
