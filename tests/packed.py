@@ -107,14 +107,14 @@ class PackedData(Data):
 
 
 def experiment(*, model=None, attention=None, **fields) -> Experiment:
-  """Grouped queries, rotations, QK-norm, gates, every bias, dropout; with some fields replaced."""
+  """Grouped queries, rotations, QK-norm, gates, shifts, every bias, dropout; with some replaced."""
   heads = {"heads": K * G, "kv_heads": K, "head_dim": H, "bias": True, "out_bias": True}
   extras = {"rotary": Rotary(), "qk_norm": RMSNormConfig(), "dropout": 0.1}
   block = BlockConfig(
     attention=AttentionConfig(**heads | extras | (attention or {})),
     feed_forward=FeedForwardConfig(hidden=F, activation="silu", gated=True, bias=True),
   )
-  sizes = {"vocab": V, "dim": D, "layers": LAYERS, "pattern": (block,)}
+  sizes = {"vocab": V, "dim": D, "layers": LAYERS, "pattern": (block,), "shift": True}
   parts = {
     "model": LanguageModelConfig(**sizes | {"dropout": 0.1, "dtype": "float32"} | (model or {})),
     "data": Packed(),

@@ -3,6 +3,7 @@
 Dims: B batch, T position, D model, V vocabulary.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,6 +27,9 @@ class LanguageModelConfig(TransformerConfig, ModelConfig):
 
   vocab: int  # Tokens; must be what the tokenizer has, or more.
   position: Learned | Sinusoidal | None = None  # Added to the embedding; rotations are attention's.
+  # Adds to each embedding a learned share, channel by channel, of that of the token before it in
+  # the document (RWKV's token shift, arXiv:2305.13048), so that no head need learn to fetch it.
+  shift: bool = False
   tied: bool = True  # The output table is the embedding.
   dtype: Dtype = "auto"  # Of activations: bfloat16 on accelerators, float32 on CPU.
 
@@ -61,6 +65,7 @@ class LanguageModel(nnx.Module):
     sizes = {"V": c.vocab, "D": c.dim, "T": learned.length if learned else 0}
     self.embed_VD = init.weight(ke, "VD", sizes, fan_in="D")
     self.position_TD = init.weight(kp, "TD", sizes, fan_in="D") if learned else None
+    self.shift_scale_D = init.constant("D", sizes) if c.shift else None
     self.transformer = Transformer(c, kt)
     self.norm = None if c.norm_placement == "post" else c.norm.make(c.dim)
     self.output_table_VD = None if c.tied else init.weight(ko, "VD", sizes, fan_in="D")
@@ -96,7 +101,12 @@ class LanguageModel(nnx.Module):
 
   def cache(self, batch: int, length: int) -> Cache:
     """An empty key-value cache for `decode`."""
-    return self.transformer.cache(batch, length, compute_dtype(self.c.dtype))
+    dtype = compute_dtype(self.c.dtype)
+    cache = self.transformer.cache(batch, length, dtype)
+    if self.c.shift:
+      before_B1D = jnp.zeros((batch, 1, self.c.dim), dtype, out_sharding=sharding.act("BTD"))
+      cache = dataclasses.replace(cache, embed_B1D=before_B1D)
+    return cache
 
   def logits(self, x_BTD) -> jax.Array:
     """Logits (B, T, V) float32 of a hidden state."""
@@ -113,6 +123,8 @@ class LanguageModel(nnx.Module):
     kd, kt = (None, None) if key is None else jax.random.split(key)
     with jax.named_scope("embed"):
       x_BTD = lookup(self.embed_VD, tokens_BT, dtype)
+      if self.shift_scale_D is not None:
+        x_BTD, cache = self._shifted(x_BTD, tokens, cache)
       if self.position_TD is not None:
         x_BTD += lookup(self.position_TD, tokens.positions, dtype)
       elif isinstance(self.c.position, Sinusoidal):
@@ -121,6 +133,16 @@ class LanguageModel(nnx.Module):
     with taps.named("transformer"):
       x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
     return (x_BTD if self.norm is None else self.norm(x_BTD)), cache
+
+
+  def _shifted(self, x_BTD, tokens: Tokens, cache: Cache | None) -> tuple[jax.Array, Any]:
+    """Embeddings with their share of the one before; a cache keeps the last for what follows."""
+    before_B1D = jnp.zeros_like(x_BTD[:, :1])
+    if cache is not None:
+      before_B1D, cache = cache.embed_B1D, dataclasses.replace(cache, embed_B1D=x_BTD[:, -1:])
+    before_BTD = jnp.concatenate([before_B1D, x_BTD[:, :-1]], axis=1)
+    before_BTD *= (tokens.positions > 0)[..., None]
+    return x_BTD + self.shift_scale_D[...].astype(x_BTD.dtype) * before_BTD, cache
 
 
 def _token_ids(tokens_BT: Any, c: LanguageModelConfig) -> jax.Array:

@@ -1,12 +1,12 @@
 """The stack of blocks: a pattern of blocks repeated over the depth, scanned segment by segment.
 
 Dims: B batch, T position, S cached position, D model, K kv heads, H head. Stacked parameters and
-caches have one more dim in front, the repeats of their segment.
+caches of keys and values have one more dim in front, the repeats of their segment.
 """
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +181,7 @@ class Cache:
   pairs: list  # [segment][block] = (k, v), each (repeats, B, S, K, H).
   positions_BS: jax.Array
   length: jax.Array
+  embed_B1D: Any = None  # The last token's embedding, where the model shifts embeddings.
 
 
 class Transformer(nnx.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigtrain.kernels.attention import Tokens
 from bigtrain.models import presets
 from bigtrain.models.language_model import LanguageModelConfig
 from bigtrain.models.position import Learned, Sinusoidal
@@ -25,6 +26,7 @@ CONFIGS = {
   "rotary": config(tied=False),
   "learned": config(position=Learned(length=LENGTH)),
   "sinusoidal": config(position=Sinusoidal(), norm_placement="post"),
+  "shifted": config(shift=True),
 }
 
 
@@ -37,7 +39,7 @@ def tokens(batch=2):
   return np.random.default_rng(5).integers(VOCAB, size=(batch, LENGTH)).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", ["rotary", "learned"])
+@pytest.mark.parametrize("name", ["rotary", "learned", "shifted"])
 def test_cached_decoding_equals_the_full_forward_also_behind_padding(name):
   full = jax.jit(lambda model, tokens: model(tokens))(model(name), tokens())
   decode = jax.jit(lambda model, *inputs: model.decode(*inputs))
@@ -73,6 +75,17 @@ def test_a_later_token_changes_no_earlier_logit_and_packing_is_as_being_alone(na
   alone = run(model(name), tokens())
   np.testing.assert_allclose(logits[:7], alone[0, :7], rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(logits[7:], alone[1, :5], rtol=1e-4, atol=1e-4)
+
+
+def test_a_shift_adds_a_share_of_the_embedding_before_within_a_document():
+  shifted = model("shifted")
+  positions, segments = np.tile([0, 1, 2, 0, 1], (2, 1)), np.tile([1, 1, 1, 2, 2], (2, 1))
+  embed_BTD = np.asarray(shifted.embed_VD[...])[tokens()[:, :5]]
+  before_BTD = np.roll(embed_BTD, 1, axis=1)
+  before_BTD[:, [0, 3]] = 0  # Where documents begin.
+  expected = embed_BTD + np.asarray(shifted.shift_scale_D[...]) * before_BTD
+  found, _ = shifted._shifted(jnp.asarray(embed_BTD), Tokens(positions, segments), None)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_logits_are_float32_and_activations_of_the_compute_dtype():

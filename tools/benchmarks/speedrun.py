@@ -1,0 +1,225 @@
+"""How much faster than a tuned AdamW experiments/speedrun.py learns: sweep, seeds, ablation, times.
+
+  uv run python tools/benchmarks/speedrun.py sweep     # The baseline's rate, warm-up, decay, ...
+  uv run python tools/benchmarks/speedrun.py seeds     # Baseline and record, three seeds each.
+  uv run python tools/benchmarks/speedrun.py ablation  # The record without each of its parts.
+  uv run python tools/benchmarks/speedrun.py times     # Seconds a step of both, side by side.
+  uv run --extra docs python tools/benchmarks/speedrun.py report   # Tables, and a plot.
+
+Each run is `bigtrain.train` on an experiment of that file, with the whole held-out split evaluated;
+its result is a line of OUT/results.jsonl. What is there already is not run again, so a command that
+was stopped goes on where it was. `report` prints the tables of docs/speedrun.md.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+
+import bigtrain
+from bigtrain.experiment import Experiment
+from bigtrain.load import functions
+from bigtrain.models.initial import FanIn, Normal
+from bigtrain.optim.schedule import Cosine, Linear
+from bigtrain.program import Program, enable_compilation_cache
+
+ROOT = Path(__file__).parents[2]
+PLOT = ROOT / "docs" / "images" / "speedrun.png"
+SEEDS = (0, 1, 2)
+LIMIT = 0.55  # Of the baseline's steps, and of its time.
+
+
+@dataclasses.dataclass
+class Settings:
+  """Measures how much faster the record learns than the baseline."""
+
+  command: tyro.conf.Positional[Literal["sweep", "seeds", "ablation", "times", "report"]]
+  out: Path = Path("runs/speedrun")
+  minutes: float = 1e9  # No run begins after that; exit code 3 if any is left.
+  blocks: int = 30  # Of five steps, of each kind; of `times`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """A cell of the baseline's sweep."""
+
+  lr: float
+  warmup: int = 40  # Steps.
+  schedule: str = "cosine"  # To zero.
+  weight_decay: float = 0.1
+  init: str = "0.02"  # Standard deviation; or "fan in", 1 / sqrt(inputs).
+
+  def apply(self, e: Any) -> None:
+    fall = {"cosine": Cosine, "linear": Linear}[self.schedule]
+    e.optimizer.schedule = fall(warmup=self.warmup, final=0.0)
+    e.optimizer.lr, e.optimizer.weight_decay = self.lr, self.weight_decay
+    residual = e.model.init.residual
+    fan_in = self.init == "fan in"
+    e.model.init = FanIn(residual=residual) if fan_in else Normal(float(self.init), residual)
+
+  def __str__(self) -> str:
+    return " | ".join(map(str, dataclasses.astuple(self)))
+
+
+# Coordinate by coordinate, coarse and then fine: each stage starts from the best cell before it.
+SWEEP = (
+  Tuning(1e-3),
+  Tuning(2e-3),
+  Tuning(4e-3),
+  Tuning(8e-3),
+)
+
+
+def studies(name: str) -> list[tuple[str, int, Callable[[], Any]]]:
+  """(name, seed, experiment) of every run of a study."""
+  made = functions(ROOT / "experiments" / "speedrun.py")
+  if name == "seeds":
+    return [(which, seed, made[which]) for which in ("base", "record") for seed in SEEDS]
+  changes = {str(cell): cell.apply for cell in SWEEP} if name == "sweep" else ABLATION
+  of = made["base" if name == "sweep" else "record"]
+
+  def changed(change) -> Callable[[], Any]:
+    def make():
+      e = of()
+      change(e)
+      return e
+
+    return make
+
+  return [(said, SEEDS[0], changed(change)) for said, change in changes.items()]
+
+
+def run(e: Any) -> dict[str, Any]:
+  """Trains in a directory that is thrown away. Losses are of the whole held-out split."""
+  e.logging.layers_every, e.logging.tensorboard = 0, False
+  e.evaluation.prompts, e.checkpoints.every = (), e.steps
+  begun = time.perf_counter()
+  with tempfile.TemporaryDirectory() as directory:
+    done = bigtrain.train(e, directory, quiet=True)
+    curve = zip(done.evaluations["step"], done.evaluations["eval/validation/loss"], strict=True)
+    return {
+      "seconds": time.perf_counter() - begun,
+      "parameters": sum(x.size for x in jax.tree.leaves(done.state.model)),
+      "steps": e.steps,
+      "curve": [(int(step), float(loss)) for step, loss in curve],
+    }
+
+
+def results(c: Settings) -> dict[tuple, dict[str, Any]]:
+  """What was measured so far, by (study, name, seed)."""
+  file = c.out / "results.jsonl"
+  rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+  return {(row["study"], row["name"], row["seed"]): row for row in rows}
+
+
+def keep(c: Settings, study: str, name: str, seed: int, found: dict[str, Any]) -> None:
+  c.out.mkdir(parents=True, exist_ok=True)
+  row = {"study": study, "name": name, "seed": seed} | found
+  with (c.out / "results.jsonl").open("a") as file:
+    file.write(json.dumps(row) + "\n")
+
+
+def study(c: Settings) -> None:
+  """The runs of a study that are not yet there."""
+  begun, there = time.monotonic(), results(c)
+  for name, seed, make in studies(c.command):
+    if (c.command, name, seed) in there:
+      continue
+    if time.monotonic() - begun > 60 * c.minutes:
+      sys.exit(3)
+    e = make()
+    e.seed = seed
+    found = run(e)
+    keep(c, c.command, name, seed, found)
+    print(f"{name}, seed {seed}: {found['curve'][-1][1]:.4f} in {found['seconds']:.0f} s", flush=True)
+
+
+def times(c: Settings) -> None:
+  """Seconds a step of both, in alternating blocks, so that noise of the machine meets both."""
+  made = functions(ROOT / "experiments" / "speedrun.py")
+  steps: dict[str, Any] = {}
+  for name in ("base", "record"):
+    e: Experiment = made[name]()
+    program, data = Program(e, None), e.data.make(e.seed)
+    leaves = jax.tree.leaves(program.compile_init()(jax.random.key(e.seed)))
+    batches = [jax.device_put(data.batch(i * e.batch, e.batch)) for i in range(5)]
+    steps[name] = [program.compile_step(data.spec(e.batch)), leaves, batches]
+  seconds: dict[str, list[list[float]]] = {name: [] for name in steps}
+  for _ in range(c.blocks + 1):
+    for name, state in steps.items():
+      wall, cpu = time.perf_counter(), time.process_time()
+      for batch in state[2]:
+        state[1], metrics = state[0](state[1], batch)
+      jax.block_until_ready(metrics)
+      seconds[name].append([(time.perf_counter() - wall) / 5, (time.process_time() - cpu) / 5])
+  keep(c, "times", "both", 0, {name: blocks[1:] for name, blocks in seconds.items()})
+
+
+def report(c: Settings) -> None:
+  """Prints the tables, and draws validation loss against steps."""
+  there = results(c)
+  last = lambda row: row["curve"][-1][1]
+  of = lambda study, name: [row for key, row in there.items() if key[:2] == (study, name)]
+  print("| rate | warm-up | schedule | weight decay | initial width | loss |\n" + "|---" * 6 + "|")
+  for cell in SWEEP:
+    for row in of("sweep", str(cell)):
+      print(f"| {cell} | {last(row):.4f} |")
+  base, record = of("seeds", "base"), of("seeds", "record")
+  target = statistics.mean(map(last, base))
+  print(f"\ntarget {target:.4f}\n\n| | parameters | steps | loss, by seed | mean | s, by seed |")
+  print("|---" * 6 + "|")
+  for name, rows in (("base", base), ("record", record)):
+    losses = ", ".join(f"{last(row):.4f}" for row in rows)
+    seconds = ", ".join(f"{row['seconds']:.0f}" for row in rows)
+    mean = statistics.mean(map(last, rows))
+    size = f"{rows[0]['parameters']:,} | {rows[0]['steps']}"
+    print(f"| `{name}` | {size} | {losses} | {mean:.4f} | {seconds} |")
+  (blocks,) = of("times", "both")
+  share = record[0]["steps"] / base[0]["steps"]
+  print("\n| | ms a step | CPU ms a step |\n|---|---|---|")
+  for name in ("base", "record"):
+    wall, cpu = (1e3 * statistics.median(times) for times in zip(*blocks[name], strict=True))
+    print(f"| `{name}` | {wall:.1f} | {cpu:.1f} |")
+  pairs = list(zip(blocks["base"], blocks["record"], strict=True))
+  for i, kind in enumerate(("wall", "CPU")):
+    low, ratio, high = statistics.quantiles([r[i] / b[i] for b, r in pairs])
+    print(f"\n{kind}: a step takes {ratio:.3f} of the baseline's (quartiles {low:.3f}, {high:.3f});")
+    print(f"steps {share:.3f}, time {share * ratio:.3f}, limit {LIMIT}")
+  print("\n| without | loss | steps' worth |\n|---|---|---|")
+  for name in ABLATION:
+    for row in of("ablation", name):
+      print(f"| {name} | {last(row):.4f} | {last(row) - last(record[0]):+.4f} |")
+  draw(base, record, target)
+
+
+def draw(base, record, target: float) -> None:
+  import matplotlib.pyplot as plt
+
+  figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+  for name, rows, colour in (("base: AdamW, tuned", base, "C7"), ("record", record, "C0")):
+    for row in rows:
+      ax.plot(*zip(*row["curve"], strict=True), colour, lw=1, marker=".", label=name)
+      name = None
+  ax.axhline(target, color="black", lw=0.8, ls=":", label="target")
+  end = base[0]["steps"]
+  ax.axvline(LIMIT * end, color="black", lw=0.8, ls="--", label=f"{LIMIT:.0%} of the steps")
+  ax.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, end))
+  ax.legend(frameon=False)
+  figure.savefig(PLOT, dpi=110)
+
+
+def main(c: Settings) -> None:
+  enable_compilation_cache()
+  {"times": times, "report": report}.get(c.command, study)(c)
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Settings, description=__doc__))
