@@ -159,6 +159,8 @@ VALUES = {
   "MaskedText.cls": ("[SEP]",),
   "MaskedText.mask": ("[SEP]",),
   "MaskedText.sep": ("[MASK]",),
+  "Muon.rates": ((("_", 0.5),),),
+  "Muon.spared": ("matrix",),
 }
 # Which probe is likely to see the fields of an object.
 FIRST = {"data": "batches", "evaluation": "record", "checkpoints": "record", "logging": "record"}

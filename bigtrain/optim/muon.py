@@ -13,6 +13,8 @@ from bigtrain.optim.optimizer import Optimizer, check_pattern
 
 # Of x, x x' x and (x x')^2 x: steepest at 0, and every singular value ends between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Iterations on one Gram matrix. Each makes its rounding errors up to a^2 = 12 times as large.
+TOGETHER = 5
 
 
 @config
@@ -70,13 +72,30 @@ class Muon(Optimizer):
 
 
 def newton_schulz(x_LRC: jax.Array, iterations: int) -> jax.Array:
-  """Nearly the orthogonal factor of each matrix: singular values near 1, and their vectors kept."""
+  """Nearly the orthogonal factor of each matrix: singular values near 1, and their vectors kept.
+
+  An iteration multiplies x by a polynomial p of its Gram matrix g = x x', and the next g is p g p.
+  So where rows are long, x itself is multiplied by the product of several p only: 44% fewer
+  operations for 5 iterations on a matrix of 1 to 4 (dao-lab.ai/blog/2026/gram-newton-schulz).
+  """
   if tall := x_LRC.shape[1] > x_LRC.shape[2]:  # The smaller Gram matrix.
     x_LRC = jnp.swapaxes(x_LRC, 1, 2)
   # Frobenius norms, which no singular value exceeds.
   x_LRC /= jnp.maximum(jnp.sqrt(jnp.sum(x_LRC**2, (1, 2), keepdims=True)), 1e-30)
-  a, b, c = COEFFICIENTS
-  for _ in range(iterations):
+  at_once = TOGETHER if x_LRC.shape[2] >= 2 * x_LRC.shape[1] else 1
+  for done in range(0, iterations, at_once):
     gram_LRR = x_LRC @ jnp.swapaxes(x_LRC, 1, 2)
-    x_LRC = a * x_LRC + (b * gram_LRR + c * gram_LRR @ gram_LRR) @ x_LRC
+    x_LRC = _factor(gram_LRR, min(at_once, iterations - done)) @ x_LRC
   return jnp.swapaxes(x_LRC, 1, 2) if tall else x_LRC
+
+
+def _factor(gram_LRR: jax.Array, iterations: int) -> jax.Array:
+  """What so many iterations multiply a matrix by, whose Gram matrix this is."""
+  a, b, c = COEFFICIENTS
+  factor_LRR = identity_RR = jnp.eye(gram_LRR.shape[1], dtype=gram_LRR.dtype)
+  for i in range(iterations):
+    if i > 0:
+      gram_LRR = p_LRR @ gram_LRR @ p_LRR
+    p_LRR = a * identity_RR + b * gram_LRR + c * gram_LRR @ gram_LRR
+    factor_LRR = p_LRR if i == 0 else p_LRR @ factor_LRR
+  return factor_LRR

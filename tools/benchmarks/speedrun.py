@@ -52,30 +52,31 @@ class Tuning:
   """A cell of the baseline's sweep."""
 
   lr: float
-  warmup: int = 40  # Steps.
+  warmup: int = 30  # Steps.
   schedule: str = "cosine"  # To zero.
   weight_decay: float = 0.1
   init: str = "0.02"  # Standard deviation; or "fan in", 1 / sqrt(inputs).
+  b2: float = 0.95
+  clip: float | None = 1.0
 
   def apply(self, e: Any) -> None:
     fall = {"cosine": Cosine, "linear": Linear}[self.schedule]
     e.optimizer.schedule = fall(warmup=self.warmup, final=0.0)
     e.optimizer.lr, e.optimizer.weight_decay = self.lr, self.weight_decay
-    residual = e.model.init.residual
+    e.optimizer.b2, e.optimizer.clip = self.b2, self.clip
     fan_in = self.init == "fan in"
-    e.model.init = FanIn(residual=residual) if fan_in else Normal(float(self.init), residual)
+    e.model.init = FanIn(residual="scaled") if fan_in else Normal(std=float(self.init))
 
   def __str__(self) -> str:
     return " | ".join(map(str, dataclasses.astuple(self)))
 
 
-# Coordinate by coordinate, coarse and then fine: each stage starts from the best cell before it.
+# Coordinate by coordinate: each group of cells goes out from the best of those before it.
 SWEEP = (
-  Tuning(1e-3),
-  Tuning(2e-3),
-  Tuning(4e-3),
-  Tuning(8e-3),
+  *(Tuning(lr) for lr in (4e-3, 2e-3, 8e-3)),
+  *(Tuning(4e-3, init=init) for init in ("0.05", "fan in")),
 )
+ABLATION: dict[str, Callable[[Any], None]] = {}
 
 
 def studies(name: str) -> list[tuple[str, int, Callable[[], Any]]]:
@@ -84,11 +85,12 @@ def studies(name: str) -> list[tuple[str, int, Callable[[], Any]]]:
   if name == "seeds":
     return [(which, seed, made[which]) for which in ("base", "record") for seed in SEEDS]
   changes = {str(cell): cell.apply for cell in SWEEP} if name == "sweep" else ABLATION
-  of = made["base" if name == "sweep" else "record"]
+  of = made["base" if name == "sweep" else "record"]  # Evaluated at the end alone.
 
   def changed(change) -> Callable[[], Any]:
     def make():
       e = of()
+      e.evaluation.every = 0
       change(e)
       return e
 
@@ -168,7 +170,8 @@ def report(c: Settings) -> None:
   there = results(c)
   last = lambda row: row["curve"][-1][1]
   of = lambda study, name: [row for key, row in there.items() if key[:2] == (study, name)]
-  print("| rate | warm-up | schedule | weight decay | initial width | loss |\n" + "|---" * 6 + "|")
+  columns = "rate", "warm-up", "schedule", "weight decay", "initial width", "b2", "clip", "loss"
+  print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
   for cell in SWEEP:
     for row in of("sweep", str(cell)):
       print(f"| {cell} | {last(row):.4f} |")
