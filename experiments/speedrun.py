@@ -34,7 +34,7 @@ def base() -> Experiment:
     dim=128,
     layers=4,
     pattern=(block,),
-    init=Normal(std=0.02),
+    init=Normal(std=0.05),
     remat="none",  # There is memory enough, and
     unroll=4,  # four layers compile fast enough as they are.
   )
@@ -57,7 +57,8 @@ def record() -> Experiment:
   block = e.model.pattern[0]
   block.attention.qk_norm = RMSNormConfig()  # Higher rates stay stable.
   block.feed_forward = FeedForwardConfig(hidden=512, activation="relu2")  # arXiv:2109.08668.
-  e.model.init = Normal(residual="zero")  # Blocks start as the identity (arXiv:2203.03466).
-  e.optimizer = Muon(lr=0.02, adam_lr=0.01, schedule=Linear(warmup=0), weight_decay=0.0)
+  e.model.shift = True
+  e.model.init = Normal(std=0.05, residual="zero")  # Blocks start as the identity (arXiv:2203.03466).
+  e.optimizer = Muon(lr=0.02, adam_lr=0.03, schedule=Linear(warmup=0), weight_decay=0.0)
   e.steps = round(0.52 * STEPS)
   return e

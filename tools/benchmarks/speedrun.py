@@ -75,6 +75,12 @@ class Tuning:
 SWEEP = (
   *(Tuning(lr) for lr in (4e-3, 2e-3, 8e-3)),
   *(Tuning(4e-3, init=init) for init in ("0.05", "fan in")),
+  *(Tuning(lr, init="0.05") for lr in (8e-3, 2e-3)),
+  Tuning(4e-3, init="0.1"),
+  *(Tuning(4e-3, warmup, init="0.05") for warmup in (10, 60)),
+  Tuning(4e-3, schedule="linear", init="0.05"),
+  *(Tuning(4e-3, weight_decay=decay, init="0.05") for decay in (0.0, 0.3)),
+  *(Tuning(lr, init="0.05") for lr in (3e-3, 5.5e-3)),
 )
 ABLATION: dict[str, Callable[[Any], None]] = {}
 
