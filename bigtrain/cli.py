@@ -217,10 +217,11 @@ def diagnose(arguments: list[str]) -> None:
 class Sample:
   """Prints a prompt with its continuation by a run's newest checkpoint.
 
-  Between several of them stands a line of three dashes.
+  The gaps that a model such as T5 fills are spelt "<extra_id_0>", "<extra_id_1>" and so on. Between
+  several continuations stands a line of three dashes.
   """
 
-  prompt: str = ""  # The text to continue.
+  prompt: str = ""  # The text to continue, or to fill.
   tokens: int = 200  # Length of a continuation.
   temperature: float = 0.8  # 0 takes the likeliest token.
   top_k: int | None = None  # Only the k likeliest tokens.
@@ -232,10 +233,12 @@ class Sample:
 def sample(arguments: list[str]) -> None:
   """bigtrain sample RUN --prompt TEXT."""
   run_dir, chosen = _run_arguments(Sample(), arguments, "runs/quickstart --prompt 'It was'")
+  from bigtrain.data.spans import joined
   from bigtrain.run import load_run
 
   settings = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
-  print("\n---\n".join(chosen.prompt + text for text in load_run(run_dir).sample(**settings)))
+  texts = load_run(run_dir).sample(**settings)
+  print("\n---\n".join(joined(chosen.prompt, text) for text in texts))
 
 
 def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str, T]:

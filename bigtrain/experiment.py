@@ -47,7 +47,10 @@ class ModelConfig(abc.ABC):
     return None
 
   def flops(self, length: int = 1) -> float | None:
-    """Model FLOPs of training on one row of that length, by formula; None if not known."""
+    """Model FLOPs of training on one row of that length, by formula; None if not known.
+
+    An encoder-decoder also takes the length of the targets, which its decoder reads.
+    """
     return None
 
   def check(self) -> None:
@@ -84,7 +87,8 @@ class Data(abc.ABC):
   `tokens` int32, `targets` int32, `weights` float32 (0 where nothing is predicted), `segments`
   int32 (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within
   each document). Masked text also has `token_types` int32; others in evaluation `bytes` float32:
-  the UTF-8 bytes of each target.
+  the UTF-8 bytes of each target. Where targets are a decoder's own row, they and `weights` are as
+  long as that, and `target_positions` and `target_segments` are about it.
   Data of classes has `inputs` float32 (B, ...), images as (B, height, width, channels), `labels`
   int32 (B,) and `weights` float32 (B,), 0 for padding. A mixture also has `source/<name>` float32
   (B,) for each of its sources: 1 where the row is of that source.

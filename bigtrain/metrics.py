@@ -53,9 +53,9 @@ class Recorder(Part):
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self.flush()
     self.pending = step, metrics
-    rows, length = self.run.feed.shape[0], self.run.feed.shape[1] if self.in_tokens else 1
-    self.amount += rows * length
-    self.flops += rows * (self.run.experiment.model.flops(length) or 0.0)
+    rows, lengths = self.run.feed.shape[0], self.run.feed.lengths if self.in_tokens else (1,)
+    self.amount += rows * sum(lengths)
+    self.flops += rows * (self.run.experiment.model.flops(*lengths) or 0.0)
     self.steps, self.waited = self.steps + 1, self.waited + self.run.feed.wait
     if step == self.run.experiment.steps:
       self.flush()

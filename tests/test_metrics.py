@@ -105,7 +105,7 @@ def recorded(monkeypatch, tmp_path):
   device = Device(monkeypatch)
   e = packed.experiment(steps=6, logging=Logging(every=2), evaluation=Evaluation(every=3))
   run = Run(e, RunDirectory(tmp_path), None)
-  run.feed = types.SimpleNamespace(wait=0.25, shape=(packed.B, packed.T))
+  run.feed = types.SimpleNamespace(wait=0.25, shape=(packed.B, packed.T), lengths=(packed.T,))
   recorder = Recorder()
   run.parts = [recorder]
   recorder.start(run, 0)

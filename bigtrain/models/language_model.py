@@ -53,6 +53,8 @@ class LanguageModelConfig(TransformerConfig, ModelConfig):
 
 
 class LanguageModel(nnx.Module):
+  continues = True  # What is sampled follows the prompt.
+
   def __init__(self, c: LanguageModelConfig, key: jax.Array):
     self.c = c
     init = Initializer(c.init, c.layers)
@@ -93,6 +95,17 @@ class LanguageModel(nnx.Module):
     """
     x_BTD, cache = self._run(tokens_BT, Tokens(positions_BT), None, cache)
     return self.logits(x_BTD), cache
+
+  def begin(self, tokens_BT, positions_BT, length: int) -> tuple[jax.Array, jax.Array, Cache]:
+    """Reads prompts, of which `length` tokens at most will be sampled.
+
+    Returns:
+      The tokens that the first sampled ones follow, (B,), their positions, and what comes before
+      them as a cache for `decode`.
+    """
+    B, T = tokens_BT.shape
+    _, cache = self.decode(tokens_BT[:, :-1], positions_BT[:, :-1], self.cache(B, T - 1 + length))
+    return tokens_BT[:, -1], positions_BT[:, -1], cache
 
   def cache(self, batch: int, length: int) -> Cache:
     """An empty key-value cache for `decode`."""

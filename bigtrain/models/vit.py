@@ -158,7 +158,7 @@ class AttentionPool(nnx.Module):
     k_BSKH = project("BSD,DKH->BSKH", x_BTD, a.k_DKH, a.k_bias_KH)
     v_BSKH = project("BSD,DKH->BSKH", x_BTD, a.v_DKH, a.v_bias_KH)
     all_BTS = jnp.ones((B, 1, T), bool, out_sharding=sharding.act("BTS"))
-    y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, all_BTS)
+    y_BTKGH = attend(q_BTKGH * q_BTKGH.shape[-1] ** -0.5, k_BSKH, v_BSKH, all_BTS)
     x_BTD = project("BTKGH,KGHD->BTD", y_BTKGH, a.o_KGHD, a.o_bias_D)
     return (x_BTD + self.feed_forward(self.norm(x_BTD)))[:, 0]
 
