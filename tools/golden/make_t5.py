@@ -47,15 +47,16 @@ def record(config, *, tied: bool) -> dict[str, np.ndarray]:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
   with torch.no_grad():
     for name, weight in model.named_parameters():
-      # As large as to lie far apart, not so large that the softmax sees one position only.
+      # So that every term is seen and what is decoded varies, but no score is so large that its
+      # rounding shows.
       if weight.ndim == 1:
         weight.add_(torch.randn_like(weight) * 0.2)
       elif "relative" in name:
         weight.copy_(torch.randn_like(weight))
       elif "shared" in name or "lm_head" in name:
-        weight.copy_(torch.randn_like(weight) * (0.7 if tied else 0.3))
+        weight.copy_(torch.randn_like(weight) * (1.0 if tied else 0.3))
       else:
-        weight.mul_(1.5)
+        weight.mul_(1.5 if ".q." in name or ".k." in name else 4.0)
     tokens = torch.randint(2, config.vocab_size, (len(SOURCES), max(SOURCES)))
     inputs = torch.randint(2, config.vocab_size, (len(TARGETS), max(TARGETS)))
     inputs[:, 0] = config.pad_token_id
