@@ -152,6 +152,8 @@ VALUES = {
   "Experiment.batch_stages": (((1, 64),),),
   "EncoderConfig.first": (lambda e: e.model.encoder.pattern[:1],),
   "EncoderConfig.unroll": (1, 2),
+  "EncoderDecoderConfig.first": (lambda e: e.model.pattern[:1],),
+  "EncoderDecoderConfig.unroll": (1, 2),
   "LanguageModelConfig.first": (lambda e: e.model.pattern[:1],),
   "LanguageModelConfig.unroll": (1, 2),
   "Logging.layers_every": (1,),
@@ -159,6 +161,7 @@ VALUES = {
   "MaskedText.cls": ("[SEP]",),
   "MaskedText.mask": ("[SEP]",),
   "MaskedText.sep": ("[MASK]",),
+  "SpanCorruption.loss_chunk": (32, None),
 }
 # Which probe is likely to see the fields of an object.
 FIRST = {"data": "batches", "evaluation": "record", "checkpoints": "record", "logging": "record"}
@@ -176,7 +179,10 @@ UNUSED = {
   }
 }
 # Why a leaf has one valid value only.
-ONE_VALUE = {"model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention"}
+ONE_VALUE = {
+  "model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention",
+  "model.pattern.0.attention.causal": "so does an encoder-decoder, whose decoder has it anyway",
+}
 
 
 def small(function, **mesh):
