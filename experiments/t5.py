@@ -15,7 +15,7 @@ from bigtrain.optim.adafactor import Adafactor
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import InverseSqrt, Linear
 
-DATA = "data/c4/**/*.json.gz"
+DATA = "data/c4/**/*.jsonl.gz"
 TOKENIZER = "data/t5/tokenizer.json"
 
 

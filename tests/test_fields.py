@@ -176,7 +176,8 @@ UNUSED = {
   "mlp.py": {
     "FanIn.residual": "a plain dense network has no residual branch to scale",
     "AdamW.no_decay": "Adam is AdamW whose weights do not decay",
-  }
+  },
+  "t5.py": {"Adafactor.no_decay": "T5's weights do not decay"},
 }
 # Why a leaf has one valid value only.
 ONE_VALUE = {

@@ -51,8 +51,16 @@ class CrossBlock(Block):
     self.cross_out_norm = stack.norm.make(stack.dim) if sandwich else None
 
   def __call__(
-    self, x_BTD, tokens: Tokens, key=None, cache=None, drop_path=None, bias_KGP=None, memory=None
+    self,
+    x_BTD,
+    tokens: Tokens,
+    key=None,
+    cache=None,
+    drop_path=None,
+    bias_KGP=None,
+    memory: Memory | None = None,
   ) -> tuple[jax.Array, Any]:
+    assert memory is not None
     ka, kd, kc, kx, *kf = (None,) * 6 if key is None else jax.random.split(key, 6)
     attend = lambda h_BTD: self.attention(h_BTD, tokens, ka, cache, bias_KGP)
     x_BTD, cache = self.branch("attention", attend, x_BTD, kd, drop_path)
@@ -215,8 +223,9 @@ class EncoderDecoder(nnx.Module):
     self, inputs_BT, positions_BT, cache: tuple[Cache, Memory]
   ) -> tuple[jax.Array, tuple[Cache, Memory]]:
     """Logits (B, T, V) of the tokens after these, which follow what the cache holds."""
-    x_BTD, after = self._decode(inputs_BT, Tokens(positions_BT), None, *cache)
-    return self.logits(x_BTD), (after, cache[1])
+    own, memory = cache
+    x_BTD, own = self._decode(inputs_BT, Tokens(positions_BT), None, own, memory)
+    return self.logits(x_BTD), (own, memory)
 
   def logits(self, x_BTD) -> jax.Array:
     """Logits (B, T, V) float32 of what `hidden` returns."""
@@ -228,7 +237,7 @@ class EncoderDecoder(nnx.Module):
     table_VD = self.embed_VD if self.output_table_VD is None else self.output_table_VD
     return sharding.use(table_VD, compute_dtype(self.c.dtype))
 
-  def _decode(self, inputs_BT, target: Tokens, key, cache: Cache | None, memory: Memory):
+  def _decode(self, inputs_BT, target: Tokens, key, cache, memory: Memory) -> tuple[Any, Any]:
     with taps.named("decoder"):
       x_BTD, cache = self._stack(
         self.decoder, self.decoder_norm, inputs_BT, target, key, cache, memory
