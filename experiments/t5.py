@@ -12,7 +12,6 @@ from bigtrain.models import presets
 from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.objectives import SpanCorruption
 from bigtrain.optim.adafactor import Adafactor
-from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import InverseSqrt, Linear
 
 DATA = "data/c4/**/*.jsonl.gz"
@@ -47,7 +46,7 @@ def tiny() -> Experiment:
     model=model,
     data=Spans(tokenizer=BPE(vocab=2048), seq=128),
     objective=SpanCorruption(),
-    optimizer=AdamW(lr=3e-3, schedule=Linear(warmup=100)),
+    optimizer=Adafactor(lr=3e-2, schedule=Linear(warmup=100)),
     steps=2000,
     batch=32,
     evaluation=Evaluation(

@@ -145,6 +145,7 @@ def test_every_leaf_is_listed():
 EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 # Second values where the generic ones would be invalid or too large to matter for a tiny model.
 VALUES = {
+  "Adafactor.rates": ((("_", 0.5),),),
   "AdamW.rates": ((("_", 0.5),),),
   "BPE.special": (lambda e: (*e.data.tokenizer.special, "[NEW]"),),
   "CausalLM.loss_chunk": (32, None),

@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from bigtrain import load
 from bigtrain.config import Refused, config
 from bigtrain.data.sources import Files
+from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import TokenizerFile
 from bigtrain.experiment import Evaluation
@@ -221,11 +222,15 @@ def supply(e):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
   if isinstance(e.data, TextData) and isinstance(e.data.tokenizer, TokenizerFile):
-    names = {str(i): i for i in range(e.model.vocabulary() - 1)}
-    vocab = names | {e.data.tokenizer.eot: len(names)}
+    sentinels = [f"<extra_id_{i}>" for i in range(100 * isinstance(e.data, Spans))]
+    others = [*sentinels, e.data.tokenizer.eot]
+    numbers = map(str, range(e.model.vocabulary() - len(others)))
+    vocab = {name: i for i, name in enumerate([*numbers, *others])}
     path = pathlib.Path(e.data.tokenizer.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Tokenizer(WordLevel(vocab, unk_token="0")).save(str(path))
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="0"))
+    tokenizer.add_special_tokens(sentinels)
+    tokenizer.save(str(path))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
