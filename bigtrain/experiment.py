@@ -85,9 +85,10 @@ class Data(abc.ABC):
   int32 (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within
   each document). Masked text also has `token_types` int32; others in evaluation `bytes` float32:
   the UTF-8 bytes of each target.
-  Data of classes has `inputs` float32 (B, ...), images as (B, height, width, channels), `labels`
-  int32 (B,) and `weights` float32 (B,), 0 for padding. A mixture also has `source/<name>` float32
-  (B,) for each of its sources: 1 where the row is of that source.
+  Data of classes has `labels` int32 (B,), `weights` float32 (B,), 0 for padding, and `inputs`
+  float32 (B, ...), images as (B, height, width, channels); or, of text, `tokens`, `segments` and
+  `token_types`. A mixture also has `source/<name>` float32 (B,) for each of its sources: 1 where
+  the row is of that source.
   """
 
   @abc.abstractmethod

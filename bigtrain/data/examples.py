@@ -25,7 +25,8 @@ from bigtrain.experiment import Data
 if TYPE_CHECKING:
   import jax
 
-Raw = np.ndarray | bytes  # As stored: features, an image of uint8, or an encoded image.
+Raw = np.ndarray | bytes  # As stored: features, an image of uint8, an encoded image, or text.
+Fields = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # Shape of one and dtype, by name.
 OnError = Literal["skip", "refuse"]  # Keep bad examples out and report them, or stop at the first.
 SHOWN = 3  # Examples that a report of bad input names.
 
@@ -125,7 +126,7 @@ class Sides(NamedTuple):
 
 
 class ExampleData(Data):
-  """Batches of `inputs`, `labels` and `weights`. Nothing is opened before it is needed."""
+  """Batches of inputs, `labels` and `weights`. Nothing is opened before it is needed."""
 
   version: str  # Changes with what `problem` finds.
 
@@ -133,16 +134,16 @@ class ExampleData(Data):
     self._source, self._seed = source, seed
 
   @abc.abstractmethod
-  def shape(self) -> tuple[int, ...]:
-    """Of one input, touching no data."""
+  def fields(self) -> Fields:
+    """The inputs of an example, touching no data."""
 
   @abc.abstractmethod
   def problem(self, raw: Raw) -> Problem:
     """What is wrong with an example, if anything is."""
 
   @abc.abstractmethod
-  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> np.ndarray:
-    """Inputs, float32 (B, ...).
+  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Inputs of B examples, as `fields` says.
 
     Args:
       raws: B examples.
@@ -156,8 +157,7 @@ class ExampleData(Data):
   def spec(self, size: int) -> "dict[str, jax.ShapeDtypeStruct]":
     import jax
 
-    kinds = {"inputs": (self.shape(), np.float32), "labels": ((), np.int32)}
-    kinds["weights"] = (), np.float32
+    kinds: Fields = self.fields() | {"labels": ((), np.int32), "weights": ((), np.float32)}
     return {k: jax.ShapeDtypeStruct((size, *shape), kind) for k, (shape, kind) in kinds.items()}
 
   def batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
@@ -195,10 +195,11 @@ class ExampleData(Data):
 
   def _read(self, side: Side, order: np.ndarray, keys: np.ndarray | None) -> dict[str, np.ndarray]:
     at = side.at[order]
-    raws = side.split.read(at)[0] if len(at) else []
-    inputs = self.inputs(raws, keys) if len(at) else np.zeros((0, *self.shape()), np.float32)
-    weights = np.ones(len(at), np.float32)
-    return {"inputs": inputs, "labels": side.labels[order], "weights": weights}
+    if len(at):
+      found = self.inputs(side.split.read(at)[0], keys)
+    else:
+      found = {name: np.zeros((0, *shape), kind) for name, (shape, kind) in self.fields().items()}
+    return found | {"labels": side.labels[order], "weights": np.ones(len(at), np.float32)}
 
   @functools.cached_property
   def _sides(self) -> Sides:

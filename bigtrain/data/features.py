@@ -13,7 +13,7 @@ import numpy as np
 
 from bigtrain.config import Refused, config
 from bigtrain.data.datasets import Synthetic
-from bigtrain.data.examples import ExampleData, Raw, Source
+from bigtrain.data.examples import ExampleData, Fields, Raw, Source
 from bigtrain.experiment import DataConfig
 
 CHUNK = 4096  # Examples read at once for mean and variance.
@@ -60,20 +60,20 @@ class Features(ExampleData):
     ExampleData.__init__(self, c.source, seed)
     self._config = c
 
-  def shape(self) -> tuple[int, ...]:
-    return (self._config.features(),)
+  def fields(self) -> Fields:
+    return {"inputs": ((self._config.features(),), np.float32)}
 
   def problem(self, raw: Raw) -> str | None:
     if isinstance(raw, bytes):
       return "is an encoded image, not a vector of features"
     return None if np.isfinite(raw).all() else "has a feature that is NaN or infinite"
 
-  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> np.ndarray:
+  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:
     x_BC = self._flat(raws)
     if self._config.standardize:
       mean_C, scale_C = self._moments
       x_BC = (x_BC - mean_C) * scale_C
-    return x_BC
+    return {"inputs": x_BC}
 
   def _flat(self, raws: Sequence[Raw]) -> np.ndarray:
     return np.asarray(raws, np.float32).reshape(len(raws), -1)

@@ -73,7 +73,7 @@ def _text(path, field, limit, advance) -> Iterator[str | Problem]:
 
 def _json_lines(path, field, limit, advance) -> Iterator[str | Problem]:
   # A JSON string spends at most six bytes ("\\u0000") on one byte of text.
-  for line, data in _lines(path, 6 * limit + 2**16, advance):
+  for line, data in lines(path, 6 * limit + 2**16, advance):
     if isinstance(data, Problem):
       yield data._replace(line=line)
       continue
@@ -111,7 +111,7 @@ def _checked(path, line, text: str | bytes, limit) -> str | Problem:
   return text if data else Problem(path, line, "empty document")
 
 
-def _lines(path, limit, advance) -> Iterator[tuple[int, bytes | Problem]]:
+def lines(path, limit, advance) -> Iterator[tuple[int, bytes | Problem]]:
   """Numbered lines; of a line over `limit` bytes only a problem is kept in memory."""
   line, data, skipping = 1, bytearray(), False
   for block in _blocks(path, advance):

@@ -54,7 +54,12 @@ class Austen:
     return "austen 1"
 
   def documents(self, advance: Advance) -> Iterator[Document | Problem]:
-    for path, _ in self.inputs():
+    for _, _, document in self.chapters(advance):
+      yield document
+
+  def chapters(self, advance: Advance = lambda read: None) -> Iterator[tuple[int, int, Document]]:
+    """The number of the novel, of the chapter in it, and the chapter."""
+    for n, (path, _) in enumerate(self.inputs()):
       for novel in read(path, "", 2**20, advance):
         if isinstance(novel, Problem):
           raise Refused(f"{novel}; the embedded corpus is damaged: install bigtrain again")
@@ -62,7 +67,7 @@ class Austen:
         # The title page belongs to the first chapter.
         edges = [0, *starts[1:], len(novel)]
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
-          yield Document(novel[start:end].strip(), held_out=i % 20 == 9)
+          yield n, i, Document(novel[start:end].strip(), held_out=i % 20 == 9)
 
 
 @config

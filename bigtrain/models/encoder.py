@@ -222,6 +222,11 @@ class TextClassifier(nnx.Module):
     logits_BC = project("BM,MC->BC", pooled_BM, self.classes_MC, self.classes_bias_C)
     return logits_BC.astype(jnp.float32)
 
+  def logits(self, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+    """The same of a batch of labelled text; a key means training."""
+    rows = batch["tokens"], None, batch["segments"], batch["token_types"]
+    return self(*rows, key)
+
 
 def _dims(encoder: EncoderConfig) -> dict[str, Any]:
   return {f"encoder.{name}": dim for name, dim in encoder.dims().items()}
