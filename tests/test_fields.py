@@ -152,6 +152,8 @@ VALUES = {
   "Experiment.batch_stages": (((1, 64),),),
   "EncoderConfig.first": (lambda e: e.model.encoder.pattern[:1],),
   "EncoderConfig.unroll": (1, 2),
+  "LabelledText.cls": ("[SEP]",),
+  "LabelledText.sep": ("[CLS]",),
   "LanguageModelConfig.first": (lambda e: e.model.pattern[:1],),
   "LanguageModelConfig.unroll": (1, 2),
   "Logging.layers_every": (1,),
