@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_a_whole_model_is_taken_without_a_word(pretrained):
   path, module = pretrained
   found, told = weights.load(path, state_of(experiment().model), ())
   assert told == []
-  jax.tree.map(np.testing.assert_array_equal, found["model"], module)
+  chex.assert_trees_all_equal(found["model"], module)
 
 
 @pytest.mark.parametrize("mesh", [None, Mesh(data=2, fsdp=2, tensor=2)])
