@@ -55,6 +55,7 @@ def test_the_benchmark_of_overhead_compares_the_two(quickstart, monkeypatch, cap
   monkeypatch.syspath_prepend(str(pathlib.Path(plain_decoder.__file__).parent))
   from tools.benchmarks import overhead
 
+  quickstart.evaluation.prompts = ()
   monkeypatch.setattr(overhead, "experiment", lambda c: quickstart)
   overhead.main(overhead.Settings(batch=8, steps=1, blocks=2))
   shown = capsys.readouterr().out
