@@ -56,6 +56,7 @@ def test_the_benchmark_of_overhead_compares_the_two(quickstart, monkeypatch, cap
   from tools.benchmarks import overhead
 
   quickstart.evaluation.prompts = ()
+  monkeypatch.setattr(jax, "device_count", lambda: 1)  # The plain decoder knows of no mesh.
   monkeypatch.setattr(overhead, "experiment", lambda c: quickstart)
   overhead.main(overhead.Settings(batch=8, steps=1, blocks=2))
   shown = capsys.readouterr().out
