@@ -1,0 +1,118 @@
+"""How often `bigtrain diagnose` is right, on runs of which it is known what they are sick of.
+
+uv run python tools/benchmarks/diagnose.py [--which first] [--out runs/diagnosed] [--only NAME]
+
+Trains the configurations of sick_and_healthy.py, each for seconds, and prints a table. What has
+been trained in --out is only diagnosed again. The chip's peak is what this machine reaches in a
+large float32 product, so that a CPU too has an MFU.
+"""
+
+import collections
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import sick_and_healthy
+import tyro
+from rich.console import Console
+from rich.table import Table
+from sick_and_healthy import Case
+
+from bigtrain import metrics
+from bigtrain.diagnose import Finding, diagnose, read
+from bigtrain.run_directory import RunDirectory
+from bigtrain.train import train
+
+
+@dataclasses.dataclass
+class Settings:
+  """Judges the diagnosis on runs whose sickness is known."""
+
+  which: Literal["first"] = "first"  # Of the sets of configurations.
+  out: str = "runs/diagnosed"  # Where the runs are.
+  only: str = ""  # Those in whose name this is found.
+
+
+def main(c: Settings) -> None:
+  metrics.PEAK["cpu"] = peak()
+  cases = getattr(sick_and_healthy, c.which)()
+  found = {}
+  with tempfile.TemporaryDirectory() as cache:
+    # A compilation that comes from disk would not dominate anything.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    jax.config.update("jax_compilation_cache_dir", cache)
+    for name, case in cases.items():
+      if c.only in name:
+        found[name] = findings(case, Path(c.out) / c.which / name)
+        print(name, *found[name], sep="\n  ", flush=True)
+  Console(width=100).print(table(cases, found))
+  Console(width=100).print(figures(cases, found))
+
+
+def findings(case: Case, folder: Path) -> list[Finding]:
+  """What is found of a run, which is made first if it is not there."""
+  directory = RunDirectory(folder, writes=False)
+  if not any(event["event"] == "end" for event in directory.events()):
+    started = time.perf_counter()
+    train(case.make(), folder, quiet=True)
+    print(f"{folder.name}: {time.perf_counter() - started:.0f} s")
+  return diagnose(read(directory))
+
+
+def table(cases: dict[str, Case], found: dict[str, list[Finding]]) -> Table:
+  shown = Table("configuration", "expected", "found")
+  for name, findings in found.items():
+    case = cases[name]
+    kinds = [finding.kind for finding in findings]
+    right = set(kinds) <= {case.expected, *case.also} and (case.expected in {*kinds, None})
+    mark = "" if right else "[red]x[/red] "
+    shown.add_row(name, case.expected or "-", mark + (", ".join(kinds) or "-"))
+  return shown
+
+
+def figures(cases: dict[str, Case], found: dict[str, list[Finding]]) -> Table:
+  """Precision (how many of a kind that were found are there) and recall, by kind of finding."""
+  there, seen, right, wrong = (collections.Counter() for _ in range(4))
+  for name, findings in found.items():
+    case, kinds = cases[name], {finding.kind for finding in findings}
+    there[case.expected] += 1
+    right[case.expected] += case.expected in kinds
+    for kind in kinds:
+      seen[kind] += 1
+      wrong[kind] += kind not in (case.expected, *case.also)
+  shown = Table("finding", "sick of it", "found", "false alarms", "precision", "recall")
+  for kind in sorted({*filter(None, there), *seen}):
+    precision = f"{1 - wrong[kind] / seen[kind]:.0%}" if seen[kind] else "-"
+    recall = f"{right[kind] / there[kind]:.0%}" if there[kind] else "-"
+    counts = map(str, (there[kind], seen[kind], wrong[kind]))
+    shown.add_row(kind, *counts, precision, recall)
+  all_seen, all_there = seen.total(), there.total() - there[None]
+  shown.add_row(
+    "all",
+    *map(str, (all_there, all_seen, wrong.total())),
+    f"{1 - wrong.total() / max(all_seen, 1):.0%}",
+    f"{(right.total() - right[None]) / max(all_there, 1):.0%}",
+  )
+  return shown
+
+
+def peak() -> float:
+  """FLOP/s of a large float32 product, at its best of ten."""
+  n = 2048
+  a = jnp.ones((n, n))
+  product, best = jax.jit(jnp.matmul), float("inf")
+  product(a, a).block_until_ready()
+  for _ in range(10):
+    started = time.perf_counter()
+    product(a, a).block_until_ready()
+    best = min(best, time.perf_counter() - started)
+  return 2 * n**3 / best
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,322 @@
+"""Configurations that are sick in a known way, and healthy ones, to judge `bigtrain diagnose` by.
+
+Written down with what is expected of each before any was run; no threshold was set by them. Each
+trains for seconds on two CPU cores.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from bigtrain import Checkpoints, Evaluation, Experiment, Logging
+from bigtrain.config import config
+from bigtrain.data.arrays import ArraySplit
+from bigtrain.data.datasets import Digits, FashionMNISTSubset
+from bigtrain.data.examples import Opened
+from bigtrain.data.features import FeatureData
+from bigtrain.data.vision import ImageData
+from bigtrain.experiment import Data, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from bigtrain.interop.nnx_module import NNXModule, WithNNXModule
+from bigtrain.load import load
+from bigtrain.models import presets
+from bigtrain.models.initial import FanIn, Normal
+from bigtrain.models.mlp import MLPConfig
+from bigtrain.models.position import Learned
+from bigtrain.objectives.classification import Classification
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.muon import Muon
+from bigtrain.optim.schedule import Constant, Linear
+from bigtrain.optim.sgd import SGD
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+DIGITS, FASHION = FeatureData(source=Digits()), FeatureData(source=FashionMNISTSubset())
+GREY = ImageData(source=FashionMNISTSubset(), size=28, channels=1)
+
+
+class Case(NamedTuple):
+  """A configuration and what a diagnosis should say of it."""
+
+  make: Callable[[], Experiment]
+  expected: str | None = None  # The kind of finding; None for a healthy configuration.
+  also: tuple[str, ...] = ()  # What is true of it besides, so that it is no false alarm.
+
+
+# What every rate that is far too high may bring about.
+WILD = ("divergence", "loss spikes", "dead units", "saturated units", "attention collapse")
+
+
+def first() -> dict[str, Case]:
+  """The first set."""
+  too_high = ("learning rate too high", *WILD)
+  return {
+    "24 layers of tanh, small weights": Case(deep_tanh, "vanishing gradients"),
+    "20 layers of relu, large weights": Case(deep_relu, "exploding gradients", too_high),
+    "relu at 300 times Adam's rate": Case(dead_relu, "dead units", too_high),
+    "decoder at 300 times its rate": Case(wild_decoder, "learning rate too high", WILD),
+    "BERT at a hundred-thousandth of its rate": Case(slow_bert, "learning rate too low"),
+    "ViT on 200 images": Case(few_images, "over-fitting"),
+    "convolutions on a slow source": Case(slow_source, "input-bound"),
+    "decoder whose batch grows at each step": Case(growing_batch, "compile-bound"),
+    "decoder on one short row": Case(one_row, "chip not filled"),
+    "decoder with large query and key weights": Case(large_scores, "attention collapse", too_high),
+    "decoder with three batches of noise": Case(planted_text, "loss spikes"),
+    "quickstart": Case(quickstart),
+    "mlp": Case(lambda: short(loaded("mlp.py"))),
+    "mlp:digits": Case(lambda: short(loaded("mlp.py:digits"))),
+    "mlp:fashion": Case(lambda: short(loaded("mlp.py:fashion"))),
+    "bert:small": Case(bert),
+    "vit, tiny": Case(vit),
+    "gpt2, tiny": Case(gpt2),
+    "quickstart with Muon": Case(muon),
+    "mlp:digits with SGD, batch 256": Case(digits_sgd),
+    "convolutions and BatchNorm": Case(convolutions),
+  }
+
+
+# Sick.
+
+
+def deep_tanh() -> Experiment:
+  return mlp(
+    DIGITS, AdamW(lr=1e-3, schedule=Constant()), 24, activation="tanh", init=FanIn(scale=0.25)
+  )
+
+
+def deep_relu() -> Experiment:
+  return mlp(DIGITS, SGD(lr=1e-4, schedule=Constant()), 20, init=FanIn(scale=8.0))
+
+
+def dead_relu() -> Experiment:
+  return mlp(FASHION, AdamW(lr=0.3, schedule=Constant(), weight_decay=0.0, clip=None), 3)
+
+
+def wild_decoder() -> Experiment:
+  e = quickstart()
+  e.optimizer.lr *= 300
+  return e
+
+
+def slow_bert() -> Experiment:
+  e = bert()
+  e.optimizer.lr *= 1e-5
+  return e
+
+
+def few_images() -> Experiment:
+  e = vit()
+  e.data.source = Few(examples=200)
+  return e
+
+
+def slow_source() -> Experiment:
+  e = convolutions()
+  e.data = Slow(data=e.data, seconds=0.2)
+  return short(e, 60, 32)
+
+
+def growing_batch() -> Experiment:
+  e = quickstart()
+  e.batch_stages = tuple((i, 8 + i) for i in range(1, 30))
+  return short(e, 30, 8)
+
+
+def one_row() -> Experiment:
+  e = quickstart()
+  e.data.seq = 16
+  return short(e, 200, 1)
+
+
+def large_scores() -> Experiment:
+  e = gpt2()
+  e.model.init = Normal(std=0.5)
+  return e
+
+
+def planted_text() -> Experiment:
+  e = quickstart()
+  e.data = Planted(data=e.data, batches=(113, 147, 171), batch=e.batch)
+  return e
+
+
+# Healthy.
+
+
+def quickstart() -> Experiment[Any, Any, Any, Any]:
+  e = loaded("quickstart.py")
+  e.optimizer.schedule.warmup = 20
+  return short(e, 200, 8)
+
+
+def muon() -> Experiment:
+  e = quickstart()
+  e.optimizer = Muon(lr=0.02, schedule=Linear(warmup=20))
+  return e
+
+
+def gpt2() -> Experiment[Any, Any, Any, Any]:
+  e, model = quickstart(), presets.gpt2("124m")
+  model.vocab, model.dim, model.layers, model.remat = 2048, 64, 4, "none"
+  model.position = Learned(length=128)
+  model.pattern[0].attention.heads, model.pattern[0].attention.head_dim = 4, 16
+  model.pattern[0].feed_forward.hidden = 256
+  e.model, e.optimizer = model, AdamW(lr=1e-3, schedule=Linear(warmup=20))
+  return e
+
+
+def bert() -> Experiment[Any, Any, Any, Any]:
+  e = loaded("bert.py:small")
+  e.optimizer.schedule.warmup = 20
+  return short(e, 200, 8)
+
+
+def vit() -> Experiment[Any, Any, Any, Any]:
+  model = presets.vit("ti/16")
+  model.image, model.channels, model.patch, model.classes = 28, 1, 7, 10
+  model.dim, model.layers, model.remat = 64, 4, "none"
+  model.pattern[0].attention.heads, model.pattern[0].attention.head_dim = 4, 16
+  model.pattern[0].feed_forward.hidden = 128
+  optimizer = AdamW(lr=1e-3, schedule=Linear(warmup=20))
+  return short(experiment(model, GREY, optimizer, Classification()), 400, 32)
+
+
+def digits_sgd() -> Experiment:
+  e = loaded("mlp.py:digits")
+  e.optimizer, e.epochs = SGD(lr=0.1, schedule=Constant()), None
+  return short(e, 300, 256)
+
+
+def convolutions() -> Experiment[Any, Any, Any, Any]:
+  optimizer = SGD(lr=0.05, schedule=Constant())
+  return short(experiment(CNN(), GREY, optimizer, WithNNXModule()), 300, 32)
+
+
+# What they are made of.
+
+
+def loaded(target: str) -> Experiment[Any, Any, Any, Any]:
+  """An experiment of this repository."""
+  return load(str(EXPERIMENTS / target))[0]
+
+
+def experiment(
+  model: ModelConfig, data: DataConfig, optimizer: OptimizerConfig, objective: ObjectiveConfig
+) -> Experiment[Any, Any, Any, Any]:
+  return Experiment(model=model, data=data, optimizer=optimizer, objective=objective, batch=1)
+
+
+def mlp(data: FeatureData, optimizer: OptimizerConfig, layers: int, **fields) -> Experiment:
+  """Hidden layers of 64 on that data, for 300 steps."""
+  model = MLPConfig(inputs=data.features(), hidden=(64,) * layers, classes=10, **fields)
+  return short(experiment(model, data, optimizer, Classification()), 300, 64)
+
+
+def short(e: Experiment, steps: int = 0, batch: int = 0) -> Experiment:
+  """So many steps (what it has, if 0) with records as dense as those of a run of a thousand."""
+  e.steps, e.batch = steps or e.steps, batch or e.batch
+  every = max(e.steps // 100, 1) if e.steps else 10
+  e.logging = Logging(every=every, layers_every=10 * every, tensorboard=False)
+  e.evaluation = Evaluation(every=25 * every, batch=64)
+  e.checkpoints = Checkpoints(every=10**6)
+  return e
+
+
+class Network(nnx.Module):
+  def __init__(self, rngs: nnx.Rngs):
+    self.conv1 = nnx.Conv(1, 16, kernel_size=(3, 3), rngs=rngs)
+    self.norm1 = nnx.BatchNorm(16, rngs=rngs)
+    self.conv2 = nnx.Conv(16, 16, kernel_size=(3, 3), rngs=rngs)
+    self.norm2 = nnx.BatchNorm(16, rngs=rngs)
+    self.linear = nnx.Linear(7 * 7 * 16, 10, rngs=rngs)
+
+  def __call__(self, x):
+    for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+      x = nnx.avg_pool(nnx.relu(norm(conv(x))), (2, 2), strides=(2, 2))
+    return self.linear(x.reshape(len(x), -1))
+
+
+@config
+class CNN(NNXModule):
+  """Someone's own network, which reports nothing of itself."""
+
+  def module(self, rngs: nnx.Rngs) -> Network:
+    return Network(rngs)
+
+
+@config
+class Few(FashionMNISTSubset):
+  """The first of its training images, all of the held-out ones."""
+
+  examples: int
+
+  def open(self) -> Opened:
+    train, held_out = FashionMNISTSubset.open(self)
+    # Images stand in order of the dataset, classes mixed.
+    return Opened(ArraySplit(*train.read(np.arange(self.examples)), "few"), held_out)
+
+
+@config
+class Slow(DataConfig):
+  """Other data, each batch of which takes so long."""
+
+  data: DataConfig
+  seconds: float
+
+  def make(self, seed: int) -> Data:
+    def late(batch, example):
+      time.sleep(self.seconds)
+      return batch
+
+    return Changed(self.data.make(seed), late)
+
+
+@config
+class Planted(DataConfig):
+  """Other data, some batches of which are noise: tokens or features that are drawn at random."""
+
+  data: DataConfig
+  batches: tuple[int, ...]  # Their numbers, which are those of the updates before them.
+  batch: int  # Rows of each.
+
+  def make(self, seed: int) -> Data:
+    def spoilt(batch, example):
+      if example // self.batch not in self.batches:
+        return batch
+      r = np.random.default_rng(example)
+      if "targets" in batch:
+        names, shape = ("tokens", "targets"), batch["tokens"].shape
+        return batch | {n: r.integers(0, 2048, shape).astype(np.int32) for n in names}
+      return batch | {"inputs": (100 * r.normal(size=batch["inputs"].shape)).astype(np.float32)}
+
+    return Changed(self.data.make(seed), spoilt)
+
+  def vocabulary(self) -> int | None:
+    return self.data.vocabulary()
+
+  def row_length(self) -> int | None:
+    return self.data.row_length()
+
+
+class Changed(Data):
+  """A dataset whose training batches go through `change(batch, example)`."""
+
+  def __init__(self, data: Data, change: Callable[[dict, int], dict]):
+    self.data, self.change = data, change
+
+  def spec(self, size):
+    return self.data.spec(size)
+
+  def batch(self, example, size, rows=None):
+    return self.change(self.data.batch(example, size, rows), example)
+
+  def examples(self):
+    return self.data.examples()
+
+  def eval_examples(self):
+    return self.data.eval_examples()
+
+  def eval_batch(self, example, size, rows=None):
+    return self.data.eval_batch(example, size, rows)
