@@ -1,6 +1,6 @@
 """How often `bigtrain diagnose` is right, on runs of which it is known what they are sick of.
 
-uv run python tools/benchmarks/diagnose.py [--which first] [--out runs/diagnosed] [--only NAME]
+uv run python tools/benchmarks/diagnose.py [--which second] [--out runs/diagnosed] [--only NAME]
 
 Trains the configurations of sick_and_healthy.py, each for seconds, and prints a table. What has
 been trained in --out is only diagnosed again. The chip's peak is what this machine reaches in a
@@ -33,7 +33,7 @@ from bigtrain.train import train
 class Settings:
   """Judges the diagnosis on runs whose sickness is known."""
 
-  which: Literal["first"] = "first"  # Of the sets of configurations.
+  which: Literal["first", "second"] = "second"  # Of the sets of configurations.
   out: str = "runs/diagnosed"  # Where the runs are.
   only: str = ""  # Those in whose name this is found.
 
@@ -61,7 +61,7 @@ def findings(case: Case, folder: Path) -> list[Finding]:
     started = time.perf_counter()
     train(case.make(), folder, quiet=True)
     print(f"{folder.name}: {time.perf_counter() - started:.0f} s")
-  return diagnose(read(directory))
+  return diagnose(read(folder))
 
 
 def table(cases: dict[str, Case], found: dict[str, list[Finding]]) -> Table:

@@ -18,6 +18,8 @@ from bigtrain.data.arrays import ArraySplit
 from bigtrain.data.datasets import Digits, FashionMNISTSubset
 from bigtrain.data.examples import Opened
 from bigtrain.data.features import FeatureData
+from bigtrain.data.text import TextData
+from bigtrain.data.tokenizers import Bytes
 from bigtrain.data.vision import ImageData
 from bigtrain.experiment import Data, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from bigtrain.interop.nnx_module import NNXModule, WithNNXModule
@@ -27,10 +29,13 @@ from bigtrain.models.initial import FanIn, Normal
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.models.position import Learned
 from bigtrain.objectives.classification import Classification
+from bigtrain.optim.adafactor import Adafactor
 from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.lion import Lion
 from bigtrain.optim.muon import Muon
 from bigtrain.optim.schedule import Constant, Linear
 from bigtrain.optim.sgd import SGD
+from bigtrain.optim.soap import SOAP
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 DIGITS, FASHION = FeatureData(source=Digits()), FeatureData(source=FashionMNISTSubset())
@@ -77,6 +82,37 @@ def first() -> dict[str, Case]:
   }
 
 
+def second() -> dict[str, Case]:
+  """The second set, made when checks had been improved after a look at the first one's findings."""
+  too_high = ("learning rate too high", *WILD)
+  return {
+    "16 layers of sigmoid, SGD": Case(deep_sigmoid, "vanishing gradients"),
+    "24 layers of leaky_relu, large weights": Case(deep_leaky, "exploding gradients", too_high),
+    "relu, Lion at 200 times its rate": Case(dead_lion, "dead units", too_high),
+    "tanh, large weights": Case(large_tanh, "saturated units"),
+    "ViT at 100 times its rate": Case(wild_vit, "learning rate too high", WILD),
+    "relu, SGD at a rate of 1000": Case(diverging, "divergence", too_high),
+    "convolutions at a millionth of their rate": Case(slow_convolutions, "learning rate too low"),
+    "mlp on 300 examples": Case(few_features, "over-fitting"),
+    "decoder of bytes on a slow source": Case(slow_bytes, "input-bound"),
+    "ViT on one image": Case(one_image, "chip not filled"),
+    "BERT with large weights": Case(large_bert, "attention collapse", too_high),
+    "mlp with three batches of noise": Case(planted_features, "loss spikes"),
+    "vanishing_gradients:leaky_relu": Case(lambda: thirty("leaky_relu")),
+    "vanishing_gradients:normalised": Case(lambda: thirty("normalised")),
+    "mlp:digits with Lion": Case(digits_lion),
+    "mlp:fashion, batch 8": Case(fashion_8),
+    "mlp:digits, tanh": Case(digits_tanh),
+    "decoder of bytes": Case(byte_decoder),
+    "decoder of bytes, Adafactor": Case(adafactor),
+    "decoder of bytes, batch 2": Case(lambda: short(byte_decoder(), 300, 2)),
+    "decoder of bytes, gated, SOAP": Case(gated),
+    "ViT, mean of patches, Lion": Case(vit_lion),
+    "bert:small_next_sentence": Case(pairs),
+    "convolutions, AdamW": Case(convolutions_adamw),
+  }
+
+
 # Sick.
 
 
@@ -120,8 +156,8 @@ def slow_source() -> Experiment:
 
 def growing_batch() -> Experiment:
   e = quickstart()
-  e.batch_stages = tuple((i, 8 + i) for i in range(1, 30))
-  return short(e, 30, 8)
+  e.batch_stages = tuple((i, 8 + i) for i in range(1, 15))
+  return short(e, 15, 8)
 
 
 def one_row() -> Experiment:
@@ -142,7 +178,130 @@ def planted_text() -> Experiment:
   return e
 
 
+def deep_sigmoid() -> Experiment:
+  return mlp(FASHION, SGD(lr=0.1, schedule=Constant()), 16, activation="sigmoid", init=FanIn())
+
+
+def deep_leaky() -> Experiment:
+  fields = {"activation": "leaky_relu", "init": FanIn(scale=10.0)}
+  return mlp(FASHION, AdamW(lr=1e-3, schedule=Constant()), 24, **fields)
+
+
+def dead_lion() -> Experiment:
+  return mlp(DIGITS, Lion(lr=0.02, schedule=Constant()), 4)
+
+
+def large_tanh() -> Experiment:
+  fields = {"activation": "tanh", "init": FanIn(scale=100.0)}
+  return mlp(DIGITS, AdamW(lr=1e-3, schedule=Constant()), 4, **fields)
+
+
+def wild_vit() -> Experiment:
+  e = vit()
+  e.optimizer.lr *= 100
+  return e
+
+
+def diverging() -> Experiment:
+  return mlp(FASHION, SGD(lr=1000.0, schedule=Constant(), clip=None), 2)
+
+
+def slow_convolutions() -> Experiment:
+  e = convolutions()
+  e.optimizer.lr *= 1e-6
+  return e
+
+
+def few_features() -> Experiment:
+  e = loaded("mlp.py")
+  e.data.source.examples, e.epochs = 300, None
+  return short(e, 600, 32)
+
+
+def slow_bytes() -> Experiment:
+  e = byte_decoder()
+  e.data = Slow(data=e.data, seconds=0.3)
+  return short(e, 60, 8)
+
+
+def one_image() -> Experiment:
+  return short(vit(), 300, 1)
+
+
+def large_bert() -> Experiment:
+  e = bert()
+  e.model.encoder.init = Normal(std=1.0, residual="same")
+  return e
+
+
+def planted_features() -> Experiment:
+  e = loaded("mlp.py:fashion")
+  e.data, e.epochs = Planted(data=e.data, batches=(151, 233, 317), batch=32), None
+  return short(e, 500, 32)
+
+
 # Healthy.
+
+
+def thirty(name: str) -> Experiment:
+  return short(loaded(f"vanishing_gradients.py:{name}"))
+
+
+def digits_lion() -> Experiment:
+  e = loaded("mlp.py:digits")
+  e.optimizer, e.epochs = Lion(lr=1e-4, schedule=Constant()), None
+  return short(e, 500, 32)
+
+
+def fashion_8() -> Experiment:
+  e = loaded("mlp.py:fashion")
+  e.epochs = None
+  return short(e, 1000, 8)
+
+
+def digits_tanh() -> Experiment:
+  e = loaded("mlp.py:digits")
+  e.model.activation, e.model.init, e.epochs = "tanh", FanIn(), None
+  return short(e, 400, 32)
+
+
+def byte_decoder() -> Experiment[Any, Any, Any, Any]:
+  e = quickstart()
+  e.data, e.model.vocab = TextData(tokenizer=Bytes(), seq=128), 384
+  e.model.dim, e.model.layers, e.model.pattern[0].feed_forward.hidden = 64, 2, 256
+  return e
+
+
+def adafactor() -> Experiment:
+  e = byte_decoder()
+  e.optimizer = Adafactor(lr=1e-2, schedule=Linear(warmup=20))
+  return e
+
+
+def gated() -> Experiment:
+  e = byte_decoder()
+  e.model.pattern[0].feed_forward.activation, e.model.pattern[0].feed_forward.gated = "silu", True
+  e.optimizer = SOAP(lr=3e-3, schedule=Linear(warmup=20))
+  return e
+
+
+def vit_lion() -> Experiment:
+  e = vit()
+  e.model.pool, e.model.position = "mean", "sincos"
+  e.optimizer = Lion(lr=2e-4, weight_decay=0.1, schedule=Linear(warmup=20))
+  return e
+
+
+def pairs() -> Experiment:
+  e = loaded("bert.py:small_next_sentence")
+  e.optimizer.schedule.warmup = 20
+  return short(e, 200, 8)
+
+
+def convolutions_adamw() -> Experiment:
+  e = convolutions()
+  e.optimizer = AdamW(lr=1e-3, schedule=Linear(warmup=20))
+  return short(e, 300, 16)
 
 
 def quickstart() -> Experiment[Any, Any, Any, Any]:
