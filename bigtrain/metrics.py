@@ -79,7 +79,7 @@ class Recorder(Part):
       scalars = {name: value for name, value in metrics.items() if name != "layers"}
       values = {name: float(value) for name, value in jax.device_get(scalars).items()}
       if len(self.losses) > 1:  # A spike of one step shows in no other row.
-        values["loss_max"] = float(np.max(jax.device_get(self.losses)))
+        values["loss_max"] = float(np.max([float(x) for x in jax.device_get(self.losses)]))
       self.losses.clear()
       speed = {} if self.since is None else self._speed(now - self.since)
       self.run.record(step, "train", values | speed)

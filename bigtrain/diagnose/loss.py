@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bigtrain.diagnose.records import Course, Finding, Records, course
+from bigtrain.diagnose.records import Course, Finding, Records, course, late
 
 LARGE = 0.05  # An update, of the weights; root mean squares.
 REACH = 0.01  # What all updates together could do to the weights, at most, if each were as large.
@@ -55,8 +55,7 @@ def rate_too_high(r: Records) -> Iterator[Finding]:
 
 
 def rate_too_low(r: Records) -> Iterator[Finding]:
-  loss, ratios = r.losses(), _update_ratios(r)
-  if loss is None or not ratios:
+  if (loss := r.losses()) is None or not (ratios := _update_ratios(r)):
     return
   c, steps = course(loss), r.train["step"][-1]
   moved = float(np.median([*ratios.values()]))
@@ -119,14 +118,13 @@ def _much(c: Course) -> float:
 def _update_ratios(r: Records) -> dict[str, float]:
   """What an update is of the weights that it changes, by layer, while the rate is near its peak."""
   parameters = r.of("parameter")
-  rate = np.ones(0) if not r.layers else np.ones(len(r.layers["step"]))
-  if "learning_rate" in r.train:
-    rate = np.interp(r.layers.get("step", rate), r.train["step"], r.train["learning_rate"])
+  steps = r.layers.get("step", np.zeros(0))
+  rate = np.interp(steps, r.train["step"], r.train.get("learning_rate", r.train["step"] * 0 + 1))
   near = rate >= 0.5 * rate.max(initial=0)
   return {
     at: float(np.nanmedian((update / np.maximum(parameters[at], 1e-12))[near]))
     for at, update in r.of("update").items()
-    if np.nanmax(parameters[at]) > 1e-6
+    if late(parameters[at]) > 1e-6
   }
 
 
