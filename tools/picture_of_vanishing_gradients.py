@@ -64,7 +64,7 @@ def panel(
   scale = (lambda y: np.log10(y)) if decades else (lambda y: y)
   low, high = (0.0, 100.0) if decades is None else (np.floor(scale(ys.min())), 0.0)
   place = lambda x, y: (
-    FINE * (left + width * (x - xs.min()) / np.ptp(xs)),
+    FINE * (left + width * x / xs.max()),
     FINE * (TOP + height * (high - scale(y)) / (high - low)),
   )
   text = lambda x, y, words, anchor, colour="black": draw.text(
@@ -74,11 +74,11 @@ def panel(
   text(left + width / 2, TOP + height + 32, below, "mm")
   for tick in np.arange(high, low - 1e-9, -(decades or 20)):
     value = 10.0**tick if decades else tick
-    (x, y), (end, _) = place(xs.min(), value), place(xs.max(), value)
+    (x, y), (end, _) = place(0, value), place(xs.max(), value)
     draw.line([(x, y), (end, y)], fill="#dddddd", width=FINE)
     text(left - 8, y / FINE, f"1e{tick:.0f}" if decades else f"{tick:.0f}", "rm")
-  for x in np.linspace(0, xs.max(), 4).round():
-    text(place(max(x, xs.min()), 10.0**high)[0] / FINE, TOP + height + 12, f"{x:.0f}", "mm")
+  for x in np.arange(0, xs.max() + 1, 10 ** int(np.log10(xs.max()))):
+    text(left + width * x / xs.max(), TOP + height + 12, str(x), "mm")
   for i, ((name, (x, y)), colour) in enumerate(zip(curves.items(), COLOURS, strict=True)):
     points = [place(*point) for point in zip(x, y, strict=True)]
     draw.line(points, fill=colour, width=2 * FINE, joint="curve")

@@ -9,6 +9,8 @@ large float32 product, so that a CPU too has an MFU.
 
 import collections
 import dataclasses
+import gzip
+import json
 import os
 import tempfile
 import time
@@ -28,6 +30,8 @@ from bigtrain.diagnose import Finding, diagnose, read
 from bigtrain.run_directory import RunDirectory
 from bigtrain.train import train
 
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "diagnosed.json.gz"
+
 
 @dataclasses.dataclass
 class Settings:
@@ -36,9 +40,13 @@ class Settings:
   which: Literal["first", "second"] = "second"  # Of the sets of configurations.
   out: str = "runs/diagnosed"  # Where the runs are.
   only: str = ""  # Those in whose name this is found.
+  golden: bool = False  # Keep the records of both sets, for tests/test_diagnose.py.
 
 
 def main(c: Settings) -> None:
+  if c.golden:
+    write_golden(Path(c.out))
+    return
   metrics.PEAK["cpu"] = peak()
   cases = getattr(sick_and_healthy, c.which)()
   found = {}
@@ -62,6 +70,29 @@ def findings(case: Case, folder: Path) -> list[Finding]:
     train(case.make(), folder, quiet=True)
     print(f"{folder.name}: {time.perf_counter() - started:.0f} s")
   return diagnose(read(folder))
+
+
+def write_golden(out: Path) -> None:
+  """Every run in `out`, its rows with four digits, and what is expected of it."""
+  runs = {}
+  for which in ("first", "second"):
+    for name, case in getattr(sick_and_healthy, which)().items():
+      directory = RunDirectory(out / which / name, writes=False)
+      runs[f"{which}: {name}"] = {
+        "expected": case.expected,
+        "also": case.also,
+        "rows": [rounded(row) for k in ("train", "eval", "layers") for row in directory.rows(k)],
+        "events": [
+          {k: event[k] for k in ("event", "time", "seconds") if k in event}
+          for event in directory.events()
+        ],
+      }
+  # A fixed time of writing: the same records are the same bytes.
+  GOLDEN.write_bytes(gzip.compress(json.dumps(runs).encode(), mtime=0))
+
+
+def rounded(row: dict) -> dict:
+  return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def table(cases: dict[str, Case], found: dict[str, list[Finding]]) -> Table:
