@@ -13,7 +13,7 @@ from bigtrain.models.initial import FanIn
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.models.norm import LayerNormConfig
 from bigtrain.objectives.classification import Classification
-from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.adam import Adam
 from bigtrain.optim.schedule import Linear
 
 DEPTH, WIDTH = 30, 64  # Hidden layers, as wide as the digits have pixels.
@@ -57,12 +57,12 @@ def _sizes() -> dict:
   return {"inputs": 64, "hidden": (WIDTH,) * DEPTH, "classes": 10}
 
 
-def _study(model: MLPConfig) -> Experiment[MLPConfig, FeatureData, AdamW, Classification]:
+def _study(model: MLPConfig) -> Experiment[MLPConfig, FeatureData, Adam, Classification]:
   """Adam: small gradients make as large updates as large ones, unless they are below its eps."""
   return Experiment(
     model=model,
     data=FeatureData(source=Digits()),
-    optimizer=AdamW(lr=1e-3, b2=0.999, weight_decay=0.0, clip=None, schedule=Linear(warmup=0)),
+    optimizer=Adam(lr=1e-3, clip=None, schedule=Linear(warmup=0)),
     objective=Classification(),
     epochs=20,
     batch=64,

@@ -94,13 +94,14 @@ def loss_spikes(r: Records) -> Iterator[Finding]:
 def overfitting(r: Records) -> Iterator[Finding]:
   if (loss := r.losses()) is None:
     return
-  now, start, steps = np.median(loss[-10:]), course(loss).start, r.evaluations.get("step")
+  now, start = np.median(loss[-10:]), course(loss).start
   for name, held_out in r.evaluations.items():
     if not name.endswith("/loss") or not np.isfinite(held_out).all():
       continue
-    best, last = int(np.argmin(held_out)), held_out[-1]
+    steps, best, last = r.evaluations["step"], int(np.argmin(held_out)), held_out[-1]
     much = OVERFIT * max(held_out[best], start - held_out[best])
-    then = np.median(loss[r.train["step"] <= steps[best]][-10:])
+    rows = max(np.searchsorted(r.train["step"], steps[best], "right"), 1)
+    then = np.median(loss[:rows][-10:])
     if last - held_out[best] > much and last - now > much and now < then:
       yield Finding(
         "over-fitting",

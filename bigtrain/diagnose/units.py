@@ -21,8 +21,7 @@ def dead_units(r: Records) -> Iterator[Finding]:
       "dead units",
       f"{_worst(found, 'units')} are zero for every input of a batch",
       "Lower the learning rate, start biases at zero or above, or use leaky_relu, prelu or gelu",
-      # Nothing comes back through a layer in which all are dead.
-      explains=("vanishing gradients",) if max(found.values()) > 0.99 else (),
+      explains=("vanishing gradients",),  # Nothing comes back through them.
     )
 
 
