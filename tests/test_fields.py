@@ -145,6 +145,7 @@ def test_every_leaf_is_listed():
 EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 # Second values where the generic ones would be invalid or too large to matter for a tiny model.
 VALUES = {
+  "Adam.rates": ((("_", 0.5),),),
   "AdamW.rates": ((("_", 0.5),),),
   "BPE.special": (lambda e: (*e.data.tokenizer.special, "[NEW]"),),
   "CausalLM.loss_chunk": (32, None),
@@ -175,7 +176,11 @@ UNUSED = {
   "mlp.py": {
     "FanIn.residual": "a plain dense network has no residual branch to scale",
     "AdamW.no_decay": "Adam is AdamW whose weights do not decay",
-  }
+  },
+  "vanishing_gradients.py": {
+    "FanIn.residual": "a plain dense network has no residual branch to scale",
+    "Adam.no_decay": "no weights decay",
+  },
 }
 # Why a leaf has one valid value only.
 ONE_VALUE = {"model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention"}

@@ -117,7 +117,8 @@ class MLP(nnx.Module):
     for i, (layer, k) in enumerate(zip(hidden, keys, strict=True)):
       with taps.named("layers", i):
         y = sharding.dropout(layer(x), self.c.dropout, k)
-      if self.c.residual and x.shape == y.shape and layer is not hidden[0]:
-        y += sharding.lay(x, f"B{layer.letters[1]}")
+        if self.c.residual and x.shape == y.shape and layer is not hidden[0]:
+          y += sharding.lay(x, f"B{layer.letters[1]}")
+        taps.tap("output", taps.rms, y)
       x = y
     return last(x).astype(jnp.float32)

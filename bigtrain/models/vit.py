@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens, attend
@@ -109,9 +109,10 @@ class ViT(nnx.Module):
       x_BTD = sharding.dropout(self._embedded(images_BRSC), self.c.dropout, kd)
     B, T, _ = x_BTD.shape
     none_B = jnp.zeros((B, 1), jnp.int32, out_sharding=sharding.act("BT"))
-    x_BTD, _ = self.transformer(x_BTD, Tokens(none_B + jnp.arange(T)), kt)
+    with taps.named("transformer"):
+      x_BTD, _ = self.transformer(x_BTD, Tokens(none_B + jnp.arange(T)), kt)
     x_BTD = self.norm(x_BTD)
-    with jax.named_scope("pool"):
+    with jax.named_scope("pool"), taps.named("pool"):
       if self.pool is not None:
         return self.pool(x_BTD)
       return x_BTD[:, 0] if self.c.pool == "token" else x_BTD.mean(1)
