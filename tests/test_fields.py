@@ -143,7 +143,8 @@ def test_every_leaf_is_listed():
 # The experiments themselves.
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
-# Second values where the generic ones would be invalid or too large to matter for a tiny model.
+# Second values where the generic ones would be invalid or too large to matter for a tiny model, and
+# of what model and data must agree in.
 VALUES = {
   "AdamW.rates": ((("_", 0.5),),),
   "BPE.special": (lambda e: (*e.data.tokenizer.special, "[NEW]"),),
@@ -152,13 +153,24 @@ VALUES = {
   "Experiment.batch_stages": (((1, 64),),),
   "EncoderConfig.first": (lambda e: e.model.encoder.pattern[:1],),
   "EncoderConfig.unroll": (1, 2),
+  "ImageData.channels": (3,),
+  "ImageData.size": (35,),
   "LanguageModelConfig.first": (lambda e: e.model.pattern[:1],),
   "LanguageModelConfig.unroll": (1, 2),
   "Logging.layers_every": (1,),
+  "MLPConfig.classes": (7,),
+  "MLPConfig.inputs": (50,),
   "MaskedLM.loss_chunk": (32, None),
   "MaskedText.cls": ("[SEP]",),
   "MaskedText.mask": ("[SEP]",),
   "MaskedText.sep": ("[MASK]",),
+  "Synthetic.classes": (7,),
+  "Synthetic.features": (50,),
+  "ViTConfig.channels": (3,),
+  "ViTConfig.classes": (7,),
+  "ViTConfig.first": (lambda e: e.model.pattern[:1],),
+  "ViTConfig.image": (56,),
+  "ViTConfig.unroll": (1, 2),
 }
 # Which probe is likely to see the fields of an object.
 FIRST = {"data": "batches", "evaluation": "record", "checkpoints": "record", "logging": "record"}
@@ -172,7 +184,7 @@ EXEMPT = {
 UNUSED = {
   "mlp.py": {
     "FanIn.residual": "a plain dense network has no residual branch to scale",
-    "AdamW.no_decay": "Adam is AdamW whose weights do not decay",
+    "Adam.no_decay": "no weight decays in Adam",
   }
 }
 # Why a leaf has one valid value only.
