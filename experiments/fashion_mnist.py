@@ -5,7 +5,7 @@
 """
 
 from bigtrain import Checkpoints, Evaluation, Experiment
-from bigtrain.data.augment import HorizontalFlip, PadCrop
+from bigtrain.data.augment import HorizontalFlip
 from bigtrain.data.datasets import FashionMNIST, FashionMNISTSubset
 from bigtrain.data.vision import ImageData
 from bigtrain.models.attention import AttentionConfig
@@ -44,12 +44,16 @@ def base() -> Experiment:
       source=FashionMNISTSubset(),
       size=28,
       channels=1,
-      augment=(PadCrop(pixels=2), HorizontalFlip()),
+      augment=(HorizontalFlip(),),
       mean=(0.286,),
       std=(0.353,),
     ),
     optimizer=Muon(
-      lr=0.02, adam_lr=3e-3, spared="patch|position|head", schedule=Linear(warmup=100)
+      lr=5e-3,
+      adam_lr=1e-3,
+      weight_decay=0.05,
+      spared="patch|position|head",
+      schedule=Linear(warmup=100),
     ),
     objective=Classification(label_smoothing=0.1),
     epochs=30,

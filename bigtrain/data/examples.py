@@ -243,6 +243,10 @@ class ExampleData(Data):
     return f"kept out of the data: {counts}; first {first}"
 
   def _check_classes(self, labels: np.ndarray, kept_out: str | None) -> None:
+    if not len(labels):
+      raise Refused(
+        f"{self._source.about()} has no example to train on; {kept_out or 'it is empty'}"
+      )
     counts = np.bincount(labels, minlength=self._source.n_classes())
     if len(empty := np.flatnonzero(counts == 0)):
       which = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)

@@ -127,6 +127,19 @@ def test_attention_pooling_equals_its_formula():
   np.testing.assert_allclose(pool(x_BTD), expected, atol=1e-4)
 
 
+def test_a_network_of_no_units_behind_attention_pooling_is_refused():
+  with pytest.raises(Refused, match="hidden is 0"):
+    AttentionPoolConfig(heads=3, hidden=0).check()
+
+
+def test_the_products_of_attention_pooling_count_as_its_weights_on_what_they_see():
+  T, dim, hidden = 9, 24, 40
+  whole, mean = (tiny(pool=pool).flops() for pool in (POOL, "mean"))
+  # The query's product and the output's are of one token, those of keys and values of all.
+  products = 2 * dim**2 + 2 * T * dim**2 + 2 * dim * hidden
+  assert whole - mean == 6 * products + 2 * 6 * T * dim
+
+
 def test_stochastic_depth_drops_whole_branches_by_example_and_more_of_them_with_depth():
   c = tiny(drop_path=0.5, layers=3)
   block = c.pattern[0]
@@ -157,6 +170,7 @@ def test_stochastic_depth_drops_whole_branches_by_example_and_more_of_them_with_
     ({"image": 13}, "take images of 12 or 16"),
     ({"dim": 18, "position": "sincos"}, "divisible by 4, not 18"),
     ({"classes": 0}, "classes is 0"),
+    ({"pool": AttentionPoolConfig(heads=5, hidden=40)}, "dim 24 is not divisible by 5 heads"),
     ({"drop_path": 1.0}, "drop_path is 1.0"),
   ],
 )
