@@ -146,6 +146,7 @@ EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob
 # Second values where the generic ones would be invalid or too large to matter for a tiny model, and
 # of what model and data must agree in.
 VALUES = {
+  "Adam.rates": ((("_", 0.5),),),
   "AdamW.rates": ((("_", 0.5),),),
   "BPE.special": (lambda e: (*e.data.tokenizer.special, "[NEW]"),),
   "CausalLM.loss_chunk": (32, None),
@@ -164,6 +165,7 @@ VALUES = {
   "MaskedText.cls": ("[SEP]",),
   "MaskedText.mask": ("[SEP]",),
   "MaskedText.sep": ("[MASK]",),
+  "Muon.rates": ((("_", 0.5),),),
   "Synthetic.classes": (7,),
   "Synthetic.features": (50,),
   "ViTConfig.channels": (3,),
@@ -188,7 +190,10 @@ UNUSED = {
   }
 }
 # Why a leaf has one valid value only.
-ONE_VALUE = {"model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention"}
+ONE_VALUE = {
+  "model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention",
+  "model.pattern.0.attention.causal": "a vision transformer refuses causal attention",
+}
 
 
 def small(function, **mesh):
