@@ -46,6 +46,13 @@ class ModelConfig(abc.ABC):
     """How many positions the model has; None for any number."""
     return None
 
+  def n_classes(self) -> int | None:
+    """How many classes the model tells apart, checked against the data's; None without classes."""
+    return None
+
+  def check_inputs(self, shape: tuple[int, ...]) -> None:
+    """Refuses `inputs` of that shape, (height, width, channels) of an image, if it takes others."""
+
   def flops(self, length: int = 1) -> float | None:
     """Model FLOPs of training on one row of that length, by formula; None if not known."""
     return None
@@ -54,7 +61,7 @@ class ModelConfig(abc.ABC):
     """Refuses impossible combinations of fields by raising `Refused`."""
 
   def smoke(self) -> Self:
-    """A copy that trains in seconds on a CPU, for --smoke: few layers, narrow, short rows."""
+    """A copy that trains in seconds on a CPU, for --smoke, where smoke.py's caps are not enough."""
     return self
 
 
@@ -154,6 +161,14 @@ class DataConfig(abc.ABC):
 
   def row_length(self) -> int | None:
     """Tokens of the longest row, touching no data; None without tokens."""
+    return None
+
+  def n_classes(self) -> int | None:
+    """How many classes labels are of, touching no data; None without labels."""
+    return None
+
+  def input_shape(self) -> tuple[int, ...] | None:
+    """Of the `inputs` of one example, touching no data; None without inputs."""
     return None
 
   def read_tokenizer(self, path: "epath.Path") -> "Tokenizer | None":

@@ -13,7 +13,7 @@ import numpy as np
 
 from bigtrain.config import Refused, config
 from bigtrain.data.datasets import Synthetic
-from bigtrain.data.examples import ExampleData, Fields, Raw, Source
+from bigtrain.data.examples import ExampleData, Raw, Source
 from bigtrain.experiment import DataConfig
 
 CHUNK = 4096  # Examples read at once for mean and variance.
@@ -29,13 +29,11 @@ class FeatureData(DataConfig):
   def make(self, seed: int) -> "Features":
     return Features(self, seed)
 
-  def features(self) -> int:
-    """How many features an example has, touching no data."""
-    return math.prod(self.source.shape() or ())
-
-  def classes(self) -> int:
-    """How many classes there are, touching no data."""
+  def n_classes(self) -> int:
     return self.source.n_classes()
+
+  def input_shape(self) -> tuple[int]:
+    return (math.prod(self.source.shape() or ()),)
 
   def check(self) -> None:
     if self.source.shape() is None:
@@ -48,7 +46,8 @@ class FeatureData(DataConfig):
     try:
       self.source.check()
     except Refused:  # The study's files are not on this machine, but its code can be tried.
-      made_up = Synthetic(features=max(self.features(), self.classes()), classes=self.classes())
+      (features,) = self.input_shape()
+      made_up = Synthetic(features=features, classes=min(features, self.n_classes()))
       return dataclasses.replace(self, source=made_up)
     return self
 
@@ -57,11 +56,8 @@ class Features(ExampleData):
   version = "features 1"
 
   def __init__(self, c: FeatureData, seed: int):
-    ExampleData.__init__(self, c.source, seed)
+    ExampleData.__init__(self, c.source, {"inputs": (c.input_shape(), np.float32)}, seed)
     self._config = c
-
-  def fields(self) -> Fields:
-    return {"inputs": ((self._config.features(),), np.float32)}
 
   def problem(self, raw: Raw) -> str | None:
     if isinstance(raw, bytes):

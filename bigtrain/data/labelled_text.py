@@ -18,7 +18,7 @@ from etils import epath
 
 from bigtrain.config import Refused, config
 from bigtrain.data.cache import root
-from bigtrain.data.examples import ExampleData, Fields, Raw, Source
+from bigtrain.data.examples import ExampleData, Raw, Source
 from bigtrain.data.masked import SPECIAL
 from bigtrain.data.text_classes import Novels
 from bigtrain.data.tokenizers import BPE, Tokenizer, TokenizerFile
@@ -44,8 +44,7 @@ class LabelledText(DataConfig):
   def make(self, seed: int) -> "Labelled":
     return Labelled(self, seed)
 
-  def classes(self) -> int:
-    """How many classes there are, touching no data."""
+  def n_classes(self) -> int:
     return self.source.n_classes()
 
   def vocabulary(self) -> int | None:
@@ -79,12 +78,9 @@ class Labelled(ExampleData):
   version = "text 1"
 
   def __init__(self, c: LabelledText, seed: int):
-    ExampleData.__init__(self, c.source, seed)
+    row = (c.seq,), np.int32
+    ExampleData.__init__(self, c.source, {"tokens": row, "segments": row, "token_types": row}, seed)
     self._config = c
-
-  def fields(self) -> Fields:
-    row = (self._config.seq,), np.int32
-    return {"tokens": row, "segments": row, "token_types": row}
 
   def problem(self, raw: Raw) -> str | None:
     texts = _texts(raw)
@@ -95,7 +91,7 @@ class Labelled(ExampleData):
   def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:
     examples = [_texts(raw) for raw in raws]
     encoded = iter(self.tokenizer.encode_batch([text for texts in examples for text in texts]))
-    batch = {k: np.zeros((len(raws), *shape), kind) for k, (shape, kind) in self.fields().items()}
+    batch = {k: np.zeros((len(raws), *shape), kind) for k, (shape, kind) in self._fields.items()}
     cls, sep = self.tokenizer.id_of(self._config.cls), self.tokenizer.id_of(self._config.sep)
     for i, texts in enumerate(examples):
       parts = cut([next(encoded) for _ in texts], self._config.seq - 1 - len(texts))

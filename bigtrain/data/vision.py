@@ -21,7 +21,7 @@ from bigtrain.config import Refused, config
 from bigtrain.data.augment import Augmentation, RandomResizedCrop, resized
 from bigtrain.data.datasets import FashionMNISTSubset
 from bigtrain.data.draws import Draws
-from bigtrain.data.examples import ExampleData, Fields, Raw, Source
+from bigtrain.data.examples import ExampleData, Raw, Source
 from bigtrain.experiment import DataConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # Of ImageNet's training images, as everyone uses them.
@@ -50,9 +50,11 @@ class ImageData(DataConfig):
   def make(self, seed: int) -> "Images":
     return Images(self, seed)
 
-  def classes(self) -> int:
-    """How many classes there are, touching no data."""
+  def n_classes(self) -> int:
     return self.source.n_classes()
+
+  def input_shape(self) -> tuple[int, int, int]:
+    return self.size, self.size, self.channels
 
   def check(self) -> None:
     if self.size < 1:
@@ -85,14 +87,11 @@ class ImageData(DataConfig):
 
 class Images(ExampleData):
   def __init__(self, c: ImageData, seed: int):
-    ExampleData.__init__(self, c.source, seed)
-    self._config, self._shape = c, (c.size, c.size, c.channels)
+    ExampleData.__init__(self, c.source, {"inputs": (c.input_shape(), np.float32)}, seed)
+    self._config, self._shape = c, c.input_shape()
     self.version = f"images 1 {c.source.shape()}"
     std = np.asarray(c.std, np.float32)
     self._scale_C, self._offset_C = 1 / (255 * std), np.asarray(c.mean, np.float32) / std
-
-  def fields(self) -> Fields:
-    return {"inputs": (self._shape, np.float32)}
 
   def problem(self, raw: Raw) -> str | None:
     if isinstance(raw, np.ndarray):

@@ -196,6 +196,9 @@ class TextClassifierConfig(ModelConfig):
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
 
+  def n_classes(self) -> int:
+    return self.classes
+
   def check(self) -> None:
     if self.classes < 2:
       raise Refused(f"model: classes is {self.classes}; there are at least 2")

@@ -163,6 +163,13 @@ def test_a_class_without_examples_is_refused(saved):
     FeatureData(source=saved(inputs, labels + 1, classes=3)).make(0).examples()
 
 
+def test_training_examples_that_are_all_held_out_too_are_refused_as_such(saved):
+  inputs, labels = numbers(30)
+  held_out = saved(inputs, labels, "held_out").train
+  with pytest.raises(Refused, match=r"has no example to train on; kept out.*30 x is also held out"):
+    FeatureData(source=saved(inputs, labels, validation=held_out)).make(0).examples()
+
+
 def test_features_are_standardized_by_the_training_examples_alone(saved):
   inputs, labels = numbers(50)
   inputs = inputs * [1, 10, 0.1, 0] + [5, 0, 1, 7]  # The last one never changes.
