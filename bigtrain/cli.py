@@ -38,6 +38,7 @@ class Command(NamedTuple):
 COMMANDS = {
   "train": Command("bigtrain.cli", "train", "train an experiment, or go on with a run"),
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
+  "data": Command("bigtrain.data.command", "data", "prepare text files for training"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
 }
 

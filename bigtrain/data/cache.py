@@ -21,7 +21,7 @@ from bigtrain.config import Refused
 from bigtrain.console import Progress, say
 from bigtrain.data.build import build, sync
 from bigtrain.data.readers import Problem, kind_of
-from bigtrain.data.sources import Austen, Document, Files, Input
+from bigtrain.data.sources import Austen, Document, Files, Input, PreparedText
 from bigtrain.data.tokenizers import BPE, Bytes, Tokenizer, TokenizerFile
 
 FORMAT = 1  # Raised by whatever changes the bytes that are written.
@@ -107,7 +107,7 @@ def root() -> pathlib.Path:
   return path
 
 
-def prepare(source: Austen | Files, tokenizer: Bytes | BPE | TokenizerFile) -> Prepared:
+def prepare(source: Austen | Files | PreparedText, tokenizer: Bytes | BPE | TokenizerFile) -> Prepared:
   """The tokenised source, from the cache or built now; two processes at once build it once.
 
   Raises:
@@ -187,7 +187,7 @@ def _contents(inputs: list[Input]) -> list[tuple[str, bool | None, str]]:
   return found
 
 
-def _learning_texts(source: Austen | Files, inputs: list[Input]) -> Iterator[str]:
+def _learning_texts(source: Austen | Files | PreparedText, inputs: list[Input]) -> Iterator[str]:
   """Training documents, evenly thinned to about LEARN_BYTES."""
   total = sum(path.stat().st_size for path, _ in inputs)
   every = max(1, round(total / LEARN_BYTES))
