@@ -45,7 +45,7 @@ class Local:
 
   def run(self, stages: Sequence[Stage], out: pathlib.Path) -> None:
     """Runs the stages one after another; returns when all is done."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    import multiprocess
     from datatrove.executor import LocalPipelineExecutor
     from loguru import logger
 
@@ -62,6 +62,8 @@ class Local:
 
     os.register_at_fork(after_in_child=_end_with_parent)  # datatrove's manager of queues.
     logger.disable("datatrove")
+    # Imported once in the server that all workers of all stages are forked from.
+    multiprocess.set_forkserver_preload(["bigtrain.data.prepare.run", "datatrove.executor"])
     workers = self.workers or len(os.sched_getaffinity(0))
     for stage in stages:
       if done(out, stage) < stage.tasks:

@@ -45,9 +45,14 @@ def signing(c: NearDuplicates, folder: pathlib.Path) -> Any:
 
 def _settings(c: NearDuplicates) -> Any:
   from datatrove.pipeline.dedup.minhash import MinhashConfig
+  from datatrove.utils.hashing import HashConfig
 
   return MinhashConfig(
-    n_grams=c.words, num_buckets=c.bands, hashes_per_bucket=c.rows, seed=c.seed
+    n_grams=c.words,
+    num_buckets=c.bands,
+    hashes_per_bucket=c.rows,
+    seed=c.seed,
+    hash_config=HashConfig(hash_fc="sha1"),  # datatrove's default breaks with xxhash 4.
   )
 
 

@@ -32,7 +32,7 @@ def page(report: dict[str, Any], manifest: dict[str, Any]) -> str:
     f"<style>{STYLE}</style><h1>Prepared data</h1>",
     f"<p class=lead>{human(read['documents'])} documents read from {len(manifest['inputs'])} files "
     f"({human(read['read_bytes'])}B), {human(report['kept'])} kept, {human(lost)} rejected. "
-    f"bigtrain {html.escape(str(code['version']))} ({html.escape(str(code['revision']))}).</p>",
+    f"Made by bigtrain at revision {html.escape(str(code['revision']))}.</p>",
     _cards(report["splits"]),
     "<h2>From step to step</h2>",
     _steps(report["steps"]),

@@ -2,11 +2,11 @@
 
 import collections
 import pathlib
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-import bigtrain
 from bigtrain.config import dump
 from bigtrain.data.prepare.clean import recipe_of
 from bigtrain.data.prepare.files import read_json, whole, write_json
@@ -27,7 +27,7 @@ def finish(out: str, _: Any, rank: int, world_size: int) -> None:
   splits = {name: _split([p["shards"][name] for p in packed]) for name in SPLITS}
   manifest = {
     "format": FORMAT,
-    "code": {"version": bigtrain.__version__, "revision": revision()},
+    "code": {"revision": revision(), "datatrove": version("datatrove")},
     "settings": {k: v for k, v in dump(recipe).items() if k != "engine"},
     "inputs": [{"file": p, "bytes": n} for p, n, _ in read_json(folder / "work" / "inputs.json")],
     "splits": {name: {k: s[k] for k in ("documents", "bytes")} for name, s in splits.items()},

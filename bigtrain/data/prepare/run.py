@@ -96,6 +96,7 @@ def _run(recipe: Prepare, out: pathlib.Path) -> dict[str, Any] | None:
   from rich.console import Console
   from rich.progress import Progress
 
+  os.environ.setdefault("TQDM_DISABLE", "1")  # datatrove's bars, read where it is imported.
   todo = stages(recipe, out)
   total, before = sum(s.tasks for s in todo), sum(done(out, s) for s in todo)
   if before == total:
