@@ -58,7 +58,9 @@ def load(target: str, kind: type[T] = Experiment) -> tuple[T, Source]:
   """
   path, function = _split(target)
   if path.suffix == ".py" and path.is_file():
-    return _call(path, function or DEFAULT_FUNCTION, kind), Source(path, function or DEFAULT_FUNCTION)
+    return _call(path, function or DEFAULT_FUNCTION, kind), Source(
+      path, function or DEFAULT_FUNCTION
+    )
   if function is None and (epath.Path(target) / "config.json").exists():
     experiment, file = read(target, kind)
     return experiment, Source(file, read_from=target)
@@ -90,9 +92,7 @@ def write(experiment: Any, run_dir: str | os.PathLike, file: Path | None = None)
     unfinished.replace(run_dir / name)
 
 
-def read(
-  run_dir: str | os.PathLike, kind: type[T] = Experiment
-) -> tuple[T, Path | None]:
+def read(run_dir: str | os.PathLike, kind: type[T] = Experiment) -> tuple[T, Path | None]:
   """The experiment of a run directory, and its copy of the experiment file if it has one."""
   path = epath.Path(run_dir) / "config.json"
   if not path.exists():
@@ -139,9 +139,7 @@ def _call(path: Path, name: str, kind: type[T]) -> T:
   if not isinstance(experiment, kind):
     line = inspect.getsourcelines(function)[1]
     wanted = f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
-    raise Refused(
-      f"{path}:{line}: {name}() returned {type(experiment).__name__}, not {wanted}"
-    )
+    raise Refused(f"{path}:{line}: {name}() returned {type(experiment).__name__}, not {wanted}")
   return experiment
 
 

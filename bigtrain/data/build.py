@@ -57,7 +57,10 @@ class Writer:
 
 
 def build(
-  source: Austen | Files | PreparedText, inputs: list[Input], tokenizer: Tokenizer, folder: pathlib.Path
+  source: Austen | Files | PreparedText,
+  inputs: list[Input],
+  tokenizer: Tokenizer,
+  folder: pathlib.Path,
 ) -> dict[str, Any]:
   """Tokenises every document of `source` into the empty `folder`; returns its manifest.
 

@@ -107,7 +107,9 @@ def root() -> pathlib.Path:
   return path
 
 
-def prepare(source: Austen | Files | PreparedText, tokenizer: Bytes | BPE | TokenizerFile) -> Prepared:
+def prepare(
+  source: Austen | Files | PreparedText, tokenizer: Bytes | BPE | TokenizerFile
+) -> Prepared:
   """The tokenised source, from the cache or built now; two processes at once build it once.
 
   Raises:

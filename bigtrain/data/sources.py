@@ -128,7 +128,7 @@ class Files:
 
 @config
 class PreparedText:
-  """What `bigtrain data prepare` made: its train and validation splits; its test split stays out."""
+  """What `bigtrain data prepare` made: train and validation; the test split stays out."""
 
   path: str  # The folder.
 
@@ -144,7 +144,9 @@ class PreparedText:
     folder = pathlib.Path(self.path).expanduser()
     if not (folder / "manifest.json").is_file():
       why = "is not there" if not folder.is_dir() else "holds no finished preparation"
-      raise Refused(f"{self.path} {why}: bigtrain data prepare CONFIG.py --out {self.path} makes it")
+      raise Refused(
+        f"{self.path} {why}: bigtrain data prepare CONFIG.py --out {self.path} makes it"
+      )
     names = [s["file"] for s in json.loads((folder / "manifest.json").read_text())["shards"]]
     for name in names:
       if not (folder / "shards" / name).is_file():
@@ -165,9 +167,7 @@ class PreparedText:
       advance(path.stat().st_size)
 
 
-def expand(
-  pattern: str, kind: Callable[[pathlib.Path], str] = kind_of
-) -> list[pathlib.Path]:
+def expand(pattern: str, kind: Callable[[pathlib.Path], str] = kind_of) -> list[pathlib.Path]:
   """The files of a folder, glob or path, hidden ones left out, sorted."""
   path = pathlib.Path(pattern).expanduser()
   wanted = glob.escape(str(path)) if path.exists() else str(path)

@@ -63,7 +63,8 @@ class Local:
     os.register_at_fork(after_in_child=_end_with_parent)  # datatrove's manager of queues.
     logger.disable("datatrove")
     # Imported once in the server that all workers of all stages are forked from.
-    multiprocess.set_forkserver_preload(["bigtrain.data.prepare.run", "datatrove.executor"])
+    server = multiprocess.get_context("forkserver")
+    server.set_forkserver_preload(["bigtrain.data.prepare.run", "datatrove.executor"])
     workers = self.workers or len(os.sched_getaffinity(0))
     for stage in stages:
       if done(out, stage) < stage.tasks:

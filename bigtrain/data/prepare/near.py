@@ -97,7 +97,9 @@ def shingles(out: str, documents: Iterator[Any], rank: int, world_size: int) -> 
         hashes = np.unique(step.get_shingles(document.text))
         file.write(hashes.astype("<u8").tobytes())
         ends.append(ends[-1] + len(hashes))
-  write_array(folder / "work" / "shingles" / f"{rank:05}.npy", np.stack([index, ends[:-1], ends[1:]]))
+  write_array(
+    folder / "work" / "shingles" / f"{rank:05}.npy", np.stack([index, ends[:-1], ends[1:]])
+  )
 
 
 def verify(out: str, _: Any, rank: int, world_size: int) -> None:

@@ -82,7 +82,7 @@ def pack(out: str, _: Any, rank: int, world_size: int) -> None:
       name, text = record["id"], record["text"]
       if equal[i] or near[i]:
         reason = "exact duplicate" if equal[i] else "near duplicate"
-        of = f"{int((own[i, 0] if equal[i] else cluster[i])):016x}"
+        of = f"{int(own[i, 0] if equal[i] else cluster[i]):016x}"
         samples.add(reason, name, text)
         rejected.add({"id": name, "step": reason, "reason": reason, "of": of, "text": text})
         continue

@@ -93,9 +93,7 @@ def _reasons(rows: list[dict]) -> str:
   out = "<table><tr><th>step<th>reason<th class=n>documents<th></tr>"
   for step, reason, n in sorted(found, key=lambda f: -f[2]):
     bar = f"<div class=bar style='background:none'><i class=off style='width:{100 * n / most}%'></i></div>"
-    out += (
-      f"<tr><td>{html.escape(step)}<td>{html.escape(reason)}<td class=n>{n:,}<td>{bar}</tr>"
-    )
+    out += f"<tr><td>{html.escape(step)}<td>{html.escape(reason)}<td class=n>{n:,}<td>{bar}</tr>"
   return out + "</table>"
 
 
@@ -115,7 +113,9 @@ def histogram(before: list[int], after: list[int]) -> str:
       title = f"{human(2 ** (b / 2))} to {human(2 ** ((b + 1) / 2))} characters: {n:,}"
       out.append(f"<rect {box} height='{h:.1f}' fill='{colour}'><title>{title}</title></rect>")
     if b % 2 == 0:
-      out.append(f"<text x='{x:.0f}' y='{height + 26}' text-anchor=middle>{human(2 ** (b / 2))}</text>")
+      out.append(
+        f"<text x='{x:.0f}' y='{height + 26}' text-anchor=middle>{human(2 ** (b / 2))}</text>"
+      )
   out.append(f"<line x1={left} x2=950 y1={10 + height} y2={10 + height} stroke='#5a6675'/>")
   out.append(f"<text x={left - 6} y=20 text-anchor=end>{human(top)}</text>")
   key = ((left, "#c3cedb", "read"), (left + 90, "#3b7dd8", "kept"))

@@ -144,7 +144,7 @@ class Language(Step):
 
     def apply(text: str) -> str | Rejected:
       labels, chances = model.predict(text.replace("\n", " "), k=5)
-      found = dict(zip(labels, chances, strict=True))
+      found: dict[str, float] = dict(zip(labels, chances, strict=True))
       if max(found.get(label, 0.0) for label in wanted) >= self.threshold:
         return text
       return Rejected(f"language {labels[0].removeprefix('__label__') if labels else 'unknown'}")

@@ -74,7 +74,7 @@ class Prepare:
     shares = self.validation, self.test
     if min(shares) < 0 or sum(shares) >= 1:
       raise Refused(
-        f"validation={shares[0]} and test={shares[1]}: shares are at least 0 and leave some to train"
+        f"validation={shares[0]} and test={shares[1]}: at least 0 each, below 1 together"
       )
     try:
       re.compile(self.split_at)
@@ -83,7 +83,9 @@ class Prepare:
     if self.exact == "keep" and self.near is not None:
       raise Refused("exact='keep' with near duplicates removed makes no sense: set near=None, too")
     if self.previous is not None and not (pathlib.Path(self.previous) / "manifest.json").exists():
-      raise Refused(f"previous={self.previous!r} is no finished preparation: no manifest.json there")
+      raise Refused(
+        f"previous={self.previous!r} is no finished preparation: no manifest.json there"
+      )
     for _, node in configs(self):
       if node is not self and hasattr(node, "check"):
         node.check()

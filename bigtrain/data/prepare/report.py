@@ -55,7 +55,9 @@ def _report(recipe: Prepare, folder: pathlib.Path, made: list, packed: list) -> 
   names = [s["name"] for s in made[0]["steps"]]
   rows += [_row(name, [m["steps"][i] for m in made]) for i, name in enumerate(names)]
   left = rows[-1]["documents"] - (sum(rows[-1]["rejected"].values()) if names else 0)
-  gone = collections.Counter({k: sum(p["duplicates"][k] for p in packed) for k in ("exact", "near")})
+  gone = collections.Counter(
+    {k: sum(p["duplicates"][k] for p in packed) for k in ("exact", "near")}
+  )
   for kind, on in (("exact", recipe.exact == "remove"), ("near", recipe.near is not None)):
     if on:
       rejected = {f"{kind} duplicate": gone[kind]} if gone[kind] else {}

@@ -47,7 +47,9 @@ def prepare(
       _begin(recipe, out, file)
       return _run(recipe, out)
   except Timeout:
-    raise Refused(f"another process is at work in {out}; wait for it or take another --out") from None
+    raise Refused(
+      f"another process is at work in {out}; wait for it or take another --out"
+    ) from None
 
 
 def stages(recipe: Prepare, out: pathlib.Path) -> list[Stage]:

@@ -77,11 +77,13 @@ class Whitespace(Step):
   def make(self) -> Apply:
     # C0 and C1 controls, soft hyphens, zero-width spaces, byte-order marks, and what is no
     # character. Zero-width (non-)joiners stay: scripts of India and Persia, and emoji, need them.
-    removed = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060\ufeff\ufffe\uffff]")
+    removed = re.compile(
+      r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060\ufeff\ufffe\uffff]"
+    )
     ends = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
     spaces = re.compile(r"[^\S\n]+")
     trailing = re.compile(r" (?=\n)")
-    blank = re.compile(r"\n{%d,}" % (self.blank_lines + 2))
+    blank = re.compile(f"\n{{{self.blank_lines + 2},}}")
 
     def apply(text: str) -> str | Rejected:
       text = removed.sub("", ends.sub("\n", text))

@@ -86,7 +86,9 @@ def planted(tmp_path_factory):
   jsonl(inputs / "a.jsonl", [*unique, unique[3], "  " + unique[4] + "\r\n"])
   jsonl(inputs / "b.jsonl", [unique[3], letters(document(100))])
   (inputs / "bad.txt").write_bytes(b"valid until here \xff\xfe and no further")
-  whole = gzip.compress(jsonl(root / "c.jsonl", [letters(document(i)) for i in range(200, 400)]).read_bytes())
+  whole = gzip.compress(
+    jsonl(root / "c.jsonl", [letters(document(i)) for i in range(200, 400)]).read_bytes()
+  )
   (inputs / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
   (inputs / "empty.txt").touch()
   (inputs / "picture.png").write_bytes(b"\x89PNG")
@@ -98,7 +100,12 @@ def planted(tmp_path_factory):
     + "This is the text of the page &mdash; and it is long enough to be found. " * 8
     + "</p></article><footer>Imprint</footer></body></html>"
   )
-  (inputs / "long.jsonl").write_text(json.dumps({"text": "x" * 5_000_000}) + "\n" + json.dumps({"text": "after the long line"}) + "\n")
+  (inputs / "long.jsonl").write_text(
+    json.dumps({"text": "x" * 5_000_000})
+    + "\n"
+    + json.dumps({"text": "after the long line"})
+    + "\n"
+  )
   out = root / "out"
   prepare(recipe(inputs, max_bytes=500_000), out)
   return inputs, out, unique
@@ -114,7 +121,9 @@ def test_every_exact_duplicate_is_found_and_nothing_else_is(planted):
 
 def test_faults_are_kept_out_with_their_place_and_the_rest_goes_on(planted):
   _, out, _ = planted
-  found = {r["id"].split("/")[-1].split("#")[0]: r["reason"] for r in rejected(out) if r["step"] == "read"}
+  found = {
+    r["id"].split("/")[-1].split("#")[0]: r["reason"] for r in rejected(out) if r["step"] == "read"
+  }
   assert found["bad.txt"] == "invalid UTF-8"
   assert found["cut.jsonl.gz"] == "truncated .gz"
   assert found["empty.txt"] == "empty file"
@@ -145,7 +154,9 @@ def test_counts_of_report_and_manifest_add_up(planted):
   lost = [r for r in rejected(out) if r["step"] != "read"]
   assert read["documents"] == len(there) + len(lost)
   for shard in manifest["shards"]:
-    assert hashlib.sha256((out / "shards" / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+    assert (
+      hashlib.sha256((out / "shards" / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+    )
   page = (out / "report.html").read_text()
   assert "exact duplicate" in page and "truncated .gz" in page and "<svg" in page
   assert "http" not in re.sub(r"https?://[^<]*", "", page)  # Nothing is loaded.
@@ -156,7 +167,9 @@ def varied(text: str, share: float, rng: random.Random) -> str:
   words = text.split()
   n = max(1, round(share * len(words)))
   at = rng.randrange(len(words) - n)
-  return " ".join([*words[:at], *(letters(f"x{rng.randrange(10**6)}") for _ in range(n)), *words[at + n :]])
+  return " ".join(
+    [*words[:at], *(letters(f"x{rng.randrange(10**6)}") for _ in range(n)), *words[at + n :]]
+  )
 
 
 def test_near_duplicates_are_found_at_the_recall_of_the_bands(tmp_path):
@@ -201,13 +214,19 @@ def test_added_documents_change_no_split_but_of_reported_clusters(tmp_path):
   prepare(recipe(tmp_path / "in"), tmp_path / "one")
   before = kept(tmp_path / "one")
   assert {s: list(before.values()).count(s) > 15 for s in SPLITS} == dict.fromkeys(SPLITS, True)
-  new = [letters(document(1000 + i, 100)) for i in range(200)] + [varied(t, 0.02, rng) for t in old[:60]]
+  new = [letters(document(1000 + i, 100)) for i in range(200)] + [
+    varied(t, 0.02, rng) for t in old[:60]
+  ]
   jsonl(tmp_path / "in" / "a.jsonl", new)  # Sorted before the old file: all tasks shift.
   prepare(recipe(tmp_path / "in", previous=str(tmp_path / "one"), tasks=3), tmp_path / "two")
   after = kept(tmp_path / "two")
   told = json.loads((tmp_path / "two" / "report.json").read_text())["previous"]
   assert (told["both"], told["gone"], told["added"]) == (300, 0, 260)
-  moved = {hashlib.blake2b(t.encode(), digest_size=16).hexdigest()[:16] for t in old if t in after and after[t] != before[t]}
+  moved = {
+    hashlib.blake2b(t.encode(), digest_size=16).hexdigest()[:16]
+    for t in old
+    if t in after and after[t] != before[t]
+  }
   reported = {c["digest"] for c in told["changed"]}
   assert moved <= reported
   assert 0 < told["cluster_changed"] <= 60 and len(reported) <= told["cluster_changed"]
@@ -318,3 +337,26 @@ def test_repeated_lines_of_a_document_stay_once():
   line = "Subscribe to our newsletter today"
   apply = RepeatedLines().make()
   assert apply(f"{line}\nA.\n{line}\nA.\n") == f"{line}\nA.\nA."
+
+
+def test_a_model_trains_on_what_was_prepared(planted, tmp_path, monkeypatch):
+  from bigtrain.data.sources import PreparedText
+  from bigtrain.data.text import TextData
+  from bigtrain.train import train
+  from tests import runs
+
+  _, out, _ = planted
+  monkeypatch.setenv("BIGTRAIN_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setenv("RUNS_TEXT", "unused")
+  e = runs.base()
+  e.data, e.steps = TextData(source=PreparedText(path=str(out)), seq=64), 2
+  e.optimizer.schedule.warmup = 0
+  train(e, tmp_path / "run", quiet=True)
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+  assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+  splits = e.data.make(0).manifest["splits"]
+  texts = kept(out)
+  for name in ("train", "validation"):
+    assert splits[name]["documents"] == list(texts.values()).count(name)
+  with pytest.raises(Refused, match="holds no finished preparation"):
+    PreparedText(path=str(tmp_path)).check()
