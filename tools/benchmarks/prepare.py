@@ -52,9 +52,9 @@ def measure(folder: Path, megabytes: int) -> None:
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
   print(f"{megabytes} MB, {tasks} tasks: {spent:.1f} s, peak of a process {peak:.0f} MB")
   for row in json.loads((folder / "out" / "report.json").read_text())["steps"]:
-    if size := row.get("chars_in") or row.get("read_bytes"):
-      if row.get("seconds"):
-        print(f"  {row['name']:<14} {size / 1e6 / row['seconds']:7.1f} MB/s")
+    size = row.get("chars_in") or row.get("read_bytes")
+    if size and row.get("seconds"):
+      print(f"  {row['name']:<14} {size / 1e6 / row['seconds']:7.1f} MB/s")
 
 
 if __name__ == "__main__":

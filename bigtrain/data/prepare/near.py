@@ -28,7 +28,7 @@ MOST = 10
 
 
 class Words:
-  """Splits simplified text at its spaces; in place of spaCy, 100 times faster and for any script."""
+  """Splits simplified text at its spaces; in place of spaCy, and for any script."""
 
   def word_tokenize(self, text: str) -> list[str]:
     return WORD.findall(text)

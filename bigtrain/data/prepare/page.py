@@ -6,7 +6,8 @@ from typing import Any
 from bigtrain.console import human
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2430}
+body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;
+color:#1c2430}
 h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
 p.lead{color:#5a6675;margin-top:.2rem}table{border-collapse:collapse;width:100%}
 th{text-align:left;font-weight:600;color:#5a6675;font-size:.85rem}
@@ -92,7 +93,8 @@ def _reasons(rows: list[dict]) -> str:
   most = max(n for _, _, n in found)
   out = "<table><tr><th>step<th>reason<th class=n>documents<th></tr>"
   for step, reason, n in sorted(found, key=lambda f: -f[2]):
-    bar = f"<div class=bar style='background:none'><i class=off style='width:{100 * n / most}%'></i></div>"
+    bar = f"<i class=off style='width:{100 * n / most}%'></i>"
+    bar = f"<div class=bar style='background:none'>{bar}</div>"
     out += f"<tr><td>{html.escape(step)}<td>{html.escape(reason)}<td class=n>{n:,}<td>{bar}</tr>"
   return out + "</table>"
 
@@ -131,8 +133,8 @@ def _duplicates(most: list[dict], near: dict | None) -> str:
   if near is not None:
     recall = ", ".join(f"{r:.1%} at {s}" for s, r in near["recall"].items())
     out += (
-      f"<p>Near: Jaccard similarity of at least {near['threshold']}. Of pairs with a similarity the "
-      f"bands find {recall}. {near['pairs']:,} pairs met in a band, and {near['below_threshold']:,} "
+      f"<p>Near: Jaccard similarity of at least {near['threshold']}. The bands "
+      f"find {recall}. {near['pairs']:,} pairs met in a band; {near['below_threshold']:,} "
       "of them were below the threshold and so no duplicates.</p>"
     )
   if not most:
@@ -149,8 +151,8 @@ def _duplicates(most: list[dict], near: dict | None) -> str:
 def _previous(found: dict) -> str:
   out = (
     f"<p>Of {html.escape(found['folder'])}, {found['both']:,} documents are here again, "
-    f"{found['gone']:,} are not, {found['added']:,} are new. {found['cluster_changed']:,} belong to "
-    f"a cluster that changed, {found['split_changed']:,} therefore to another split.</p>"
+    f"{found['gone']:,} are not, {found['added']:,} are new. {found['cluster_changed']:,} belong "
+    f"to a cluster that changed, {found['split_changed']:,} therefore to another split.</p>"
   )
   if found["changed"]:
     rows = (f"<tr><td>{c['digest']}<td>{c['was']}<td>{c['now']}</tr>" for c in found["changed"])

@@ -4,6 +4,7 @@
 and .zst. What cannot be read comes out as a `Problem` with its place, and the rest goes on.
 """
 
+import itertools
 import pathlib
 import re
 import zlib
@@ -62,7 +63,7 @@ def pieces(text: str, begins: re.Pattern[str]) -> Iterator[str]:
   """The text cut before each line that matches; what is before the first goes with it."""
   starts = [found.start() for found in begins.finditer(text)]
   edges = [0, *starts[1:], len(text)]
-  for start, end in zip(edges, edges[1:], strict=False):
+  for start, end in itertools.pairwise(edges):
     yield text[start:end]
 
 
