@@ -63,7 +63,7 @@ class Local:
     os.register_at_fork(after_in_child=_end_with_parent)  # datatrove's manager of queues.
     logger.disable("datatrove")
     # Imported once in the server that all workers of all stages are forked from.
-    server = multiprocess.get_context("forkserver")
+    server = multiprocess.get_context("forkserver")  # pyright: ignore
     server.set_forkserver_preload(["bigtrain.data.prepare.run", "datatrove.executor"])
     workers = self.workers or len(os.sched_getaffinity(0))
     for stage in stages:
