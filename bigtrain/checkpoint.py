@@ -102,6 +102,23 @@ class Store:
     self._unchecked = False
     self._saving(self._manager.wait_until_finished)
 
+  def leaves(self, step: int) -> dict[str, str]:
+    """What was saved, by its path: as in {"model.up_DF": "float32[64,16]"}.
+
+    Raises:
+      Refused: a newer version wrote it, or it cannot be read.
+    """
+    with self._reading(step):
+      metadata = self._manager.item_metadata(step)
+      version = metadata.custom_metadata["format"]
+      have = {name: _shape(leaf) for name, leaf in metadata.tree.items()}
+    if version > FORMAT:
+      raise Refused(
+        f"checkpoint {self.path / str(step)} has format {version}, and this version of bigtrain "
+        f"reads up to {FORMAT}: install a newer one"
+      )
+    return have
+
   def restore(self, step: int, like):
     """The tree of `like`: its shapes and shardings, whatever mesh wrote the checkpoint.
 
@@ -113,19 +130,10 @@ class Store:
     Raises:
       Refused: a newer version wrote it, or a leaf is missing or has another shape or dtype.
     """
-    want, at = flatten(like), f"checkpoint {self.path / str(step)}"
-    with self._reading(step):
-      metadata = self._manager.item_metadata(step)
-      version = metadata.custom_metadata["format"]
-      have = {name: _shape(leaf) for name, leaf in metadata.tree.items()}
-    if version > FORMAT:
-      raise Refused(
-        f"{at} has format {version}, and this version of bigtrain reads up to {FORMAT}: "
-        "install a newer one"
-      )
+    want, have, at = flatten(like), self.leaves(step), f"checkpoint {self.path / str(step)}"
     remedy = (
       "it is of another model or optimizer: undo that change, or begin without this checkpoint "
-      "(another --dir, no weights_from)"
+      "(another --dir, no weights_from, or new_weights for what shall begin fresh)"
     )
     for name, leaf in want.items():
       if name not in have:
@@ -199,6 +207,13 @@ def newest(path: epath.Path, like, step: int | None = None):
   Raises:
     Refused: there is no such checkpoint, or it does not hold that.
   """
+  with newest_of(path, step) as (store, found):
+    return store.restore(found, like)
+
+
+@contextlib.contextmanager
+def newest_of(path: epath.Path, step: int | None = None) -> Iterator[tuple[Store, int]]:
+  """A run's checkpoints and the newest step that was saved, or `step`; refused if there is none."""
   if not path.exists():
     raise Refused(f"{path.parent} has no checkpoint")
   with Store(path) as store:
@@ -208,4 +223,4 @@ def newest(path: epath.Path, like, step: int | None = None):
         f"{path.parent} has no checkpoint{'' if step is None else f' of step {step}'}"
         f"{nearest(str(step), map(str, steps))}"
       )
-    return store.restore(steps[-1] if step is None else step, like)
+    yield store, steps[-1] if step is None else step

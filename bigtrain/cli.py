@@ -38,8 +38,9 @@ class Command(NamedTuple):
 COMMANDS = {
   "train": Command("bigtrain.cli", "train", "train an experiment, or go on with a run"),
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
-  "data": Command("bigtrain.data.command", "data", "prepare text files for training"),
+  "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
+  "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 
 
@@ -185,6 +186,29 @@ def evaluate(arguments: list[str]) -> None:
 
   for name, value in load_run(run_dir).evaluate().items():
     print(f"{name} {value:.6g}")
+
+
+@config
+class Diagnose:
+  """Says what a run's records tell about its health, with the evidence and a remedy."""
+
+
+def diagnose(arguments: list[str]) -> None:
+  """bigtrain diagnose RUN."""
+  run_dir, _ = _run_arguments(Diagnose(), arguments, "runs/quickstart")
+  from bigtrain import diagnose as room
+  from bigtrain.run_directory import RunDirectory
+
+  records = room.read(RunDirectory(run_dir, writes=False))
+  if not records.train:
+    raise Refused(f"{run_dir} has no metrics.jsonl: nothing was trained there")
+  findings = room.diagnose(records)
+  for finding in findings:
+    print(f"{finding}.\n")
+  if not findings:
+    steps = records.train["step"][-1]
+    seen = "" if records.layers else "; layers were not looked at (logging.layers_every)"
+    print(f"nothing is wrong that {steps:.0f} steps would show{seen}")
 
 
 @config

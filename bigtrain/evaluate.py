@@ -43,13 +43,13 @@ class Evaluator:
       raise Refused(
         "the data holds nothing out to evaluate on; set the source's `validation`, as to 0.01"
       )
-    place = sharding.batch_sharding()
+    place, weights = sharding.batch_sharding(), self.run.weights
     sums = None
     for example in range(0, data.eval_examples(), size):
       rows = lambda wanted, example=example: data.eval_batch(example, size, wanted)
       batch = put(rows, size, place)
       jax.block_until_ready(sums)  # One batch ahead: more take memory, and on CPU may deadlock.
-      sums = self._add(sums, self.run.weights, batch)
+      sums = self._add(sums, weights, batch)
     values = {
       k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()
     }

@@ -74,15 +74,20 @@ class OptimizerConfig(abc.ABC):
   def check(self) -> None: ...
 
 
+SOURCE = "source/"  # How the names of arrays begin that say of which source a row is.
+
+
 class Data(abc.ABC):
   """A prepared dataset. Batches are pure functions of their arguments and the seed it has.
 
   A batch is a dict of numpy arrays whose first dim is the batch. Language data has, all (B, T):
   `tokens` int32, `targets` int32, `weights` float32 (0 where nothing is predicted), `segments`
   int32 (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within
-  each document). Evaluation batches also have `bytes` float32: the UTF-8 bytes of each target.
+  each document). Masked text also has `token_types` int32; others in evaluation `bytes` float32:
+  the UTF-8 bytes of each target.
   Data of classes has `inputs` float32 (B, ...), images as (B, height, width, channels), `labels`
-  int32 (B,) and `weights` float32 (B,), 0 for padding.
+  int32 (B,) and `weights` float32 (B,), 0 for padding. A mixture also has `source/<name>` float32
+  (B,) for each of its sources: 1 where the row is of that source.
   """
 
   @abc.abstractmethod
@@ -204,6 +209,7 @@ class Logging:
   """What is written while training."""
 
   every: int = 10  # Steps between rows of metrics.jsonl and lines on the console.
+  layers_every: int = 100  # Steps between statistics of every layer, for `diagnose`; 0 for none.
   tensorboard: bool = True  # Also write TensorBoard files.
 
 
@@ -233,5 +239,10 @@ class Experiment(Generic[M, D, U, L]):
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
   checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
   logging: Logging = dataclasses.field(default_factory=Logging)
-  weights_from: str | None = None  # A run directory whose newest weights this run starts from.
+  # Where this run's first weights are from: a run directory, whose newest ones it takes, or a file
+  # of Hugging Face weights, NAME.safetensors.
+  weights_from: str | None = None
+  # Parameters that begin fresh all the same, by how their names begin, as in "classes". All others
+  # must be there; what is there besides is left out.
+  new_weights: tuple[str, ...] = ()
   seed: int = 0  # Of initialisation, data order and dropout.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from bigtrain.parts import Part
+from bigtrain.statistics import by_layer
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
@@ -72,9 +73,12 @@ class Recorder(Part):
     c = self.run.experiment
     due = step % c.logging.every == 0 or step == c.steps
     if due:
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      scalars = {name: value for name, value in metrics.items() if name != "layers"}
+      values = {name: float(value) for name, value in jax.device_get(scalars).items()}
       speed = {} if self.since is None else self._speed(now - self.since)
       self.run.record(step, "train", values | speed)
+    if "layers" in metrics:
+      self.run.record(step, "layers", by_layer(jax.device_get(metrics["layers"])))
     if due or self.since is None:
       self._begin_interval(now)
 

@@ -24,6 +24,11 @@ def compute_dtype(name: Dtype) -> jnp.dtype:
   return jnp.dtype(name)
 
 
+def raised(dtype) -> jnp.dtype:
+  """The dtype in which values of `dtype` are reduced: float32, or wider where they are."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
 def project(dims: str, x, w, bias=None) -> jax.Array:
   """A weight product, plus a bias: `project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH)`.
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigtrain import failures, sharding
+from bigtrain import failures, sharding, taps
 from bigtrain.data import cache
 from bigtrain.experiment import Experiment
 from bigtrain.objectives import Output
-from bigtrain.optim.optimizer import global_norm
+from bigtrain.optim.clip import global_norm
 from bigtrain.state import State, combine, partition
+from bigtrain.statistics import sizes
 
 
 class Program:
@@ -35,21 +36,29 @@ class Program:
       statistics={},
     )
 
-  def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-    """One update, and its metrics as float32 scalars."""
+  def step(
+    self, state: State, batch: dict[str, jax.Array], *, statistics: bool = False
+  ) -> tuple[State, dict[str, Any]]:
+    """One update, and its metrics as float32 scalars; with `statistics`, a dict of these by layer
+    is among them as "layers"."""
     # Folding in a small number gives a key that `init` has split off: a branch beside those.
     steps = jax.random.fold_in(jax.random.key(self.experiment.seed), 2**32 - 1)
     key = jax.random.fold_in(steps, state.step)
-    gradient, output, variables = self.gradient(state.model, state.variables, batch, key)
+    gradient, output, variables = self.gradient(
+      state.model, state.variables, batch, key, statistics=statistics
+    )
     updates, optimizer = self.transformation.update(gradient, state.optimizer, state.model)
     model = optax.apply_updates(state.model, updates)
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
-    metrics = {name: value / weight for name, (value, weight) in sums.items()}
+    metrics: dict[str, Any] = {name: value / weight for name, (value, weight) in sums.items()}
     metrics |= {
       "weight": output.weight,
       "learning_rate": jnp.float32(self.learning_rate(state.step)),
       "gradient_norm": global_norm(gradient),
     }
+    if statistics:
+      of_trees = sizes(gradient=gradient, parameter=state.model, update=updates)
+      metrics["layers"] = of_trees | output.taps
     state = dataclasses.replace(
       state,
       step=state.step + 1,
@@ -60,7 +69,9 @@ class Program:
     )
     return state, metrics
 
-  def gradient(self, model, variables, batch: dict[str, jax.Array], key) -> tuple[Any, Output, Any]:
+  def gradient(
+    self, model, variables, batch: dict[str, jax.Array], key, *, statistics: bool = False
+  ) -> tuple[Any, Output, Any]:
     """The gradient of the mean loss, the sums over the batch, and the variables after it.
 
     Microbatches add up sums, which are divided once: the result is that of the whole batch to
@@ -68,15 +79,18 @@ class Program:
     in turn.
     """
 
+    objective = self.experiment.objective
+    tapped = taps.collect(objective) if statistics else lambda *args: (objective(*args), {})
+
     def loss(model, variables, batch, key):
-      output = self.experiment.objective(combine(model, variables), batch, key)
+      output, found = tapped(combine(model, variables), batch, key)
       after = variables if output.variables is None else output.variables
-      return output.loss_sum, (dataclasses.replace(output, variables=None), after)
+      return output.loss_sum, (dataclasses.replace(output, variables=None), after, found)
 
     grad = jax.grad(loss, has_aux=True)
     n = self.experiment.microbatches
     if n == 1:
-      total, (output, variables) = grad(model, variables, batch, key)
+      total, (output, variables, found) = grad(model, variables, batch, key)
     else:
       # Rows m, m + n, m + 2n, ... form microbatch m: every device keeps the rows it has.
       def split(x):
@@ -87,16 +101,17 @@ class Program:
 
       def add(carry, part):
         sums, variables = carry
-        gradient, (output, variables) = grad(model, variables, *part)
-        return (jax.tree.map(jnp.add, sums, (gradient, output)), variables), None
+        gradient, (output, variables, found) = grad(model, variables, *part)
+        return (jax.tree.map(jnp.add, sums, (gradient, output)), variables), found
 
       first = jax.tree.map(lambda x: x[0], parts)
-      gradient, (output, _) = jax.eval_shape(grad, model, variables, *first)
+      gradient, (output, _, _) = jax.eval_shape(grad, model, variables, *first)
       zeros = jax.tree.map(jnp.zeros_like, (gradient, output))
-      ((total, output), variables), _ = jax.lax.scan(add, (zeros, variables), parts)
+      ((total, output), variables), found = jax.lax.scan(add, (zeros, variables), parts)
+      found = taps.over_microbatches(found)
     weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone moves nothing.
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), total)
-    return gradient, output, variables
+    return gradient, dataclasses.replace(output, taps=found), variables
 
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""
@@ -114,7 +129,7 @@ class Program:
       options["xla_backend_optimization_level"] = "0"
     return jax.jit(self.init).lower(jax.random.key(0)).compile(compiler_options=options)
 
-  def compile_step(self, spec: dict[str, jax.ShapeDtypeStruct]):
+  def compile_step(self, spec: dict[str, jax.ShapeDtypeStruct], *, statistics: bool = False):
     """The training step for batches of that spec, compiled: `(leaves, batch) -> leaves, metrics`.
 
     It takes and donates the leaves of a state, not the tree: to take a module apart and to build it
@@ -126,7 +141,8 @@ class Program:
     leaves, structure = jax.tree.flatten(self.abstract())
 
     def step(leaves: list[jax.Array], batch):
-      state, metrics = self.step(jax.tree.unflatten(structure, leaves), batch)
+      state = jax.tree.unflatten(structure, leaves)
+      state, metrics = self.step(state, batch, statistics=statistics)
       leaves, after = jax.tree.flatten(state)
       if after != structure:
         raise TypeError(f"an update made of the state\n{structure}\nanother tree:\n{after}")

@@ -111,6 +111,14 @@ class Run:
     """The same for evaluations: `evaluations["eval/validation/loss"]` at `evaluations["step"]`."""
     return columns(self.directory.rows("eval"))
 
+  @property
+  def layers(self) -> Columns:
+    """Statistics of every layer: `layers["gradient/transformer.03.attention"]` at `layers["step"]`.
+
+    `gradient`, `parameter` and `update` are root mean squares; layers report more (taps.py).
+    """
+    return columns(self.directory.rows("layers"))
+
   def evaluate(self) -> dict[str, float]:
     """Metrics of the weights on the held-out split."""
     from bigtrain.evaluate import Evaluator

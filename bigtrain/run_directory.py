@@ -128,6 +128,11 @@ class RunDirectory:
     path = self.path / "metrics.jsonl"
     return [r for r in read_rows(path) if r["kind"] == kind] if path.exists() else []
 
+  def events(self) -> list[dict[str, Any]]:
+    """All events, in order."""
+    path = self.path / "events.jsonl"
+    return read_rows(path) if path.exists() else []
+
   def _lock(self) -> None:
     """Keeps out a second start of the same run; the lock goes with the process."""
     if "://" in str(self.path):

@@ -87,6 +87,24 @@ def act(dims: str) -> P | None:
   return spec(ACTIVATION, dims)
 
 
+def lay(x, dims: str) -> jax.Array:
+  """An activation of these dims, moved to where the table lays it."""
+  return x if (spec := act(dims)) is None else jax.sharding.reshard(x, spec)
+
+
+def spread(w) -> jax.Array:
+  """A parameter without letters, over fsdp by its largest dim that divides, else replicated."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return w
+  shards = math.prod(mesh.shape[axis] for axis in GATHERED)
+  fits = [i for i, size in enumerate(w.shape) if size % shards == 0]
+  place = [None] * w.ndim
+  if fits:
+    place[max(fits, key=lambda i: w.shape[i])] = GATHERED
+  return jax.sharding.reshard(w, P(*place))
+
+
 def mergeable(dims: str) -> bool:
   """Whether dims of an activation can become one without moving data: only the first is sharded."""
   return not any(act(dims[1:]) or ())
@@ -143,13 +161,16 @@ def _without_gathered(axes):
   return tuple(a for a in axes if a not in GATHERED) or None
 
 
-def dropout(x, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes elements with probability `rate` and scales the rest; the same bits on any mesh.
+def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Array:
+  """Zeroes with probability `rate` and scales the rest; the same bits on any mesh.
 
+  What is zeroed is an element, or, with `dims`, all that lies at an index of the first dims.
   Without a key (evaluation) or at rate 0 it is the identity.
   """
-  if key is None or rate == 0.0:
+  if key is None or (isinstance(rate, float) and rate == 0.0):
     return x
-  out_sharding = None if act("") is None else jax.typeof(x).sharding.spec
-  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=out_sharding)
+  shape = x.shape if dims is None else x.shape[:dims]
+  out_sharding = None if act("") is None else P(*jax.typeof(x).sharding.spec[: len(shape)])
+  keep = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=out_sharding)
+  keep = jnp.expand_dims(keep, range(len(shape), x.ndim))
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

@@ -27,7 +27,9 @@ def shrink(experiment: Experiment) -> Experiment:
   e.data = e.data.smoke() if type(e.data).smoke is not DataConfig.smoke else _capped(e.data)
   known, needed = e.model.vocabulary(), e.data.vocabulary()
   if known is not None and needed is not None and not needed <= known <= padded(needed):
-    setattr(e.model, "vocab", padded(needed))  # noqa: B010, not every model has a vocabulary.
+    for _, node in configs(e.model):
+      if hasattr(node, "vocab"):
+        node.vocab = padded(needed)
   e.steps, e.epochs = min(e.steps or STEPS, STEPS), None
   for _, node in configs(e.optimizer):
     if isinstance(node, Schedule):
@@ -38,7 +40,7 @@ def shrink(experiment: Experiment) -> Experiment:
   gap = e.steps // (len(stages) + 1)
   e.batch_stages = tuple(((i + 1) * gap, min(n, rows)) for i, (_, n) in enumerate(stages))
   e.mesh = Mesh()
-  e.weights_from = None
+  e.weights_from, e.new_weights = None, ()
   e.evaluation = dataclasses.replace(
     e.evaluation,
     every=min(e.evaluation.every, EVERY),
@@ -47,7 +49,7 @@ def shrink(experiment: Experiment) -> Experiment:
   )
   e.checkpoints.every = min(e.checkpoints.every, EVERY)
   e.checkpoints.keep_every = e.checkpoints.keep_every and min(e.checkpoints.keep_every, EVERY)
-  e.logging.every = 1
+  e.logging.every, e.logging.layers_every = 1, min(e.logging.layers_every, EVERY)
   return e
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from bigtrain import checkpoint, console, processes, sharding
+from bigtrain import console, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Experiment
@@ -56,8 +56,10 @@ def train(
   experiment = copy.deepcopy(experiment)
   processes.initialize()
   validate(experiment, jax.device_count())
+  data = None
   if experiment.epochs is not None:
-    examples = experiment.epochs * experiment.data.make(experiment.seed).examples()
+    data = experiment.data.make(experiment.seed)
+    examples = experiment.epochs * data.examples()
     experiment.steps, experiment.epochs = math.ceil(examples / experiment.batch), None
     validate(experiment)
   processes.agree(config=dump(experiment))
@@ -66,6 +68,8 @@ def train(
   with contextlib.closing(directory):
     directory.begin(experiment, source, allow_changes=allow_changes)
     run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
+    if data is not None:  # What it took to count the examples is not done again.
+      run.data = data
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     for remark in remarks(experiment):
@@ -104,18 +108,20 @@ def loop(run: Run) -> None:
   )
   with feed:
     run.feed = feed
-    compiled = {}
+    compiled, layers_every = {}, experiment.logging.layers_every
     for part in run.parts:
       part.start(run, step)
     while step < experiment.steps and not run.left:
       for part in run.parts:
         part.before_step(step)
       batch = next(feed)
+      statistics = layers_every > 0 and (step + 1) % layers_every == 0
       shapes = tuple(x.shape for x in batch.values())
-      if shapes not in compiled:
+      if (key := (statistics, shapes)) not in compiled:
         with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
-          compiled[shapes] = program.compile_step(data.stage(step).spec(sizes.at(step)))
-      run.leaves, metrics = compiled[shapes](run.leaves, batch)
+          spec = data.stage(step).spec(sizes.at(step))
+          compiled[key] = program.compile_step(spec, statistics=statistics)
+      run.leaves, metrics = compiled[key](run.leaves, batch)
       step += 1
       for part in run.parts:
         part.after_step(step, metrics)
@@ -124,21 +130,19 @@ def loop(run: Run) -> None:
 def begin(run: Run, program: Program) -> State:
   """The state to go on from: the newest checkpoint, else a fresh one.
 
-  A fresh one may begin with another run's weights: those that were trained, not their average, with
-  the optimizer's state made anew.
+  A fresh one may begin with other weights (weights.py), with the optimizer's state made anew.
   """
-  weights_from = run.experiment.weights_from
   if steps := run.store.steps():
     with run.away("restore", step=steps[-1]):
       return run.store.restore(steps[-1], program.abstract())
   with run.away("initialise"):
     state = program.compile_init()(jax.random.key(run.experiment.seed))
-  if weights_from is not None:
-    with run.away("weights", source=weights_from):
-      path = RunDirectory(weights_from, writes=False).checkpoints
-      abstract = program.abstract()
-      like = {"model": abstract.model, "variables": abstract.variables}
-      weights = checkpoint.newest(path, like)
-      optimizer = jax.jit(program.transformation.init)(weights["model"])
-      state = dataclasses.replace(state, **weights, optimizer=optimizer)
+  if (source := run.experiment.weights_from) is not None:
+    with run.away("weights", source=source):
+      found, told = weights.load(source, state, run.experiment.new_weights)
+      optimizer = jax.jit(program.transformation.init)(found["model"])
+      state = dataclasses.replace(state, **found, optimizer=optimizer)
+    for line in told:
+      run.directory.event("weights_told", told=line)
+      run.say(line)
   return state

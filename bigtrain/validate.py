@@ -30,6 +30,7 @@ LEAST = {
   "checkpoints.keep": 1,
   "checkpoints.keep_every": 1,
   "logging.every": 1,
+  "logging.layers_every": 0,
 }
 VOCABULARY_MULTIPLE = 128  # A vocabulary may be padded to this, the tile of a TPU's matrix unit.
 
@@ -50,6 +51,7 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     *(functools.partial(_check_least, experiment, *least) for least in LEAST.items()),
     *(functools.partial(_check_node, *found) for found in configs(experiment)),
     functools.partial(_check_stages, experiment),
+    functools.partial(_check_new_weights, experiment),
   )
   _all(
     functools.partial(_check_microbatches, experiment),
@@ -145,6 +147,11 @@ def _check_stages(e: Experiment) -> None:
       f"{e.steps} steps take {examples} examples; the data position holds 2**32 - 1: take longer "
       f"rows and a smaller batch"
     )
+
+
+def _check_new_weights(e: Experiment) -> None:
+  if e.new_weights and e.weights_from is None:
+    raise Refused("new_weights are parts of a model whose others come from weights_from; set that")
 
 
 def _check_vocabulary(e: Experiment) -> None:

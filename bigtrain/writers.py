@@ -79,6 +79,8 @@ class Console(Writer):
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
     self.last[kind] = values
+    if kind == "layers":  # Hundreds of numbers, which `diagnose` reads.
+      return
     width = len(str(self.steps))
     if kind != "train":
       name = f"{kind} [bold]{step:>{width}}[/]{'':{width + 1}}"

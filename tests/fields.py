@@ -173,14 +173,17 @@ class FieldTest:
     self.fields: set[str] = set()  # Every "Class.field" that was met.
     self.untried: dict[tuple, str] = {}  # Leaves that had no second valid value in any experiment.
 
-  def dead(self, experiment: Experiment) -> list[str]:
+  def dead(self, experiment: Experiment, under: str = "") -> list[str]:
     """A line for each leaf that changes nothing, or that is exempt although it changes something.
+
+    Leaves whose path does not begin with `under` are left out.
 
     Raises:
       AssertionError: a probe sees a difference between two equal experiments.
     """
     base: dict[str, str | bytes] = {}
-    lines = (self._look(experiment, leaf, base) for leaf in leaves(experiment))
+    looked = [leaf for leaf in leaves(experiment) if leaf.path.startswith(under)]
+    lines = (self._look(experiment, leaf, base) for leaf in looked)
     return [line for line in lines if line is not None]
 
   def _look(self, experiment: Experiment, leaf: Leaf, base: dict) -> str | None:

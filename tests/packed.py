@@ -79,8 +79,10 @@ class PackedData(Data):
 
   def eval_batch(self, example, size, rows=None):
     wanted = example + np.arange(size)[rows or slice(None)]
-    past = (wanted >= self.c.examples)[:, None]
-    return {k: np.where(past, 0, v).astype(v.dtype) for k, v in self._rows(2**31, wanted).items()}
+    batch = self._rows(2**31, wanted)
+    for values in batch.values():
+      values[wanted >= self.c.examples] = 0
+    return batch
 
   def _rows(self, stream: int, wanted) -> dict[str, np.ndarray]:
     rows = [self._row(np.random.default_rng([stream, int(i)])) for i in wanted]

@@ -47,7 +47,10 @@ def step(e: Experiment) -> str:
     program = Program(e, mesh)
     spec, place = e.data.make(e.seed).spec(e.batch), sharding.batch_sharding()
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for k, x in spec.items()}
-    return jaxpr(program.step, program.abstract(), batch)
+    try:
+      return jaxpr(program.step, program.abstract(), batch)
+    except Refused as refusal:  # Such as of images that are none.
+      return str(refusal)
 
 
 def record(e: Experiment) -> str:

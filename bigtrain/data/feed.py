@@ -137,7 +137,8 @@ class Feed(Iterator[dict[str, jax.Array]]):
     started = time.perf_counter()
     batch = next(self._batches)
     self.wait = time.perf_counter() - started
-    self.shape = next(iter(batch.values())).shape
+    # Beside rows of tokens there may be one number a row, such as a label.
+    self.shape = max((x.shape for x in batch.values()), key=len)
     return batch
 
   def close(self) -> None:

@@ -6,19 +6,18 @@ a cache of plans, so start-up and memory do not grow with the documents (8 bytes
 """
 
 import collections
-import functools
 import threading
 
 import numpy as np
 
 from bigtrain.data.pack import Packing, Plan, plan
-from bigtrain.data.shuffle import hashes, key_of, permute
+from bigtrain.data.shuffle import hashes, in_blocks, key_of, permute
 
 WINDOW = 1024  # Documents between two entries of the prefix sums on disk.
 ROWS_PER_WINDOW = 64  # At least, by joining windows of short documents: padding stays below 1%.
 CHUNK = 256  # Neighbouring rows that are shuffled as one, so that a planned window is used again.
 GROUP = 256 * CHUNK  # Rows shuffled one by one, drawn from chunks all over the split.
-ORDER_BLOCK = 1024  # Examples whose order is computed at once: most of the time it is the call.
+ORDER_BLOCK = 1024  # Examples whose order is computed at once.
 ORDER_BLOCKS = 64  # Kept.
 PLAN_BYTES = 256 * 2**20  # Memory for plans.
 FIELDS = {
@@ -60,7 +59,7 @@ class Rows:
     self._plans: collections.OrderedDict[tuple[int, int], Plan] = collections.OrderedDict()
     self._plan_bytes = 0
     self._lock = threading.Lock()
-    self._order_of = functools.lru_cache(ORDER_BLOCKS)(self._order_block)
+    self._order = in_blocks(self._order_block, ORDER_BLOCK, ORDER_BLOCKS)
     self._positions = np.arange(seq, dtype=np.int32)
 
   def __call__(self, examples: np.ndarray) -> dict[str, np.ndarray]:
@@ -76,15 +75,6 @@ class Rows:
       starts, lengths = found.starts[pieces].tolist(), found.lengths[pieces].tolist()
       self._copy({name: values[i] for name, values in batch.items()}, starts, lengths)
     return batch
-
-  def _order(self, examples) -> tuple[np.ndarray, np.ndarray]:
-    """Epoch and row of each example, from blocks that serve the batches around this one too."""
-    found = np.empty((2, len(examples)), np.int64)
-    blocks, within = np.divmod(examples, ORDER_BLOCK)
-    for block in set(blocks.tolist()):
-      here = blocks == block
-      found[:, here] = self._order_of(block)[:, within[here]]
-    return found[0], found[1]
 
   def _order_block(self, block: int) -> np.ndarray:
     """Epoch and row, (2, ORDER_BLOCK), of a block of examples: all rows permuted in every epoch.

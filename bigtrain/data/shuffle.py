@@ -4,6 +4,9 @@ Nothing here keeps a generator, so any example of any epoch is reached in consta
 thread, and the order never changes with the version of a library: it is integer arithmetic only.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / the golden ratio: the increment of splitmix64.
@@ -30,6 +33,34 @@ def key_of(*numbers: int) -> np.ndarray:
   for number in numbers:
     key = hashes(key, number % 2**64)
   return key
+
+
+def in_blocks(
+  order: Callable[[int], np.ndarray], size: int, kept: int
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Looks single examples up in an order that is computed a block at a time.
+
+  Most of such a computation is the calls: what is computed for a block serves the batches around.
+
+  Args:
+    order: gives two integers for each example of a block, (2, size), by the block's number.
+    size: examples of a block.
+    kept: blocks that are remembered.
+
+  Returns:
+    A function of the numbers of examples, (n,), to (2, n) int64.
+  """
+  order_of = functools.lru_cache(kept)(order)
+
+  def look_up(examples: np.ndarray) -> np.ndarray:
+    blocks, within = np.divmod(examples, size)
+    found = np.empty((2, len(examples)), np.int64)
+    for block in set(blocks.tolist()):
+      here = blocks == block
+      found[:, here] = order_of(block)[:, within[here]]
+    return found
+
+  return look_up
 
 
 def permute(x, n, key) -> np.ndarray:

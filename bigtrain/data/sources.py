@@ -174,7 +174,7 @@ def expand(pattern: str, kind: Callable[[pathlib.Path], str] = kind_of) -> list[
   found = glob.iglob(f"{wanted}/**" if path.is_dir() else wanted, recursive=True)
   files = sorted(p for p in map(pathlib.Path, found) if p.is_file())
   if not files:
-    raise Refused(f"no files match {pattern}{_near(path)}")
+    raise Refused(f"no files match {pattern}{near(path)}")
   if not any(kind(p) for p in files):
     raise Refused(
       f"{files[0]} is not .txt, .jsonl (also .gz, .zst) or .parquet, as sources must be"
@@ -182,7 +182,12 @@ def expand(pattern: str, kind: Callable[[pathlib.Path], str] = kind_of) -> list[
   return files
 
 
-def _near(path: pathlib.Path) -> str:
+def missing(name: str) -> Refused:
+  """What to raise where a file or folder of that name is not there."""
+  return Refused(f"{name} is not there{near(pathlib.Path(name).expanduser())}")
+
+
+def near(path: pathlib.Path) -> str:
   """The names nearest to the first part of the path that does not exist."""
   parent, name = pathlib.Path(path.anchor), ""
   for name in path.parts[bool(path.anchor) :]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   import tokenizers
 
 EOT = "<|endoftext|>"
+SPACES = ("Ġ", "Ċ", "ĉ", "▁")  # As byte-level tokens write space, newline and tab; SentencePiece.
 Texts = Callable[[], Iterable[str]]  # Opens the training texts for one more reading.
 
 
@@ -46,6 +47,14 @@ class Tokenizer(Protocol):
     """(vocab,) float32: the UTF-8 bytes of text each id stands for; 0 for special tokens."""
     ...
 
+  def id_of(self, token: str) -> int:
+    """The id of a special token; refused if there is none."""
+    ...
+
+  def word_starts(self) -> np.ndarray:
+    """(vocab,) bool: whether a token begins a word; its others continue the one before."""
+    ...
+
 
 @config
 class Bytes:
@@ -66,14 +75,19 @@ class BPE:
   """Byte-level byte-pair encoding (Sennrich et al. 2016, Radford et al. 2019), learned from the
   training split and kept in the cache."""
 
-  vocab: int = 4096  # Ids, 256 bytes and end-of-text among them.
+  vocab: int = 4096  # Ids, 256 bytes, end-of-text and the special tokens among them.
+  special: tuple[str, ...] = ()  # Tokens that no text gives, such as "[MASK]".
 
   def size(self) -> int:
     return self.vocab
 
   def check(self) -> None:
-    if self.vocab < 257:
-      raise Refused(f"vocab is {self.vocab}: at least 257, for every byte and end-of-text")
+    if self.vocab < (least := 257 + len(self.special)):
+      raise Refused(
+        f"vocab is {self.vocab}: at least {least}, for every byte, end-of-text and special tokens"
+      )
+    if len({EOT, *self.special}) <= len(self.special):
+      raise Refused(f"special tokens are named twice, or {EOT}, which is there already")
 
   def make(self, corpus: str, texts: Texts, folder: pathlib.Path) -> "FileTokenizer":
     """Learns it, or takes it from `folder`. The caller holds the cache's lock.
@@ -83,7 +97,8 @@ class BPE:
       texts: opens the training texts.
       folder: where learned tokenizers are kept.
     """
-    name = hashlib.sha256(f"bpe 1 {self.vocab} {corpus}".encode()).hexdigest()[:32]
+    more = f" {self.special}" if self.special else ""
+    name = hashlib.sha256(f"bpe 1 {self.vocab} {corpus}{more}".encode()).hexdigest()[:32]
     path = folder / f"{name}.json"
     if not path.exists():
       folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +119,7 @@ class BPE:
     made.decoder = decoders.ByteLevel()  # pyright: ignore
     trainer = trainers.BpeTrainer(
       vocab_size=self.vocab,
-      special_tokens=[EOT],
+      special_tokens=[EOT, *self.special],
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     )
@@ -156,6 +171,12 @@ class ByteTokenizer:
   def byte_lengths(self) -> np.ndarray:
     return np.append(np.ones(256, np.float32), np.float32(0))
 
+  def id_of(self, token: str) -> int:
+    raise Refused(f"a tokenizer of bytes has no {token!r}; take BPE or TokenizerFile")
+
+  def word_starts(self) -> np.ndarray:
+    return np.isin(np.arange(257), list(b" \n\t"))
+
 
 class FileTokenizer:
   """A tokenizer.json of the Hugging Face tokenizers library.
@@ -200,6 +221,25 @@ class FileTokenizer:
 
   def decode(self, ids) -> str:
     return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+  def id_of(self, token: str) -> int:
+    added = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items()}
+    if token not in added:
+      raise Refused(f"the tokenizer has no special token {token!r}{nearest(token, added)}")
+    return added[token]
+
+  def word_starts(self) -> np.ndarray:
+    """By the marks of WordPiece (a "##" continues) and of others (a space begins, written ▁ or Ġ).
+
+    Byte-level tokens that begin with another white space begin a word too; punctuation that follows
+    a word directly belongs to it, but not in WordPiece, whose text is split there before.
+    """
+    tokens = self._tokenizer.get_vocab(with_added_tokens=True)
+    word_piece = any(token.startswith("##") for token in tokens)
+    starts = np.zeros(self.vocab, bool)
+    for token, i in tokens.items():
+      starts[i] = not token.startswith("##") if word_piece else token[:1] in SPACES
+    return starts
 
   def byte_lengths(self) -> np.ndarray:
     """Exact for byte-level tokenizers without a normalizer: a document's sum is its UTF-8 length.

@@ -1,14 +1,16 @@
-"""Weights of Hugging Face decoders (GPT-2, Llama, Qwen3) as those of our modules.
+"""Weights of Hugging Face models (GPT-2, Llama, Qwen3, BERT, ViT) as those of our modules.
 
-Two tables say, for each of our parameters, the tensor that holds it and the order of its dims
+The tables say, for each of our parameters, the tensor that holds it and the order of its dims
 there; our own order is the parameter's suffix.
 
-Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary.
+Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary, P
+pixels and channels of a patch, Q the class token, C classes; heads' as in models/encoder.py.
 """
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -59,12 +61,96 @@ LLAMA = {
   ".feed_forward.up_DF": "layers.{}.mlp.up_proj.weight FD",
   ".feed_forward.down_FD": "layers.{}.mlp.down_proj.weight DF",
 }
-BASE = re.compile(r"^(transformer|model)\.")  # Checkpoints of the bare decoder lack it.
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # Not weights.
+BERT = {
+  "embed_VD": "embeddings.word_embeddings.weight VD",
+  "position_TD": "embeddings.position_embeddings.weight TD",
+  "type_YD": "embeddings.token_type_embeddings.weight YD",
+  "embed_norm.scale_D": "embeddings.LayerNorm.weight D",
+  "embed_norm.bias_D": "embeddings.LayerNorm.bias D",
+  "pooler_DM": "pooler.dense.weight MD",
+  "pooler_bias_M": "pooler.dense.bias M",
+  "transform_DM": "cls.predictions.transform.dense.weight MD",
+  "transform_bias_M": "cls.predictions.transform.dense.bias M",
+  "transform_norm.scale_D": "cls.predictions.transform.LayerNorm.weight D",
+  "transform_norm.bias_D": "cls.predictions.transform.LayerNorm.bias D",
+  "output_bias_V": "cls.predictions.bias V",
+  "next_MC": "cls.seq_relationship.weight CM",
+  "next_bias_C": "cls.seq_relationship.bias C",
+  "classes_MC": "classifier.weight CM",
+  "classes_bias_C": "classifier.bias C",
+  ".attention.q_DKGH": "encoder.layer.{}.attention.self.query.weight KGHD",
+  ".attention.k_DKH": "encoder.layer.{}.attention.self.key.weight KHD",
+  ".attention.v_DKH": "encoder.layer.{}.attention.self.value.weight KHD",
+  ".attention.o_KGHD": "encoder.layer.{}.attention.output.dense.weight DKGH",
+  ".attention.q_bias_KGH": "encoder.layer.{}.attention.self.query.bias KGH",
+  ".attention.k_bias_KH": "encoder.layer.{}.attention.self.key.bias KH",
+  ".attention.v_bias_KH": "encoder.layer.{}.attention.self.value.bias KH",
+  ".attention.o_bias_D": "encoder.layer.{}.attention.output.dense.bias D",
+  ".attention_norm.scale_D": "encoder.layer.{}.attention.output.LayerNorm.weight D",
+  ".attention_norm.bias_D": "encoder.layer.{}.attention.output.LayerNorm.bias D",
+  ".feed_forward.up_DF": "encoder.layer.{}.intermediate.dense.weight FD",
+  ".feed_forward.up_bias_F": "encoder.layer.{}.intermediate.dense.bias F",
+  ".feed_forward.down_FD": "encoder.layer.{}.output.dense.weight DF",
+  ".feed_forward.down_bias_D": "encoder.layer.{}.output.dense.bias D",
+  ".feed_forward_norm.scale_D": "encoder.layer.{}.output.LayerNorm.weight D",
+  ".feed_forward_norm.bias_D": "encoder.layer.{}.output.LayerNorm.bias D",
+}
+VIT = {
+  "class_QD": "vit.embeddings.cls_token QD",
+  "position_TD": "vit.embeddings.position_embeddings TD",
+  "patch_PD": "vit.embeddings.patch_embeddings.projection.weight DP",
+  "patch_bias_D": "vit.embeddings.patch_embeddings.projection.bias D",
+  "norm.scale_D": "vit.layernorm.weight D",
+  "norm.bias_D": "vit.layernorm.bias D",
+  "head_DC": "classifier.weight CD",
+  "head_bias_C": "classifier.bias C",
+  ".attention_norm.scale_D": "vit.encoder.layer.{}.layernorm_before.weight D",
+  ".attention_norm.bias_D": "vit.encoder.layer.{}.layernorm_before.bias D",
+  ".attention.q_DKGH": "vit.encoder.layer.{}.attention.attention.query.weight KGHD",
+  ".attention.q_bias_KGH": "vit.encoder.layer.{}.attention.attention.query.bias KGH",
+  ".attention.k_DKH": "vit.encoder.layer.{}.attention.attention.key.weight KHD",
+  ".attention.k_bias_KH": "vit.encoder.layer.{}.attention.attention.key.bias KH",
+  ".attention.v_DKH": "vit.encoder.layer.{}.attention.attention.value.weight KHD",
+  ".attention.v_bias_KH": "vit.encoder.layer.{}.attention.attention.value.bias KH",
+  ".attention.o_KGHD": "vit.encoder.layer.{}.attention.output.dense.weight DKGH",
+  ".attention.o_bias_D": "vit.encoder.layer.{}.attention.output.dense.bias D",
+  ".feed_forward_norm.scale_D": "vit.encoder.layer.{}.layernorm_after.weight D",
+  ".feed_forward_norm.bias_D": "vit.encoder.layer.{}.layernorm_after.bias D",
+  ".feed_forward.up_DF": "vit.encoder.layer.{}.intermediate.dense.weight FD",
+  ".feed_forward.up_bias_F": "vit.encoder.layer.{}.intermediate.dense.bias F",
+  ".feed_forward.down_FD": "vit.encoder.layer.{}.output.dense.weight DF",
+  ".feed_forward.down_bias_D": "vit.encoder.layer.{}.output.dense.bias D",
+}
+PATCHES = VIT["patch_PD"].split()[0]
+MARKS = {  # Of a table's checkpoints.
+  "wte.weight": GPT2,
+  "embeddings.word_embeddings.weight": BERT,
+  PATCHES: VIT,
+}
+BASE = re.compile(r"^(transformer|model|bert)\.")  # Checkpoints of the bare model lack it.
+# Not weights, or (the decoder of BERT's head) others once more.
+BUFFERS = re.compile(
+  r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|\.position_ids$|^cls\.predictions\.decoder\."
+)
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """The tensors of a .safetensors file by name.
+
+  Raises:
+    Refused: there is no such file, or it is something else.
+  """
+  from safetensors import SafetensorError
+  from safetensors.numpy import load_file
+
+  try:
+    return load_file(os.path.expanduser(path))
+  except (OSError, SafetensorError) as error:
+    raise Refused(f"{path} cannot be read as .safetensors: {error}") from None
 
 
 def load_weights(model: M, tensors: Mapping[str, np.ndarray]) -> M:
-  """A copy of a LanguageModel with these weights in place of its own, in float32.
+  """A copy of a model with these weights in place of its own, in float32.
 
   Args:
     model: the module, or its shapes (`jax.eval_shape(config.make, key)`), of the same shape as the
@@ -74,17 +160,35 @@ def load_weights(model: M, tensors: Mapping[str, np.ndarray]) -> M:
   Raises:
     Refused: a tensor that the model needs is missing or has another size, or one is left over.
   """
+  loaded, unused = load_some(model, tensors, is_new=lambda name: False)
+  if unused:
+    raise Refused(f"the model has no place for {unused[0]} and {len(unused) - 1} more weights")
+  return loaded
+
+
+def load_some(
+  model: M, tensors: Mapping[str, np.ndarray], is_new: Callable[[str], bool]
+) -> tuple[M, list[str]]:
+  """As load_weights, but leaves what `is_new` names, as in "encoder.pooler_DM", as it is.
+
+  Returns:
+    The model, and the names of the tensors that it has no place for.
+  """
   tensors = {BASE.sub("", name): x for name, x in tensors.items() if not BUFFERS.search(name)}
-  table = GPT2 if "wte.weight" in tensors else LLAMA
+  table = next((table for mark, table in MARKS.items() if mark in tensors), LLAMA)
   if table is GPT2:
     tensors = _split(tensors)
+  elif table is VIT:  # Channels come last in our patches.
+    tensors[PATCHES] = np.asarray(tensors[PATCHES]).transpose(0, 2, 3, 1)
   unused = set(tensors)
   if getattr(model, "output_table_VD", None) is None:
     unused.discard("lm_head.weight")  # The embedding once more.
 
   def load(path, leaf):
-    ours = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-    ours, layers = _place(model, ours)
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    if is_new(name):
+      return leaf
+    ours, layers = _place(model, name.removeprefix("encoder."))
     if ours not in table:
       raise Refused(f"these weights have nothing for {ours}; are they of the model's family?")
     theirs, order = table[ours].split()
@@ -98,9 +202,7 @@ def load_weights(model: M, tensors: Mapping[str, np.ndarray]) -> M:
     return jnp.asarray(np.stack(parts) if stacked else parts[0], jnp.float32)
 
   loaded = jax.tree_util.tree_map_with_path(load, model)
-  if unused:
-    raise Refused(f"the model has no place for {min(unused)} and {len(unused) - 1} more weights")
-  return loaded
+  return loaded, sorted(unused)
 
 
 def _split(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -120,7 +222,8 @@ def _place(model, path: str) -> tuple[str, range]:
   if not (found := re.fullmatch(r"transformer\.segments\.(\d+)\.(\d+)(\..+)", path)):
     return path, range(1)
   segment, block = int(found[1]), int(found[2])
-  *before, (blocks, repeats) = model.transformer.c.segments()[: segment + 1]
+  transformer = getattr(model, "encoder", model).transformer
+  *before, (blocks, repeats) = transformer.c.segments()[: segment + 1]
   start = sum(len(blocks) * repeats for blocks, repeats in before)
   return found[3], range(start + block, start + len(blocks) * repeats, len(blocks))
 

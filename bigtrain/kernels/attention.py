@@ -9,7 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
+from bigtrain.precision import raised
 
 MASKED = -1e30  # Finite, so that a row that may see nothing (padding) has no NaN.
 
@@ -52,12 +53,24 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=
   k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
   mask_BGTS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:]))
   mask_BNS = shaped(mask_BGTS, "BNS", (B, G * T, mask_BTS.shape[-1]))
-  score_BKNS = jnp.einsum("bknh,bksh->bkns", q_BKNH, k_BKSH, preferred_element_type=jnp.float32)
+  score_BKNS = jnp.einsum(
+    "bknh,bksh->bkns", q_BKNH, k_BKSH, preferred_element_type=raised(q_BKNH.dtype)
+  )
   if softcap is not None:
     score_BKNS = softcap * jnp.tanh(score_BKNS / softcap)
   score_BKNS = jnp.where(mask_BNS[:, None], score_BKNS, MASKED)
   prob_BKNS = jax.nn.softmax(score_BKNS).astype(v_BSKH.dtype)
+  taps.tap("score_max", jnp.max, score_BKNS)
+  taps.tap("entropy", _entropy, prob_BKNS, mask_BNS)
   prob_BKNS = sharding.dropout(prob_BKNS, dropout, key)
   out_BKNH = jnp.einsum("bkns,bksh->bknh", prob_BKNS, v_BKSH)
   out_BKGTH = shaped(out_BKNH, "BKGTH", (B, K, G, T, H))
   return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
+
+
+def _entropy(prob_BKNS, mask_BNS) -> jax.Array:
+  """The mean entropy of the weights, in nats, over the queries that see anything."""
+  p_BKNS = prob_BKNS.astype(jnp.float32)
+  entropy_BKN = -jnp.sum(p_BKNS * jnp.log(jnp.maximum(p_BKNS, 1e-30)), -1)
+  sees_BN = jnp.any(mask_BNS, -1)
+  return (entropy_BKN.mean(1) * sees_BN).sum() / jnp.maximum(sees_BN.sum(), 1)

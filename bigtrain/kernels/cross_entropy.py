@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import P
 
+from bigtrain.precision import raised
 from bigtrain.sharding import axes
 
 
@@ -26,8 +27,9 @@ def cross_entropy(
   chunk: int | None,
   z_loss: float = 0.0,
   label_smoothing: float = 0.0,
+  bias_V: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Weighted sum over tokens of -log softmax(x @ table.T)[target], with its two usual extras.
+  """Weighted sum over tokens of -log softmax(x @ table.T + bias)[target], with its usual extras.
 
   A token's loss is `(1 - s) * nll + s * mean over V of -log p + z_loss * logsumexp^2`, with s the
   label smoothing (Szegedy 2015, arXiv:1512.00567) and the last term PaLM's (arXiv:2204.02311).
@@ -43,13 +45,16 @@ def cross_entropy(
       logits rounded to the compute dtype.
     z_loss: factor of the squared logsumexp.
     label_smoothing: share of the target's probability that is spread over the vocabulary.
+    bias_V: added to every token's logits, sharded as the table's V.
 
   Returns:
     The loss, which can be differentiated, and a dict of weighted sums which cannot: `nll`, `z_loss`
-    (with its factor) and `correct` (no logit is higher than the target's).
+    (with its factor), `correct` (no logit is higher than the target's); and `nll_BT`, not summed.
   """
   settings = (chunk, z_loss, label_smoothing)
-  return _cross_entropy(settings, x_BTD, table_VD, targets_BT, weights_BT)
+  results: Any = _cross_entropy(settings, x_BTD, table_VD, bias_V, targets_BT, weights_BT)
+  loss, sums, nll_BT = results
+  return loss, sums | {"nll_BT": nll_BT}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,67 +63,76 @@ def _cross_entropy(settings, *arrays) -> Any:
 
 
 def _forward(settings, *arrays):
-  loss, sums, *gradients = _island(settings, True, *arrays)
-  return (loss, sums), gradients
+  loss, sums, nll_BT, *gradients = _island(settings, True, *arrays)
+  return (loss, sums, nll_BT), gradients
 
 
 def _backward(_, gradients, cotangents):
   scale = lambda gradient: (cotangents[0] * gradient).astype(gradient.dtype)
-  return *map(scale, gradients), None, None
+  return *jax.tree.map(scale, gradients), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
 def _island(settings, differentiate: bool, *arrays) -> Any:
-  """(loss, sums) of the whole batch, and (dx, dtable) where they are wanted."""
+  """(loss, sums, nll_BT) of the whole batch, and (dx, dtable, dbias) where they are wanted."""
   local = functools.partial(_local, settings, differentiate)
   manual = set(jax.sharding.get_abstract_mesh().explicit_axes)
   if not manual:  # No mesh, or already inside an island: those do not nest.
     return local(*arrays)
-  specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
-  out_specs = (P(), P(), *specs[: 2 * differentiate])
+  specs = tuple(jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays))
+  out_specs = (P(), P(), specs[3], *specs[: 3 * differentiate])
   return jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names=manual)(*arrays)
 
 
-def _local(settings, differentiate, x_BTD, table_VD, targets_BT, weights_BT):
+def _local(settings, differentiate, x_BTD, table_VD, bias_V, targets_BT, weights_BT):
   """What one device does with its tokens and its rows of the table."""
   chunk, z_loss, label_smoothing = settings
   tokens = targets_BT.size
   chunks = math.ceil(tokens / (chunk or tokens))
   split = lambda a: _split(a.reshape(tokens, *a.shape[2:]), chunks)
-  logits_dtype = jnp.float32 if chunk else x_BTD.dtype
+  wide = raised(x_BTD.dtype)
+  logits_dtype = wide if chunk else x_BTD.dtype
   vocabulary = _vocabulary_axes(table_VD)
 
-  def step(dtable_VD: Any, xs) -> Any:
+  def step(gradients: Any, xs) -> Any:
     x_ND, targets_N, weights_N = xs
-    logits_NV = _product("nd,vd->nv", x_ND, table_VD).astype(logits_dtype).astype(jnp.float32)
-    sums, dlogits_NV = _token_sums(
+    logits_NV = _product("nd,vd->nv", x_ND, table_VD).astype(logits_dtype).astype(wide)
+    if bias_V is not None:
+      logits_NV += bias_V
+    sums, nll_N, dlogits_NV = _token_sums(
       logits_NV, targets_N, weights_N, vocabulary, z_loss, label_smoothing
     )
     if not differentiate:
-      return dtable_VD, (sums, ())
+      return gradients, (sums, nll_N, ())
+    more_V = jax.tree.map(lambda _: dlogits_NV.sum(0), bias_V)
     dlogits_NV = dlogits_NV.astype(x_ND.dtype)
     dx_ND = _product("nv,vd->nd", dlogits_NV, table_VD).astype(x_ND.dtype)
-    return dtable_VD + _product("nv,nd->vd", dlogits_NV, x_ND), (sums, dx_ND)
+    more_VD = _product("nv,nd->vd", dlogits_NV, x_ND)
+    return jax.tree.map(jnp.add, gradients, (more_VD, more_V)), (sums, nll_N, dx_ND)
 
   start: Any = ()
   if differentiate:
-    start = jnp.zeros(table_VD.shape, jnp.float32)
-    start = jax.lax.pcast(start, (*(_varying(x_BTD) | _varying(table_VD)),), to="varying")
-  dtable_VD, (sums, dx_CND) = jax.lax.scan(
+    varying = (*(_varying(x_BTD) | _varying(table_VD)),)
+    zeros = lambda a: jax.lax.pcast(jnp.zeros(a.shape, wide), varying, to="varying")
+    start = jax.tree.map(zeros, (table_VD, bias_V))
+  gradients, (sums, nll_CN, dx_CND) = jax.lax.scan(
     step, start, (*map(split, (x_BTD, targets_BT, weights_BT)),)
   )
   sums = {name: jax.lax.psum(s_C.sum(), (*_varying(s_C),)) for name, s_C in sums.items()}
   loss = sums.pop("loss")
+  nll_BT = nll_CN.reshape(-1)[:tokens].reshape(targets_BT.shape)
+  nll_BT = jax.lax.psum(nll_BT, (*(_varying(nll_BT) - _varying(targets_BT)),))
   if not differentiate:
-    return loss, sums
+    return loss, sums, nll_BT
   dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape)
-  return loss, sums, _typed_as(dx_BTD, x_BTD), _typed_as(dtable_VD.astype(table_VD.dtype), table_VD)
+  gradients = jax.tree.map(_typed_as, (dx_BTD, *gradients), (x_BTD, table_VD, bias_V))
+  return loss, sums, nll_BT, *gradients
 
 
 def _token_sums(logits_NV, targets_N, weights_N, split, z_loss, label_smoothing):
-  """A chunk's weighted sums, and the gradient of its loss with respect to the logits.
+  """A chunk's weighted sums, its tokens' nll, and the gradient of its loss by the logits.
 
   `split` names the axes over which the vocabulary is spread.
   """
@@ -146,10 +160,11 @@ def _token_sums(logits_NV, targets_N, weights_N, split, z_loss, label_smoothing)
   sums = {name: (weights_N * value_N).sum() for name, value_N in tokens.items()}
   p_NV = exp_NV * ((1 + 2 * z_loss * logsumexp_N) / total_N)[:, None]
   wanted_NV = (1 - label_smoothing) * hit_NV + label_smoothing / V
-  return sums, weights_N[:, None] * (p_NV - wanted_NV)
+  return sums, weights_N * nll_N, weights_N[:, None] * (p_NV - wanted_NV)
 
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _product(dims: str, a, b) -> jax.Array:
+  return jnp.einsum(dims, a, b, preferred_element_type=raised(a.dtype))
 
 
 def _split(a_N, chunks):
@@ -170,5 +185,6 @@ def _vocabulary_axes(table_VD) -> tuple[str, ...]:
 
 
 def _typed_as(gradient, primal):
-  """Sums a gradient over the devices that share the primal."""
+  """Sums a gradient, in the primal's dtype, over the devices that share the primal."""
+  gradient = gradient.astype(primal.dtype)
   return jax.lax.psum(gradient, (*(_varying(gradient) - _varying(primal)),))

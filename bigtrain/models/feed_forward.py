@@ -3,26 +3,15 @@
 Dims: B batch, T position, D model, F hidden.
 """
 
-import functools
-from typing import Literal
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
+from bigtrain.models.activation import Activation, ActivationName
 from bigtrain.models.initial import Initializer
 from bigtrain.precision import project
-
-ACTIVATIONS = {
-  "relu": jax.nn.relu,
-  "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668.
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-  "silu": jax.nn.silu,
-}
 
 
 @config
@@ -30,8 +19,7 @@ class FeedForwardConfig:
   """Up to the hidden units, through the activation, and down."""
 
   hidden: int  # Units.
-  # `relu2` is the square of relu (arXiv:2109.08668), `gelu_tanh` an approximation of gelu (GPT-2).
-  activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+  activation: ActivationName = "gelu_tanh"
   gated: bool = False  # The activation multiplies a second product (arXiv:2002.05202).
   bias: bool = False  # On every product.
 
@@ -54,15 +42,15 @@ class FeedForward(nnx.Module):
     self.up_bias_F = init.constant("F", sizes) if c.bias else None
     self.gate_bias_F = init.constant("F", sizes) if c.bias and c.gated else None
     self.down_bias_D = init.constant("D", sizes) if c.bias else None
+    self.activation = Activation(c.activation, c.hidden, init)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     x_BTD = sharding.shared(x_BTD)
     up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F)
     up_BTF = checkpoint_name(up_BTF, "up")
-    activation = ACTIVATIONS[self.c.activation]
     if self.gate_DF is None:
-      h_BTF = activation(up_BTF)
+      h_BTF = self.activation(up_BTF)
     else:
       gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F)
-      h_BTF = activation(checkpoint_name(gate_BTF, "gate")) * up_BTF
+      h_BTF = self.activation(checkpoint_name(gate_BTF, "gate")) * up_BTF
     return project("BTF,FD->BTD", h_BTF, self.down_FD, self.down_bias_D)

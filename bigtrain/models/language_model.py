@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, Sinusoidal, lookup, sinusoid
 from bigtrain.models.transformer import Cache, Transformer, TransformerConfig
-from bigtrain.precision import Dtype, compute_dtype
+from bigtrain.precision import Dtype, compute_dtype, raised
 
 
 @config
@@ -100,7 +100,8 @@ class LanguageModel(nnx.Module):
 
   def logits(self, x_BTD) -> jax.Array:
     """Logits (B, T, V) float32 of a hidden state."""
-    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(), preferred_element_type=jnp.float32)
+    wide = raised(x_BTD.dtype)
+    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(), preferred_element_type=wide)
 
   def output_VD(self) -> jax.Array:
     """The table whose products with the hidden state are the logits: gathered, compute dtype."""
@@ -117,7 +118,8 @@ class LanguageModel(nnx.Module):
       elif isinstance(self.c.position, Sinusoidal):
         x_BTD += sinusoid(self.c.position, tokens.positions, self.c.dim).astype(dtype)
       x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
-    x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
+    with taps.named("transformer"):
+      x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
     return (x_BTD if self.norm is None else self.norm(x_BTD)), cache
 
 

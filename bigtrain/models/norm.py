@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigtrain.config import config
+from bigtrain.precision import raised
 
 
 @config
@@ -41,7 +42,7 @@ class RMSNorm(nnx.Module):
     self.scale_D = nnx.Param(jnp.ones(dim)) if c.scale else None
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    x32_BTD = x_BTD.astype(jnp.float32)
+    x32_BTD = x_BTD.astype(raised(x_BTD.dtype))
     y_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD**2, -1, keepdims=True) + self.c.eps)
     if self.scale_D is not None:
       y_BTD *= self.scale_D[...]
@@ -55,7 +56,7 @@ class LayerNorm(nnx.Module):
     self.bias_D = nnx.Param(jnp.zeros(dim)) if c.bias else None
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    x32_BTD = x_BTD.astype(jnp.float32)
+    x32_BTD = x_BTD.astype(raised(x_BTD.dtype))
     x32_BTD -= jnp.mean(x32_BTD, -1, keepdims=True)
     y_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD**2, -1, keepdims=True) + self.c.eps)
     y_BTD *= self.scale_D[...]

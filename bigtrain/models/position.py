@@ -11,6 +11,7 @@ from flax import nnx
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
+from bigtrain.precision import raised
 
 
 @config
@@ -65,7 +66,7 @@ def rotate(c: Rotary, x_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
   angle_BTh = positions_BT[..., None].astype(jnp.float32) * frequencies(c, H)
   angle_BTh = jnp.expand_dims(angle_BTh, tuple(range(2, x_BTKH.ndim - 1)))
   cos, sin = jnp.cos(angle_BTh), jnp.sin(angle_BTh)
-  a, b = jnp.split(x_BTKH.astype(jnp.float32), 2, axis=-1)
+  a, b = jnp.split(x_BTKH.astype(raised(x_BTKH.dtype)), 2, axis=-1)
   out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return out.astype(x_BTKH.dtype)
 

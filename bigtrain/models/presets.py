@@ -1,6 +1,7 @@
-"""Published decoders by size. Each function returns a config of which any field may be changed.
+"""Published models by size. Each function returns a config of which any field may be changed.
 
-Dropout is 0 throughout: these are shapes for pretraining, where every token is seen about once.
+The decoders' dropout is 0: these are shapes for pretraining, where every token is seen about once.
+BERT's is as published: it was trained for about forty epochs.
 """
 
 from collections.abc import Mapping
@@ -8,12 +9,14 @@ from typing import TypeVar
 
 from bigtrain.config import Refused, nearest
 from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.encoder import EncoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Normal
 from bigtrain.models.language_model import LanguageModelConfig
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
 from bigtrain.models.position import Learned, Llama3Scaling, Rotary
 from bigtrain.models.transformer import BlockConfig
+from bigtrain.models.vit import ViTConfig
 
 T = TypeVar("T")
 
@@ -51,6 +54,23 @@ LLAMA3 = {
 QWEN3 = {
   "0.6b": (1024, 28, 16, 3072),
   "8b": (4096, 36, 32, 12288),
+}
+# Devlin et al. 2018, arXiv:1810.04805, section 3, uncased; MiniLM is the six-layer student of Wang
+# et al. 2020, arXiv:2002.10957, of which all-MiniLM-L6-v2 was made: (dim, layers, heads).
+BERT = {
+  "base": (768, 12, 12),
+  "large": (1024, 24, 16),
+  "minilm": (384, 6, 12),
+}
+# Dosovitskiy 2020, arXiv:2010.11929, table 1 (b, l), Steiner 2021, arXiv:2106.10270, table 2 (s),
+# Zhai 2021, arXiv:2106.04560, table 2 (g); "ti" is Steiner's too: (dim, layers, heads, hidden,
+# patch).
+VIT = {
+  "ti/16": (192, 12, 3, 768, 16),
+  "s/16": (384, 12, 6, 1536, 16),
+  "b/16": (768, 12, 12, 3072, 16),
+  "l/16": (1024, 24, 16, 4096, 16),
+  "g/14": (1408, 40, 16, 6144, 14),
 }
 
 
@@ -134,6 +154,45 @@ def qwen3(size: str) -> LanguageModelConfig:
     norm=RMSNormConfig(eps=1e-6),
     init=Normal(std=0.02, residual="scaled"),
     tied=size == "0.6b",
+  )
+
+
+def bert(size: str) -> EncoderConfig:
+  """BERT (arXiv:1810.04805), uncased: base, large or minilm; the bare encoder with its pooler.
+
+  MaskedLMConfig and TextClassifierConfig put heads on it.
+  """
+  dim, layers, heads = _shape("bert", BERT, size)
+  attention = AttentionConfig(heads=heads, causal=False, bias=True, out_bias=True, dropout=0.1)
+  feed_forward = FeedForwardConfig(hidden=4 * dim, activation="gelu", bias=True)
+  return EncoderConfig(
+    vocab=30522,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
+    position=Learned(length=512),
+    norm=LayerNormConfig(eps=1e-12),
+    norm_placement="post",
+    dropout=0.1,
+    init=Normal(std=0.02, residual="same"),
+  )
+
+
+def vit(size: str) -> ViTConfig:
+  """ViT (arXiv:2010.11929): ti/16, s/16, b/16, l/16 or g/14, for images of 224 pixels.
+
+  With a class token and 1,000 classes, as the files of timm and big_vision that carry these names.
+  """
+  dim, layers, heads, hidden, patch = _shape("vit", VIT, size)
+  attention = AttentionConfig(heads=heads, causal=False, bias=True, out_bias=True)
+  feed_forward = FeedForwardConfig(hidden=hidden, activation="gelu", bias=True)
+  return ViTConfig(
+    patch=patch,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
+    norm=LayerNormConfig(eps=1e-6),
+    init=Normal(std=0.02, residual="same"),
   )
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models.attention import AttentionConfig
@@ -51,6 +51,9 @@ class TransformerConfig:
   # input and its output (`sandwich`).
   norm_placement: Literal["pre", "post", "sandwich"] = "pre"
   dropout: float = 0.0  # Of the embedding and of each branch before it is added.
+  # Rate at which the last layer's branches are left out, by example (arXiv:1603.09382); before it
+  # the rate grows linearly with the depth, from 0 in the first layer.
+  drop_path: float = 0.0
   init: Normal | FanIn = dataclasses.field(default_factory=Normal)
   remat: Remat = "full"  # What the backward pass need not compute again.
   unroll: int = 1  # Repeats of the pattern in one iteration of the loop over layers.
@@ -105,6 +108,8 @@ class TransformerConfig:
       raise Refused(f"model: unroll is {self.unroll}; it must be at least 1 (no unrolling)")
     if not 0 <= self.dropout < 1:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
+    if not 0 <= self.drop_path < 1:
+      raise Refused(f"model: drop_path is {self.drop_path}; it is a rate, from 0 to below 1")
 
 
 class Block(nnx.Module):
@@ -121,24 +126,33 @@ class Block(nnx.Module):
     self.attention_out_norm = norm() if sandwich else None
     self.feed_forward_out_norm = norm() if sandwich else None
 
-  def __call__(self, x_BTD, tokens: Tokens, key=None, cache=None):
-    """The block's output (B, T, D) and its extended cache."""
+  def __call__(self, x_BTD, tokens: Tokens, key=None, cache=None, drop_path=None):
+    """The block's output (B, T, D) and its extended cache; `drop_path` is this layer's rate."""
     ka, *kd = (None,) * 3 if key is None else jax.random.split(key, 3)
     pre = self.placement != "post"
-    with jax.named_scope("attention"):
+    with jax.named_scope("attention"), taps.named("attention"):
       h_BTD = self.attention_norm(x_BTD) if pre else x_BTD
       y_BTD, cache = self.attention(h_BTD, tokens, ka, cache)
-      x_BTD = self._add(x_BTD, y_BTD, self.attention_norm, self.attention_out_norm, kd[0])
-    with jax.named_scope("feed_forward"):
+      x_BTD = self._add(
+        x_BTD, y_BTD, self.attention_norm, self.attention_out_norm, kd[0], drop_path
+      )
+    with jax.named_scope("feed_forward"), taps.named("feed_forward"):
       h_BTD = self.feed_forward_norm(x_BTD) if pre else x_BTD
       y_BTD = self.feed_forward(h_BTD)
-      x_BTD = self._add(x_BTD, y_BTD, self.feed_forward_norm, self.feed_forward_out_norm, kd[1])
+      x_BTD = self._add(
+        x_BTD, y_BTD, self.feed_forward_norm, self.feed_forward_out_norm, kd[1], drop_path
+      )
+    taps.tap("output", taps.rms, x_BTD)
     return x_BTD, cache
 
-  def _add(self, x_BTD, y_BTD, norm, out_norm, key):
+  def _add(self, x_BTD, y_BTD, norm, out_norm, key, drop_path):
     if out_norm is not None:
       y_BTD = out_norm(y_BTD)
-    x_BTD = x_BTD + sharding.dropout(y_BTD, self.dropout, key)
+    y_BTD = sharding.dropout(y_BTD, self.dropout, key)
+    if key is not None and drop_path is not None:
+      key = jax.random.fold_in(key, 1)  # Elements and rows are dropped independently.
+      y_BTD = sharding.dropout(y_BTD, drop_path, key, dims=1)
+    x_BTD = x_BTD + y_BTD
     return norm(x_BTD) if self.placement == "post" else x_BTD
 
 
@@ -188,6 +202,7 @@ class Transformer(nnx.Module):
   def __call__(self, x_BTD, tokens: Tokens, key=None, cache: Cache | None = None):
     """All layers in turn. Returns the output (B, T, D) and the extended cache, if there is one."""
     keys = None if key is None else jax.random.split(key, self.c.layers)
+    rates = jnp.linspace(0, self.c.drop_path, self.c.layers) if self.c.drop_path else None
     if cache is not None:
       positions_BS = jax.lax.dynamic_update_slice_in_dim(
         cache.positions_BS, tokens.positions, cache.length, axis=1
@@ -196,23 +211,25 @@ class Transformer(nnx.Module):
     pairs = []
     for i, (_, repeats) in enumerate(self.c.segments()):
       blocks = self.segments[i]
-      here = None
-      if keys is not None:
-        n = len(blocks) * repeats
-        here, keys = keys[:n].reshape(repeats, len(blocks)), keys[n:]
-      layers = (list(blocks), here, cache and cache.pairs[i])
+      n = len(blocks) * repeats
+      shape, rest = (repeats, len(blocks)), (keys, rates)
+      here = jax.tree.map(lambda a, n=n, shape=shape: a[:n].reshape(shape), rest)
+      keys, rates = jax.tree.map(lambda a, n=n: a[n:], rest)
+      layers = (list(blocks), *here, cache and cache.pairs[i])
       unroll = min(self.c.unroll, repeats)
       apply = self._remat(unroll == repeats)
       body = functools.partial(_repeat, apply=apply, tokens=tokens, cache=cache)
-      x_BTD, pair = jax.lax.scan(body, x_BTD, layers, unroll=unroll)
+      x_BTD, (pair, found) = jax.lax.scan(body, x_BTD, layers, unroll=unroll)
       pairs.append(pair)
+      with taps.named("segments", i):
+        taps.hand_on(found)
     if cache is not None:
       length = cache.length + x_BTD.shape[1]
       cache = dataclasses.replace(cache, pairs=pairs, length=length)
     return x_BTD, cache
 
   def _remat(self, unrolled: bool):
-    apply = lambda block, *args: block(*args)
+    apply = lambda block, *args: taps.collected(block)(*args)
     if self.c.remat == "none":
       return apply
     policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.c.remat])
@@ -233,15 +250,16 @@ class Transformer(nnx.Module):
 
 def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None):
   """One repeat of a pattern: the body of the scan."""
-  blocks, keys, pairs = layer
-  extended = []
+  blocks, keys, rates, pairs = layer
+  extended, found = [], {}
   for j, block in enumerate(blocks):
     layer_cache = None
     if cache is not None:
       k_BSKH, v_BSKH = pairs[j]
       layer_cache = LayerCache(k_BSKH, v_BSKH, Tokens(cache.positions_BS), cache.length)
-    key = None if keys is None else keys[j]
+    key, rate = jax.tree.map(lambda a, j=j: a[j], (keys, rates))
     with jax.named_scope(f"block{j}"):
-      x_BTD, layer_cache = apply(block, x_BTD, tokens, key, layer_cache)
+      (x_BTD, layer_cache), tapped = apply(block, x_BTD, tokens, key, layer_cache, rate)
+    found |= taps.under(j, tapped)
     extended.append(layer_cache and (layer_cache.k_BSKH, layer_cache.v_BSKH))
-  return x_BTD, extended
+  return x_BTD, (extended, found)

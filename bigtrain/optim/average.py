@@ -1,7 +1,9 @@
-"""An exponential moving average of the weights, kept beside them in the optimizer's state.
+"""Averages of the weights, kept beside them in the optimizer's state: what is evaluated.
 
-The average after t updates weighs the weights of update i with decay^(t - i), divided by the sum of
-these factors: nothing is left of the initial weights (Adam's correction, arXiv:1412.6980).
+An optimizer may keep a moving average (`track_average`) or be an average itself (schedule_free.py):
+`averaged` finds either. The moving average after t updates weighs the weights of update i with
+decay^(t - i), divided by the sum of these factors: nothing is left of the initial weights (Adam's
+correction, arXiv:1412.6980).
 """
 
 import math
@@ -10,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 
 class Average(NamedTuple):
@@ -37,13 +38,15 @@ def track_average(decay: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def averaged(opt_state: optax.OptState, model: nnx.Module) -> nnx.Module:
-  """`model` with its averaged weights; `model` itself if the optimizer keeps no average.
+def averaged(opt_state: optax.OptState, model: Any) -> Any:
+  """`model` with the weights to evaluate; `model` itself if the optimizer keeps no average.
 
   Before the first update the average is the initial weights.
   """
-  is_average = lambda node: isinstance(node, Average)
-  for node in jax.tree.leaves(opt_state, is_leaf=is_average):
-    if is_average(node):
+  kinds = (Average, optax.contrib.ScheduleFreeState)
+  for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
+    if isinstance(node, Average):
       return node.weights
+    if isinstance(node, optax.contrib.ScheduleFreeState):
+      return optax.contrib.schedule_free_eval_params(node, model)
   return model

@@ -1,17 +1,19 @@
-"""What optimizers share: learning rate, clipping, weight decay and averaging around their own step.
+"""What optimizers share: learning rates, clipping, decay and averaging around their own step.
 
 A new optimizer is one file with a subclass of `Optimizer` that says what its `direction` is.
 """
 
 import abc
+import math
 import re
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from bigtrain.config import Refused, config
+from bigtrain.config import Refused, config, nearest
 from bigtrain.experiment import OptimizerConfig
+from bigtrain.optim import clip
 from bigtrain.optim.average import track_average
 from bigtrain.optim.schedule import Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay
 
@@ -22,11 +24,17 @@ class Optimizer(OptimizerConfig):
 
   lr: float  # Peak learning rate.
   schedule: Constant | Cosine | InverseSqrt | Linear | WarmupStableDecay = Cosine()
+  # (regular expression, factor): of the learning rate of parameters in whose path it is found, such
+  # as ".norm.scale_D.value". Factors of several multiply; 0 freezes.
+  rates: tuple[tuple[str, float], ...] = ()
   weight_decay: float = 0.0  # Decoupled, times the learning rate (arXiv:1711.05101).
-  # Regular expression searched in a parameter's path, such as ".norm.scale_D.value":
-  # these do not decay. None: all decay.
+  # Regular expression searched in a parameter's path: these do not decay. None: all decay.
   no_decay: str | None = "scale|bias"
   clip: float | None = 1.0  # Largest global norm of the gradient; GPT-3's (arXiv:2005.14165).
+  clip_value: float | None = None  # Largest magnitude of an element of the gradient.
+  # Largest norm of a unit's gradient, as a share of the norm of its weights: adaptive clipping,
+  # 0.01 in Brock 2021, arXiv:2102.06171. A unit is one column of a layer's matrix (layout.py).
+  clip_unit: float | None = None
   average: float | None = None  # Decay of a moving average of the weights, as in 0.999.
 
   @abc.abstractmethod
@@ -34,51 +42,57 @@ class Optimizer(OptimizerConfig):
     """What the optimizer makes of the gradient, before decay and learning rate."""
 
   def make(self, steps: int) -> optax.GradientTransformation:
+    return optax.chain(*filter(None, self.links(steps)))
+
+  def links(self, steps: int) -> list[optax.GradientTransformation | None]:
+    """What an update goes through in turn, from the gradient on; None is left out."""
     direction = self.direction()
     if not isinstance(direction, optax.GradientTransformation):
       raise Refused(f"{type(self).__name__}.direction() returned {direction}, not a transformation")
-    links = [
-      self.clip is not None and clip_by_global_norm(self.clip),
+    return [
+      None if self.clip_value is None else clip.by_value(self.clip_value),
+      None if self.clip_unit is None else clip.by_unit(self.clip_unit),
+      None if self.clip is None else clip.by_global_norm(self.clip),
       direction,
-      self.weight_decay and decay_weights(self.weight_decay, self.no_decay),
-      optax.scale_by_learning_rate(self.learning_rate(steps)),
-      self.average is not None and track_average(self.average),
+      decay_weights(self.weight_decay, self.no_decay) if self.weight_decay else None,
+      scale_by_rates(self.learning_rate(steps), self.factor, [name for name, _ in self.rates]),
+      None if self.average is None else track_average(self.average),
     ]
-    return optax.chain(*filter(None, links))
 
   def learning_rate(self, steps: int) -> optax.Schedule:
     return self.schedule.make(self.lr, steps)
+
+  def factor(self, path, w) -> float:
+    """Of the learning rate, for the parameter `w` at a key path."""
+    name = jax.tree_util.keystr(path)
+    return math.prod(factor for pattern, factor in self.rates if re.search(pattern, name))
 
   def check(self) -> None:
     if not self.lr > 0:
       raise Refused(f"lr is {self.lr}; it must be above 0")
     if self.weight_decay < 0:
       raise Refused(f"weight_decay is {self.weight_decay}; it is at least 0, as in 0.1")
-    if self.clip is not None and not self.clip > 0:
-      raise Refused(f"clip is {self.clip}; it is a norm above 0, or None for no clipping")
+    for name in ("clip", "clip_value", "clip_unit"):
+      limit = getattr(self, name)
+      if limit is not None and not limit > 0:
+        raise Refused(f"{name} is {limit}; it is a limit above 0, or None for no clipping")
     if self.average is not None and not 0 < self.average < 1:
       raise Refused(f"average is {self.average}; it lies between 0 and 1, as 0.999; None for none")
-    if self.no_decay == "":
-      raise Refused('no_decay is "", which every path matches; None lets all parameters decay')
-    try:
-      re.compile(self.no_decay or "")
-    except re.error as error:
-      raise Refused(f"no_decay is no regular expression: {error}: {self.no_decay!r}") from None
+    check_pattern("no_decay", self.no_decay)
+    for pattern, factor in self.rates:
+      check_pattern("rates", pattern)
+      if factor < 0:
+        raise Refused(f"rates: the factor of {pattern!r} is {factor}; it is at least 0 (frozen)")
 
 
-def global_norm(tree) -> jax.Array:
-  """The Euclidean norm of all leaves together, in float32."""
-  return optax.tree.norm(optax.tree.cast(tree, jnp.float32))
-
-
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-  """Scales gradients whose global norm is above `limit` down to it."""
-
-  def update(updates, params):
-    scale = jnp.minimum(1.0, limit / global_norm(updates))
-    return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
-
-  return optax.stateless(update)
+def check_pattern(name: str, pattern: str | None) -> None:
+  """Refuses what is no regular expression, or is found everywhere."""
+  if pattern == "":
+    raise Refused(f'{name} is "", which every path matches; None is for none')
+  try:
+    re.compile(pattern or "")
+  except re.error as error:
+    raise Refused(f"{name} is no regular expression: {error}: {pattern!r}") from None
 
 
 def decay_weights(rate: float, spared: str | None) -> optax.GradientTransformation:
@@ -93,3 +107,34 @@ def decay_weights(rate: float, spared: str | None) -> optax.GradientTransformati
     return jax.tree_util.tree_map_with_path(decayed, updates, params)
 
   return optax.stateless(update)
+
+
+def scale_by_rates(
+  rate: optax.Schedule, factor: Callable[..., float], patterns: list[str]
+) -> optax.GradientTransformation:
+  """Times the learning rate, and times the factor of each parameter, downhill.
+
+  Raises:
+    Refused: when it meets parameters, if one of `patterns` is found in no path of them.
+  """
+  common = optax.scale_by_learning_rate(rate)
+
+  def init(params):
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    for pattern in patterns:
+      if not any(re.search(pattern, path) for path in paths):
+        raise Refused(
+          f"rates: {pattern!r} is found in no parameter's path{nearest(pattern, paths)}"
+        )
+    return common.init(params)
+
+  def update(updates, state, params=None):
+    updates, state = common.update(updates, state, params)
+
+    def scaled(path, u):
+      own = factor(path, u)
+      return u if own == 1.0 else own * u
+
+    return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+  return optax.GradientTransformation(init, update)

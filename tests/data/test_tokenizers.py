@@ -97,3 +97,33 @@ def test_wrong_tokenizer_files_are_refused_with_the_nearest_name(folder):
   (folder / "bad.json").write_text("{}")
   with pytest.raises(Refused, match="not a tokenizer"):
     TokenizerFile(path=str(folder / "bad.json")).size()
+
+
+def test_special_tokens_are_named_have_ids_and_come_from_no_text(folder):
+  config = BPE(vocab=300, special=("[CLS]", "[MASK]"))
+  made = config.make("corpus", lambda: TEXTS, folder)
+  assert {made.eot, made.id_of("[CLS]"), made.id_of("[MASK]")} == {0, 1, 2} and made.vocab == 300
+  ids = made.encode("a [MASK] b")
+  assert made.id_of("[MASK]") not in ids and made.decode(ids) == "a [MASK] b"
+  assert BPE(vocab=300).make("corpus", lambda: TEXTS, folder).digest != made.digest
+  with pytest.raises(Refused, match=r"'\[MSK\]'; did you mean '\[MASK\]'"):
+    made.id_of("[MSK]")
+  with pytest.raises(Refused, match="bytes has no"):
+    Bytes().make("corpus", lambda: TEXTS, folder).id_of("[MASK]")
+  with pytest.raises(Refused, match="at least 259"):
+    BPE(vocab=258, special=("[CLS]", "[MASK]")).check()
+  with pytest.raises(Refused, match="twice"):
+    BPE(special=("[MASK]", "[MASK]")).check()
+
+
+def test_words_begin_at_spaces_or_where_wordpiece_says_nothing(tokenizer, folder):
+  starts = tokenizer.word_starts()[tokenizer.encode(" naïve world")]
+  assert starts.shape == (len(tokenizer.encode(" naïve world")),)
+  assert starts.sum() == 2 and starts[0]
+  pieces = {"[UNK]": 0, "un": 1, "##able": 2, "to": 3, "[SEP]": 4}
+  made = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
+  made.add_special_tokens(["[SEP]"])
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  made.save(str(folder / "pieces.json"))
+  read = FileTokenizer(folder / "pieces.json", "[SEP]")
+  assert read.word_starts()[read.encode("unable to")].tolist() == [True, False, True]

@@ -37,8 +37,10 @@ def plain(x_BTD, table_VD, targets_BT, weights_BT, z_loss=0.0, label_smoothing=0
   hot_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=logits_BTV.dtype)
   smooth_BTV = (1 - label_smoothing) * hot_BTV + label_smoothing / logits_BTV.shape[-1]
   z_BT = z_loss * jax.nn.logsumexp(logits_BTV, axis=-1) ** 2
+  nll_BT = -(weights_BT[..., None] * hot_BTV * log_p_BTV).sum(-1)
   sums = {
-    "nll": -(weights_BT[..., None] * hot_BTV * log_p_BTV).sum(),
+    "nll_BT": nll_BT,
+    "nll": nll_BT.sum(),
     "z_loss": (weights_BT * z_BT).sum(),
     "correct": (weights_BT * (logits_BTV.argmax(-1) == targets_BT)).sum(),
   }
@@ -92,13 +94,37 @@ def test_every_mesh_gives_the_values_and_gradients_of_none(shape, chunk):
   assert_close(jax.device_get(got), exact(**EXTRAS), rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 8)])
+def test_a_bias_of_the_vocabulary_is_one_more_column_of_the_table(shape):
+  args = arguments()
+  x, table, targets, weights = args
+  bias = np.random.default_rng(1).normal(size=V).astype(np.float32)
+  f = lambda x, table, bias, *rest: cross_entropy(x, table, *rest, chunk=5, bias_V=bias, **EXTRAS)
+  wider = np.concatenate([x, np.ones((B, T, 1), np.float32)], axis=-1)
+  column = np.concatenate([table, bias[:, None]], axis=-1)
+  sums, (dx, dtable) = gradients(
+    functools.partial(plain, **EXTRAS), (wider, column, targets, weights)
+  )
+  value = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
+  if shape is None:
+    got = value(x, table, bias, targets, weights)
+  else:
+    with mesh_of(shape):
+      x, table, targets, weights = on_mesh(args)
+      bias = jax.device_put(bias, sharding.act("V"))
+      got = value(x, table, bias, targets, weights)
+      assert jax.typeof(got[1][2]) == jax.typeof(bias)
+  assert_close(jax.device_get(got), (sums, (dx[..., :-1], dtable[:, :-1], dtable[:, -1])), 1e-5)
+
+
 def test_inside_an_island_it_gives_the_same():
   args = arguments()
   f = functools.partial(cross_entropy, chunk=5, **EXTRAS)
   with mesh_of((2, 2, 2)):
     placed = on_mesh(args)
     specs = tuple(jax.typeof(a).sharding.spec for a in placed)
-    got = gradients(jax.shard_map(f, in_specs=specs, out_specs=P()), placed)
+    sums = dict.fromkeys(("nll", "z_loss", "correct"), P()) | {"nll_BT": specs[2]}
+    got = gradients(jax.shard_map(f, in_specs=specs, out_specs=(P(), sums)), placed)
   assert_close(jax.device_get(got), exact(**EXTRAS), rtol=1e-6)
 
 

@@ -124,7 +124,8 @@ def shown(values, scale: float = 1.0, digits: int = 1) -> str:
 def main(c: Settings) -> None:
   part, e = Alternate(c), experiment(c)
   compile_step = Program.compile_step
-  counted = mock.patch.object(Program, "compile_step", lambda *a: Counted(compile_step(*a)))
+  compiled = lambda *args, **kwargs: Counted(compile_step(*args, **kwargs))
+  counted = mock.patch.object(Program, "compile_step", compiled)
   with tempfile.TemporaryDirectory() as directory, counted:
     bigtrain.train(e, directory, quiet=True, parts=[part])
   a, b = part.seconds()

@@ -71,17 +71,22 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
   return found.hexdigest()
 
 
+def save(path: pathlib.Path, arrays: dict[str, np.ndarray], **versions: str) -> None:
+  """Writes a golden file, with the versions of what made it and a digest."""
+  about = {
+    "transformers": transformers.__version__,
+    "torch": torch.__version__,
+    **versions,
+    "seed": SEED,
+    "sha256": digest(arrays),
+  }
+  np.savez(path, about=json.dumps(about), **arrays)
+  print(path.stem, about)
+
+
 def main(folder: pathlib.Path) -> None:
   for name, config in CONFIGS.items():
-    arrays = record(config)
-    about = {
-      "transformers": transformers.__version__,
-      "torch": torch.__version__,
-      "seed": SEED,
-      "sha256": digest(arrays),
-    }
-    np.savez(folder / f"{name}.npz", about=json.dumps(about), **arrays)
-    print(name, about)
+    save(folder / f"{name}.npz", record(config))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,17 @@
-"""What is minimised: functions (model, batch, key) -> Output.
-
-Everything in an Output is a sum over the batch, so that microbatches, hosts and packed rows with
-different numbers of tokens add up exactly; whoever holds the global sums divides once.
+"""The next token.
 
 Dims: B batch, T position, D model, V vocabulary.
 """
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
 
 from bigtrain.config import Refused, config
-from bigtrain.experiment import ObjectiveConfig
+from bigtrain.experiment import SOURCE, ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-  """What an objective says about a batch. Two Outputs add leaf by leaf, `variables` aside."""
-
-  loss_sum: jax.Array  # What is differentiated, summed over the batch, float32.
-  weight: jax.Array  # What `loss_sum` is divided by.
-  metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): their ratio is meant.
-  # The second part of `state.partition(model)` as it is after this batch; None if unchanged.
-  variables: Any = None
-  taps: dict[str, Any] = dataclasses.field(default_factory=dict)  # Statistics of the layers.
+from bigtrain.objectives.output import Output
 
 
 @config
@@ -36,8 +20,9 @@ class CausalLM(ObjectiveConfig):
 
   The model offers `hidden(tokens_BT, positions_BT, segments_BT, key) -> x_BTD` and
   `output_VD() -> table_VD`. Metrics: `loss` (nats a token, without smoothing and z-loss, so that
-  runs compare), `accuracy`, `z_loss` where it is on, `bits_per_byte` and `nats_per_byte` where the
-  batch has `bytes`; of an evaluation also `perplexity`.
+  runs compare), `loss/<source>` where the data is a mixture, `accuracy`, `z_loss` where it is on,
+  `bits_per_byte` and `nats_per_byte` where the batch has `bytes`; of an evaluation also
+  `perplexity`.
   """
 
   # Tokens whose logits a device holds at once, in float32; None: all, in the compute dtype. A chunk
@@ -72,6 +57,12 @@ class CausalLM(ObjectiveConfig):
       )
     weight = weights_BT.sum()
     metrics = {"loss": (sums["nll"], weight), "accuracy": (sums["correct"], weight)}
+    for name in filter(lambda name: name.startswith(SOURCE), batch):
+      of = batch[name][:, None]
+      metrics[f"loss/{name.removeprefix(SOURCE)}"] = (
+        (sums["nll_BT"] * of).sum(),
+        (weights_BT * of).sum(),
+      )
     if self.z_loss:
       metrics["z_loss"] = (sums["z_loss"], weight)
     if "bytes" in batch:

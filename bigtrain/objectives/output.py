@@ -1,0 +1,20 @@
+"""What every objective returns."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What an objective says about a batch. Two Outputs add leaf by leaf, `variables` aside."""
+
+  loss_sum: jax.Array  # What is differentiated, summed over the batch, float32.
+  weight: jax.Array  # What `loss_sum` is divided by.
+  metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): their ratio is meant.
+  # The second part of `state.partition(model)` as it is after this batch; None if unchanged.
+  variables: Any = None
+  # Statistics of the layers, by name (taps.py); the training step puts them here.
+  taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,82 @@
+"""Muon: momentum of hidden matrices, orthogonalised; all else by AdamW."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigtrain.config import Refused, config
+from bigtrain.optim.adam import check_decay, check_positive
+from bigtrain.optim.layout import Layout, is_matrix, map_layers, matrices_by, spread
+from bigtrain.optim.optimizer import Optimizer, check_pattern
+
+# Of x, x x' x and (x x')^2 x: steepest at 0, and every singular value ends between 0.7 and 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+@config
+class Muon(Optimizer):
+  """Jordan 2024, kellerjordan.github.io/posts/muon; decay as in Liu 2025, arXiv:2502.16982.
+
+  A matrix is all rows by all columns of one layer (layout.py): heads are not separated.
+  """
+
+  momentum: float = 0.95  # Nesterov's.
+  iterations: int = 5  # Of Newton-Schulz.
+  # Factor of an orthogonal update: `spectral`, sqrt(max(1, columns / rows)), at rates such as 0.02;
+  # or `rms`, 0.2 * sqrt(max(rows, columns)): elements as large as AdamW's, at AdamW's rates.
+  scale: Literal["spectral", "rms"] = "spectral"
+  # Regular expression of matrices that AdamW has: look-up tables and the output.
+  spared: str | None = "embed|position|table"
+  adam_lr: float = 3e-3  # Peak learning rate of what AdamW has.
+  b1: float = 0.9  # AdamW's.
+  b2: float = 0.95  # AdamW's.
+  eps: float = 1e-8  # AdamW's.
+
+  def direction(self) -> optax.GradientTransformation:
+    def orthogonal(updates, params):
+      return map_layers(self._orthogonal, updates)
+
+    matrix = optax.chain(optax.trace(self.momentum, nesterov=True), optax.stateless(orthogonal))
+    return matrices_by(matrix, optax.scale_by_adam(self.b1, self.b2, self.eps), self.spared)
+
+  def factor(self, path, w) -> float:
+    own = 1.0 if is_matrix(path, w, self.spared) else self.adam_lr / self.lr
+    return own * Optimizer.factor(self, path, w)
+
+  def _orthogonal(self, layout: Layout, x: jax.Array) -> jax.Array:
+    rows, columns = layout.sides(x)
+    if self.scale == "spectral":
+      scale = max(1.0, columns / rows) ** 0.5
+    else:
+      scale = 0.2 * max(rows, columns) ** 0.5
+
+    def local(stack):
+      y_LRC = newton_schulz(stack.reshape(-1, rows, columns), self.iterations)
+      return ((scale * y_LRC).reshape(stack.shape),)
+
+    stack = x if layout.stack else x[None]
+    (y,) = spread(local, (stack,), stack)
+    return y if layout.stack else y[0]
+
+  def check(self) -> None:
+    Optimizer.check(self)
+    check_pattern("spared", self.spared)
+    check_decay(momentum=self.momentum, b1=self.b1, b2=self.b2)
+    check_positive(adam_lr=self.adam_lr, eps=self.eps)
+    if self.iterations < 1:
+      raise Refused(f"iterations is {self.iterations}; it is at least 1, as in 5")
+
+
+def newton_schulz(x_LRC: jax.Array, iterations: int) -> jax.Array:
+  """Nearly the orthogonal factor of each matrix: singular values near 1, and their vectors kept."""
+  if tall := x_LRC.shape[1] > x_LRC.shape[2]:  # The smaller Gram matrix.
+    x_LRC = jnp.swapaxes(x_LRC, 1, 2)
+  # Frobenius norms, which no singular value exceeds.
+  x_LRC /= jnp.maximum(jnp.sqrt(jnp.sum(x_LRC**2, (1, 2), keepdims=True)), 1e-30)
+  a, b, c = COEFFICIENTS
+  for _ in range(iterations):
+    gram_LRR = x_LRC @ jnp.swapaxes(x_LRC, 1, 2)
+    x_LRC = a * x_LRC + (b * gram_LRR + c * gram_LRR @ gram_LRR) @ x_LRC
+  return jnp.swapaxes(x_LRC, 1, 2) if tall else x_LRC

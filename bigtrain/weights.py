@@ -1,0 +1,69 @@
+"""First weights from elsewhere: another run's, or a file's, for all of a model or a part of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from bigtrain import checkpoint
+from bigtrain.config import Refused, nearest
+from bigtrain.interop import huggingface
+from bigtrain.run_directory import RunDirectory
+from bigtrain.state import State
+
+SHOWN = 4  # Names in a message.
+IsNew = Callable[[str], bool]  # Of a parameter's name.
+
+
+def load(source: str, fresh: State, new: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+  """The weights of `source` for the model of `fresh`, sharded as those.
+
+  Of a run these are the weights that were trained, not their average.
+
+  Args:
+    source: a run directory, or the path of a .safetensors file.
+    fresh: the state that would begin without them.
+    new: beginnings of the names of parameters that stay as they are in `fresh`.
+
+  Returns:
+    The fields `model` and `variables` of the state, and what people should know of them.
+
+  Raises:
+    Refused: a parameter is not there or of another shape, or `new` names none.
+  """
+  part = {"model": fresh.model, "variables": fresh.variables}
+  names = [_of_module(name) for name in checkpoint.flatten(part)]
+  for start in new:
+    if not any(name.startswith(start) for name in names):
+      raise Refused(f"new_weights: the model has no {start}{nearest(start, names)}")
+  is_new = lambda name: name.startswith(tuple(new))
+  read = _of_file if source.endswith(".safetensors") else _of_run
+  part, unused = read(source, part, is_new)
+  told = {"begin fresh": list(filter(is_new, names)), "of it left out": unused}
+  return part, [f"weights_from {source}: {_listed(v)} {k}" for k, v in told.items() if v]
+
+
+def _of_run(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str, Any], list[str]]:
+  leaves = checkpoint.flatten(part)
+  wanted = {name: leaf for name, leaf in leaves.items() if not is_new(_of_module(name))}
+  with checkpoint.newest_of(RunDirectory(source, writes=False).checkpoints) as (store, step):
+    have = [name for name in store.leaves(step) if name.split(".")[0] in part]
+    found = store.restore(step, wanted)
+  unused = [_of_module(name) for name in have if name not in wanted]
+  return checkpoint.unflatten(leaves | found, part), unused
+
+
+def _of_file(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str, Any], list[str]]:
+  model, unused = huggingface.load_some(part["model"], huggingface.read(source), is_new)
+  place = lambda leaf, like: jax.device_put(leaf, like.sharding)
+  return part | {"model": jax.tree.map(place, model, part["model"])}, unused
+
+
+def _of_module(name: str) -> str:
+  """A parameter's name within its module: that in a state without its first word."""
+  return name.partition(".")[2]
+
+
+def _listed(names: list[str]) -> str:
+  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+  return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigtrain.optim.layout import Layout, layout, map_layers, spread
+from bigtrain.sharding import Mesh
+
+
+def of(name, *shape):
+  found = []
+  map_layers(lambda at, w: found.append(at), {name: jnp.zeros(shape)})
+  return found[0]
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "wanted", "sides"),
+  [
+    ("up_DF", (8, 16), Layout(0, 1), (8, 16)),
+    ("down_FD", (5, 16, 8), Layout(1, 1), (16, 8)),
+    ("q_DKGH", (5, 8, 2, 3, 4), Layout(1, 1), (8, 24)),
+    ("o_KGHD", (5, 2, 3, 4, 8), Layout(1, 3), (24, 8)),
+    ("embed_VD", (50, 8), Layout(0, 1), (50, 8)),
+    ("kernel", (3, 3, 8, 16), Layout(0, 3), (72, 16)),
+    ("kernel", (8, 16), Layout(0, 1), (8, 16)),
+  ],
+)
+def test_the_letters_of_a_name_tell_layers_rows_and_columns(name, shape, wanted, sides):
+  assert of(name, *shape) == wanted
+  assert wanted.sides(jnp.zeros(shape)) == sides
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "stack"),
+  [("bias_KGH", (5, 2, 3, 4), 1), ("scale_D", (5, 8), 1), ("bias", (8,), 0), ("scale_D", (8,), 0)],
+)
+def test_biases_and_scales_are_vectors(name, shape, stack):
+  assert of(name, *shape) == Layout(stack, 0)
+
+
+def test_a_bias_in_the_name_of_a_module_makes_no_vector_of_its_matrix():
+  path = (jax.tree_util.GetAttrKey("relative_bias"), jax.tree_util.GetAttrKey("table_ND"))
+  assert layout(path, jnp.zeros((32, 8))) == Layout(0, 1)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 8, 11])
+def test_every_layer_is_whole_on_one_device_and_comes_back_to_its_place(layers):
+  x = np.random.default_rng(0).normal(size=(layers, 4, 6)).astype(np.float32)
+
+  def inverse(stack):
+    assert len(stack) == -(-layers // 8) and stack.shape[1:] == (4, 6)
+    return stack @ jnp.swapaxes(stack, 1, 2), stack
+
+  with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
+    placed = jax.device_put(x, jax.P(None, "fsdp", "tensor"))
+    gram, same = jax.jit(lambda x: spread(inverse, (x, x), x))(placed)
+    assert gram.sharding == same.sharding == placed.sharding
+  np.testing.assert_allclose(gram, x @ x.swapaxes(1, 2), rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(same, x)
