@@ -7,7 +7,13 @@ from pathlib import Path
 
 from bigtrain.data.prepare.quality import Gopher, GopherRepetition
 from bigtrain.data.prepare.recipe import NearDuplicates, Prepare
-from bigtrain.data.prepare.steps import Repair, RepeatedLines, Scrub, Whitespace
+from bigtrain.data.prepare.steps import (
+  ControlCharacters,
+  Repair,
+  RepeatedLines,
+  Scrub,
+  Whitespace,
+)
 from bigtrain.data.tokenizers import BPE
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,7 +24,15 @@ def base() -> Prepare:
   return Prepare(
     inputs=(f"{ROOT}/bigtrain/data/corpus/*.txt.zst", f"{ROOT}/docs/*.md", f"{ROOT}/README.md"),
     split_at=r"^(?:(?:VOLUME|Volume) [IVX]+\s+)?(?:CHAPTER|Chapter) (?:[IVXL]+|\d+)\.?[ \t]*$",
-    steps=(Repair(), Whitespace(), RepeatedLines(), Gopher(), GopherRepetition(), Scrub()),
+    steps=(
+      Repair(),
+      ControlCharacters(),
+      Whitespace(),
+      RepeatedLines(),
+      Gopher(),
+      GopherRepetition(),
+      Scrub(),
+    ),
     near=NearDuplicates(threshold=0.7),
     validation=0.05,
     test=0.02,

@@ -16,11 +16,18 @@ from pathlib import Path
 RECIPE = """
 from bigtrain.data.prepare.engine import Local
 from bigtrain.data.prepare.recipe import Prepare
-from bigtrain.data.prepare.steps import Repair, RepeatedLines, Scrub, Whitespace
+from bigtrain.data.prepare.steps import (
+  ControlCharacters,
+  Repair,
+  RepeatedLines,
+  Scrub,
+  Whitespace,
+)
 
 def base() -> Prepare:
   return Prepare(
-    inputs=({inputs!r},), steps=(Repair(), Whitespace(), RepeatedLines(), Scrub()), tasks={tasks},
+    inputs=({inputs!r},), tasks={tasks},
+    steps=(Repair(), ControlCharacters(), Whitespace(), RepeatedLines(), Scrub()),
     engine=Local(workers=1),
   )
 """

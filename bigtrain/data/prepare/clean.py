@@ -10,15 +10,23 @@ import functools
 import heapq
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from bigtrain.data.prepare.files import digest, lines, read_json, read_lines, whole, write_json
+from bigtrain.data.prepare.files import (
+  digest,
+  lines,
+  mapped,
+  read_json,
+  read_lines,
+  whole,
+  write_json,
+)
 from bigtrain.data.prepare.readers import documents
 from bigtrain.data.prepare.recipe import Prepare
-from bigtrain.data.prepare.steps import Rejected
+from bigtrain.data.prepare.steps import Apply, Rejected
 from bigtrain.data.readers import Problem
 from bigtrain.load import read
 
@@ -96,7 +104,7 @@ def clean(out: str, _: Any, rank: int, world_size: int) -> None:
         reading.documents += 1
         reading.chars_out += len(found)
         before[bin_of(len(found))] += 1
-        text, refusal = _through(found, steps, counts)
+        text, refusal = _through(found, steps, counts, name)
         if refusal is None:
           kept.add({"id": name, "text": text})
           digests.write(digest(text))
@@ -117,11 +125,17 @@ def clean(out: str, _: Any, rank: int, world_size: int) -> None:
   write_json(folder / "work" / "clean" / f"{rank:05}.json", stats)
 
 
-def _through(text: str, steps, counts: list[Counts]) -> tuple[str, tuple[int, str] | None]:
+def _through(
+  text: str, steps: list[Apply], counts: list[Counts], name: str
+) -> tuple[str, tuple[int, str] | None]:
   """The text after the steps; or as the step found it that rejected it, with that and why."""
   for i, (apply, count) in enumerate(zip(steps, counts, strict=True)):
     started = time.perf_counter()
-    found = apply(text)
+    try:
+      found = apply(text) or Rejected("empty")
+    except Exception as error:
+      error.add_note(f"in steps.{i} of those that are on, at the document {name}")
+      raise
     count.seconds += time.perf_counter() - started
     count.documents += 1
     count.chars_in += len(text)
@@ -141,12 +155,9 @@ def cleaned(folder: pathlib.Path, rank: int) -> Iterator[dict[str, str]]:
 
 def digests(folder: pathlib.Path, rank: int) -> np.ndarray:
   """(documents, 2) big-endian uint64: the digest of each cleaned document, not in memory."""
-  path = folder / "work" / "clean" / f"{rank:05}.digests"
-  if path.stat().st_size == 0:
-    return np.zeros((0, 2), ">u8")
-  return np.memmap(path, ">u8", "r").reshape(-1, 2)
+  return mapped(folder / "work" / "clean" / f"{rank:05}.digests", ">u8", 2)
 
 
-def task(function, out: pathlib.Path):
+def task(function: Callable, out: pathlib.Path, *arguments: str):
   """A function of this package as a step of datatrove's, that any machine can unpickle."""
-  return functools.partial(function, str(out))
+  return functools.partial(function, str(out), *arguments)

@@ -1,8 +1,16 @@
 """`bigtrain data prepare CONFIG.py[:function] --out DIR [overrides]`."""
 
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, config
 from bigtrain.console import human, say
+from bigtrain.exit_codes import Exit
 from bigtrain.flags import parse
 
 EXAMPLE = "bigtrain data prepare experiments/data/austen.py --out prepared/austen"
@@ -32,8 +40,33 @@ def command(arguments: list[str]) -> None:
   prog = f"bigtrain data prepare {target}"
   flags, recipe = parse([PrepareFlags(), recipe], arguments[1:], prog, about)
   out = flags.out or source.run_dir().replace("runs/", "prepared/", 1)
-  manifest = prepare(recipe, out, source.file)
+  with leaving(f"bigtrain data prepare {shlex.join(arguments)}"):
+    manifest = prepare(recipe, out, source.file)
   if manifest is not None:
     splits = manifest["splits"]
     counts = ", ".join(f"{human(splits[s]['documents'])} {s}" for s in splits)
     say(f"{counts} documents in {out}; look at {out}/report.html")
+
+
+@contextlib.contextmanager
+def leaving(again: str) -> Iterator[None]:
+  """In here, Ctrl-C and SIGTERM end the process at once, with a word on how to go on.
+
+  Nothing is closed: what is on disk survives a kill at any moment.
+  """
+  own, shown = (
+    os.getpid(),
+    "\x1b[?25h\n" if sys.stderr.isatty() else "",
+  )  # The cursor, which bars hide.
+
+  def stop(number: int, frame) -> None:
+    if os.getpid() == own:  # Not a fork of it.
+      os.write(2, f"{shown}bigtrain: stopped; the same command goes on: {again}\n".encode())
+    os._exit(Exit.LEFT)
+
+  before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -79,6 +79,13 @@ def write_array(path: pathlib.Path, values: np.ndarray) -> None:
     np.save(file, values)
 
 
+def mapped(path: pathlib.Path, dtype: str, columns: int) -> np.ndarray:
+  """(n, columns) of a file of numbers; what is not looked at is not in memory."""
+  if path.stat().st_size == 0:  # Which cannot be mapped.
+    return np.zeros((0, columns), dtype)
+  return np.memmap(path, dtype, "r").reshape(-1, columns)
+
+
 def digest(text: str) -> bytes:
   """16 bytes that stand for a text: equal ones are taken for equal texts."""
   return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -8,7 +8,7 @@ import pathlib
 import re
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ WORD = re.compile(
   r"|(?:(?![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])\S)+"
 )
 MOST = 10
+SHINGLES = 4096  # Hashed at once.
 
 
 class Words:
@@ -38,7 +39,15 @@ def signing(c: NearDuplicates, folder: pathlib.Path) -> Any:
   """datatrove's step that writes the signatures."""
   from datatrove.pipeline.dedup import MinhashDedupSignature
 
-  step = MinhashDedupSignature(str(folder / "work" / "signatures"), _settings(c))
+  class InBlocks(MinhashDedupSignature):
+    """Of a long document the hashes of all shingles at once would take 2 GB for each 10 MB."""
+
+    def get_signature(self, shingles):
+      of = super().get_signature
+      blocks = range(0, len(shingles), SHINGLES)
+      return np.min([of(shingles[i : i + SHINGLES]) for i in blocks], axis=0).tolist()
+
+  step = InBlocks(str(folder / "work" / "signatures"), _settings(c))
   step.word_tokenizer = Words()  # pyright: ignore[reportAttributeAccessIssue]
   return step
 
@@ -157,3 +166,28 @@ def select(out: str, _: Any, rank: int, world_size: int) -> None:
   most = np.argsort(-sizes, kind="stable")[:MOST]
   groups = [[int(sizes[i]), f"{int(found[first][i, 1]):016x}"] for i in most]
   write_json(work / "select" / "most.json", groups)
+
+
+class Standing(NamedTuple):
+  """Of each cleaned document of a task, what the search for duplicates found; (documents,)."""
+
+  cluster: np.ndarray  # High half of the smallest digest of the cluster; uint64.
+  equal: np.ndarray  # Whether it is equal to a document before it.
+  near: np.ndarray  # Whether another one stands for its cluster.
+
+  @property
+  def kept(self) -> np.ndarray:
+    return ~(self.equal | self.near)
+
+
+def standing(folder: pathlib.Path, rank: int) -> Standing:
+  own = digests(folder, rank)
+  equal = np.zeros(len(own), bool)
+  equal[dropped(folder, rank)] = True
+  cluster, near = np.array(own[:, 0], np.uint64), np.zeros(len(own), bool)
+  path = folder / "work" / "select" / f"{rank:05}.npy"
+  if path.exists():
+    rows = np.load(path)
+    there = np.flatnonzero(~equal)[rows[:, 0].astype(np.int64)]
+    cluster[there], near[there] = rows[:, 1], rows[:, 2] == 0
+  return Standing(cluster, equal, near)

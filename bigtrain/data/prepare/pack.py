@@ -4,10 +4,10 @@ A document's split is decided by the digest that stands for its cluster of near 
 where it has none: the same whatever else is in the input, and on one side for all of a cluster.
 """
 
+import collections
 import hashlib
 import json
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +16,16 @@ import numpy as np
 from bigtrain.data.prepare.clean import BINS, Samples, bin_of, cleaned, digests, recipe_of
 from bigtrain.data.prepare.exact import dropped
 from bigtrain.data.prepare.files import PART, lines, read_json, write_array, write_json
+from bigtrain.data.prepare.near import Standing, standing
 from bigtrain.data.prepare.recipe import Prepare
+from bigtrain.data.prepare.shared_lines import Trim, frequent, hash_of
 
 SPLITS = ("train", "validation", "test")
 GROUP = 64  # Records that ArrayRecord compresses together.
 KEPT = 5  # Samples of what is kept.
+EXACT, NEAR = "exact duplicate", "near duplicate"
+# Of lines that many documents share; LINES is the reason of what was taken out, not of a document.
+LINES, ONLY_SHARED, RESIDUE = "shared lines", "only shared lines", "equal without shared lines"
 
 
 def split_of(cluster: np.ndarray, recipe: Prepare) -> np.ndarray:
@@ -67,25 +72,33 @@ class Shards:
 def pack(out: str, _: Any, rank: int, world_size: int) -> None:
   """The task: writes the shards of its documents, and where each of them went."""
   recipe, folder = recipe_of(out), pathlib.Path(out)
-  started = time.perf_counter()
   (folder / "shards").mkdir(exist_ok=True)
   shards = [Shards(folder / "shards", name, rank, recipe.shard_bytes) for name in SPLITS]
-  own = digests(folder, rank)
-  equal = np.zeros(len(own), bool)
-  equal[dropped(folder, rank)] = True
-  cluster, near = _clusters(folder, rank, own, equal)
-  split, wanted = split_of(cluster, recipe), _most(folder)
-  samples, excerpts = Samples(KEPT), {}
-  lengths = np.zeros(BINS, np.int64)
+  there, own = standing(folder, rank), digests(folder, rank)
+  reasons = _reasons(folder, rank, there)
+  split, wanted, lines_wanted = split_of(there.cluster, recipe), _most(folder), frequent(folder)
+  trim = Trim(folder, recipe.lines)
+  samples, excerpts, line_texts = Samples(KEPT), {}, {}
+  counts, lengths = collections.Counter(), np.zeros(BINS, np.int64)
   with lines(folder / "rejected" / f"duplicates-{rank:05}.jsonl.zst") as rejected:
     for i, record in enumerate(cleaned(folder, rank)):
-      name, text = record["id"], record["text"]
-      if equal[i] or near[i]:
-        reason = "exact duplicate" if equal[i] else "near duplicate"
-        of = f"{int(own[i, 0] if equal[i] else cluster[i]):016x}"
-        samples.add(reason, name, text)
-        rejected.add({"id": name, "step": reason, "reason": reason, "of": of, "text": text})
+      name, (text, removed) = record["id"], trim(record["text"])
+      for line in removed:
+        if (hashed := hash_of(line.strip())) in lines_wanted:
+          line_texts[hashed] = line.strip()
+      reason = ONLY_SHARED if removed and not text else reasons[i]
+      if reason:
+        of = f"{int(own[i, 0] if there.equal[i] else there.cluster[i]):016x}"
+        counts[reason] += 1
+        samples.add(reason, name, record["text"])
+        rejected.add(
+          {"id": name, "step": reason, "reason": reason, "of": of, "text": record["text"]}
+        )
         continue
+      if removed:
+        counts["trimmed"] += 1
+        counts["chars removed"] += len(record["text"]) - len(text)
+        rejected.add({"id": name, "step": LINES, "reason": LINES, "text": "\n".join(removed)})
       digest = f"{int(own[i, 0]):016x}{int(own[i, 1]):016x}"
       shards[split[i]].add({"id": name, "digest": digest, "text": text})
       samples.add("kept", name, text)
@@ -94,30 +107,24 @@ def pack(out: str, _: Any, rank: int, world_size: int) -> None:
         excerpts[digest[:16]] = [name, text[:200]]
   for made in shards:
     made.close()
-  write_array(
-    folder / "assignment" / f"{rank:05}.npy",
-    np.stack([own[~equal, 0].astype(np.uint64), cluster[~equal].astype(np.uint64)], 1),
-  )
+  assigned = np.stack([own[:, 0].astype(np.uint64), there.cluster], 1)[~there.equal]
+  write_array(folder / "assignment" / f"{rank:05}.npy", assigned)
   stats = {
     "shards": {name: made.done for name, made in zip(SPLITS, shards, strict=True)},
-    "duplicates": {"exact": int(equal.sum()), "near": int(near.sum())},
+    "counts": counts,
     "lengths": lengths.tolist(),
     "samples": samples.dump(),
     "excerpts": excerpts,
-    "seconds": time.perf_counter() - started,
+    "lines": line_texts,
   }
   write_json(folder / "work" / "pack" / f"{rank:05}.json", stats)
 
 
-def _clusters(folder: pathlib.Path, rank: int, own, equal) -> tuple[np.ndarray, np.ndarray]:
-  """For each cleaned document the digest of its cluster, and whether another stands for that."""
-  cluster, near = np.array(own[:, 0], np.uint64), np.zeros(len(own), bool)
-  path = folder / "work" / "select" / f"{rank:05}.npy"
-  if path.exists():
-    rows = np.load(path)
-    there = np.flatnonzero(~equal)[rows[:, 0].astype(np.int64)]
-    cluster[there], near[there] = rows[:, 1], rows[:, 2] == 0
-  return cluster, near
+def _reasons(folder: pathlib.Path, rank: int, there: Standing) -> list[str]:
+  """Why each cleaned document of a task is not kept; empty where it is."""
+  found = np.where(there.equal, EXACT, np.where(there.near, NEAR, "")).astype(object)
+  found[np.flatnonzero(there.kept)[dropped(folder, rank, "again")]] = RESIDUE
+  return found.tolist()
 
 
 def _most(folder: pathlib.Path) -> set[str]:

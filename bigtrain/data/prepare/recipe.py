@@ -6,7 +6,7 @@ from typing import Literal
 from bigtrain.config import Refused, config, configs
 from bigtrain.data.prepare.engine import Local, Ray, Slurm
 from bigtrain.data.prepare.readers import kind_of
-from bigtrain.data.prepare.steps import Repair, Step, Whitespace
+from bigtrain.data.prepare.steps import ControlCharacters, Repair, Step, Whitespace
 from bigtrain.data.sources import expand
 from bigtrain.data.tokenizers import BPE
 
@@ -41,6 +41,22 @@ class NearDuplicates:
 
 
 @config
+class SharedLines:
+  """Lines that stand in many documents, such as menus and notices, are taken out of all of them.
+
+  They are counted after duplicates are gone, so that copies of a document do not count.
+  """
+
+  documents: int = 20  # In so many documents a line is a shared one.
+  min_chars: int = 20  # Shorter lines stay.
+
+  def check(self) -> None:
+    for name, least in (("documents", 2), ("min_chars", 1)):
+      if getattr(self, name) < least:
+        raise Refused(f"lines.{name} is {getattr(self, name)}: at least {least}")
+
+
+@config
 class Prepare:
   """Text files in; cleaned, deduplicated, split shards out."""
 
@@ -48,9 +64,10 @@ class Prepare:
   text_field: str = "text"  # Of .jsonl and .parquet.
   split_at: str = ""  # Regular expression of a line that begins a new document, in .txt and .md.
   max_bytes: int = 2**27  # Of one document; a longer one is rejected.
-  steps: tuple[Step, ...] = (Repair(), Whitespace())
+  steps: tuple[Step, ...] = (Repair(), ControlCharacters(), Whitespace())
   exact: Literal["remove", "keep"] = "remove"  # Documents equal to an earlier one.
   near: NearDuplicates | None = NearDuplicates()
+  lines: SharedLines | None = None
   validation: float = 0.01  # Share of the documents, by hash.
   test: float = 0.01
   tokenizer: BPE | None = None  # Learned from the training split, into tokenizer.json.

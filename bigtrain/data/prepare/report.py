@@ -10,9 +10,18 @@ import numpy as np
 from bigtrain.config import dump
 from bigtrain.data.prepare.clean import recipe_of
 from bigtrain.data.prepare.files import read_json, whole, write_json
-from bigtrain.data.prepare.pack import SPLITS, split_of
+from bigtrain.data.prepare.pack import (
+  EXACT,
+  LINES,
+  NEAR,
+  ONLY_SHARED,
+  RESIDUE,
+  SPLITS,
+  split_of,
+)
 from bigtrain.data.prepare.page import page
 from bigtrain.data.prepare.recipe import FORMAT, Prepare
+from bigtrain.data.prepare.shared_lines import frequent
 from bigtrain.run_directory import revision
 
 MOST = 10  # Duplicates shown.
@@ -54,27 +63,47 @@ def _report(recipe: Prepare, folder: pathlib.Path, made: list, packed: list) -> 
   rows = [_row("read", [m["read"] for m in made], read_bytes=sum(m["bytes"] for m in made))]
   names = [s["name"] for s in made[0]["steps"]]
   rows += [_row(name, [m["steps"][i] for m in made]) for i, name in enumerate(names)]
+  gone = sum((collections.Counter(p["counts"]) for p in packed), collections.Counter())
   left = rows[-1]["documents"] - (sum(rows[-1]["rejected"].values()) if names else 0)
-  gone = collections.Counter(
-    {k: sum(p["duplicates"][k] for p in packed) for k in ("exact", "near")}
-  )
-  for kind, on in (("exact", recipe.exact == "remove"), ("near", recipe.near is not None)):
+  for name, on, reasons in (
+    ("exact duplicates", recipe.exact == "remove", (EXACT,)),
+    ("near duplicates", recipe.near is not None, (NEAR,)),
+    (LINES, recipe.lines is not None, (ONLY_SHARED, RESIDUE)),
+  ):
     if on:
-      rejected = {f"{kind} duplicate": gone[kind]} if gone[kind] else {}
-      rows.append({"name": f"{kind} duplicates", "documents": left, "rejected": rejected})
-      left -= gone[kind]
+      rejected = {reason: gone[reason] for reason in reasons if gone[reason]}
+      rows.append({"name": name, "documents": left, "rejected": rejected})
+      left -= sum(rejected.values())
+  if recipe.lines is not None:
+    rows[-1] |= {"changed": gone["trimmed"], "chars_removed": gone["chars removed"]}
   summed = lambda parts: np.sum(list(parts), axis=0).tolist()
+  texts = {int(hashed): line for p in packed for hashed, line in p["lines"].items()}
   return {
     "steps": rows,
     "kept": left,
+    "stages": _stages(folder),
     "lengths": {
       "read": summed(m["lengths"]["read"] for m in made),
       "kept": summed(p["lengths"] for p in packed),
     },
     "samples": _samples([m["samples"] for m in made] + [p["samples"] for p in packed]),
     "most_frequent": _most(folder, {k: v for p in packed for k, v in p["excerpts"].items()}),
+    "shared_lines": [[n, texts[hashed]] for hashed, n in frequent(folder).items()],
     "near": _near(recipe, folder),
   }
+
+
+def _stages(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """What time and memory the tasks of each stage took, but of this one, in order."""
+  found = []
+  for stage in (folder / "work" / "spent").iterdir():
+    spent = [read_json(path) for path in stage.glob("*.json")]
+    seconds = [s["seconds"] for s in spent]
+    peak = max(s["peak_bytes"] for s in spent)
+    began = min(path.stat().st_mtime_ns for path in stage.glob("*.json"))
+    found.append((began, stage.name, len(spent), sum(seconds), max(seconds), peak))
+  keys = ("name", "tasks", "seconds", "longest", "peak_bytes")
+  return [dict(zip(keys, values, strict=True)) for _, *values in sorted(found)]
 
 
 def _row(name: str, parts: list[dict], **more: Any) -> dict[str, Any]:

@@ -4,13 +4,15 @@ The folder holds config.json, shards/, rejected/, assignment/, report.html, repo
 of all, manifest.json. work/ is what the stages hand on, and may be deleted when all is done.
 """
 
+import errno
 import os
 import pathlib
+from importlib.util import find_spec
 from typing import Any
 
 from bigtrain.config import Refused, diff
 from bigtrain.console import say
-from bigtrain.data.prepare import near
+from bigtrain.data.prepare import near, shared_lines
 from bigtrain.data.prepare.clean import clean, task
 from bigtrain.data.prepare.engine import Stage, Watch, done
 from bigtrain.data.prepare.exact import exact
@@ -19,6 +21,16 @@ from bigtrain.data.prepare.pack import learn_tokenizer, pack
 from bigtrain.data.prepare.recipe import Prepare
 from bigtrain.data.prepare.report import finish
 from bigtrain.load import read, write
+
+# What a preparation imports, and the package that has it.
+PACKAGES = {
+  "datatrove": "datatrove",
+  "spacy": "spacy",
+  "ftfy": "ftfy",
+  "trafilatura": "trafilatura",
+  "warcio": "warcio",
+  "fasttext": "fasttext-predict",
+}
 
 
 def prepare(
@@ -39,17 +51,37 @@ def prepare(
   """
   from filelock import FileLock, Timeout
 
+  if missing := [name for module, name in PACKAGES.items() if find_spec(module) is None]:
+    raise Refused(
+      f"preparing text needs {', '.join(missing)}: pip install 'bigtrain[data]', or in a checkout "
+      "uv run --extra data bigtrain data prepare ..."
+    )
   recipe.check()
   out = pathlib.Path(out)
-  out.mkdir(parents=True, exist_ok=True)
   try:
-    with FileLock(out / ".lock", timeout=1):
-      _begin(recipe, out, file)
-      return _run(recipe, out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=1)
+    lock.acquire()
   except Timeout:
     raise Refused(
       f"another process is at work in {out}; wait for it or take another --out"
     ) from None
+  except OSError as error:
+    raise Refused(f"{out} cannot be written: {error.strerror}; take another --out") from error
+  try:
+    _begin(recipe, out, file)
+    return _run(recipe, out)
+  except OSError as error:
+    raise _explained(error, out) from error
+  finally:
+    lock.release()
+
+
+def _explained(error: OSError, out: pathlib.Path) -> OSError:
+  """The error, if it is another one than that the disk is full."""
+  if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    return error
+  return OSError(f"the disk of {out} is full; make room, and the same command goes on")
 
 
 def stages(recipe: Prepare, out: pathlib.Path) -> list[Stage]:
@@ -59,6 +91,8 @@ def stages(recipe: Prepare, out: pathlib.Path) -> list[Stage]:
     found.append(Stage("exact", [task(exact, out)], recipe.tasks))
   if recipe.near is not None:
     found += near.stages(recipe.near, out, recipe.tasks)
+  if recipe.lines is not None:
+    found += shared_lines.stages(out, recipe.tasks)
   found.append(Stage("pack", [task(pack, out)], recipe.tasks))
   if recipe.tokenizer is not None:
     found.append(Stage("tokenizer", [task(learn_tokenizer, out)], 1))
@@ -95,26 +129,32 @@ def _begin(recipe: Prepare, out: pathlib.Path, file: pathlib.Path | None) -> Non
 
 
 def _run(recipe: Prepare, out: pathlib.Path) -> dict[str, Any] | None:
-  from rich.console import Console
-  from rich.progress import Progress
-
   os.environ.setdefault("TQDM_DISABLE", "1")  # datatrove's bars, read where it is imported.
   todo = stages(recipe, out)
   total, before = sum(s.tasks for s in todo), sum(done(out, s) for s in todo)
   if before == total:
     say(f"{out} is finished: nothing to do")
     return read_json(out / "manifest.json")
-  for left in out.rglob(f"*{PART}"):
-    left.unlink()
-  if before:
-    say(f"going on with {out}: {before} of {total} tasks are done")
+  if not recipe.engine.at_work(out):
+    for left in out.rglob(f"*{PART}"):
+      left.unlink()
+    if before:
+      say(f"going on with {out}: {before} of {total} tasks are done")
+    _work(recipe, todo, out, total, before)
+  if not (out / "manifest.json").exists():
+    say(f"queued; the same command tells how far it is ({sum(done(out, s) for s in todo)}/{total})")
+    return None
+  return read_json(out / "manifest.json")
+
+
+def _work(recipe: Prepare, todo: list[Stage], out: pathlib.Path, total: int, before: int) -> None:
+  """Runs the engine, with a bar for those who look on."""
+  from rich.console import Console
+  from rich.progress import Progress
+
   console = Console(stderr=True)
   with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
     shown = bar.add_task("preparing", total=total, completed=before)
     tell = lambda name, n: bar.update(shown, description=name.ljust(10), completed=n)
     with Watch(todo, out, tell):
       recipe.engine.run(todo, out)
-  if not (out / "manifest.json").exists():
-    say(f"queued; the same command tells how far it is ({sum(done(out, s) for s in todo)}/{total})")
-    return None
-  return read_json(out / "manifest.json")

@@ -1,7 +1,8 @@
 """Steps: what is done to one document after another, before documents are compared.
 
 A step is a @config class with a `make` that gives a function from a text to the text that goes on,
-or to why it does not. A new step is one such class, here or in an experiment file.
+or to why it does not; of which nothing is left does not. A new step is one such class, here or in
+the file of the recipe.
 """
 
 import abc
@@ -65,14 +66,8 @@ class Repair(Step):
 
 
 @config
-class Whitespace(Step):
-  """Control and invisible characters removed, line ends and white space made one kind."""
-
-  blank_lines: int = 1  # At most so many in a row.
-
-  def check(self) -> None:
-    if self.blank_lines < 0:
-      raise Refused(f"blank_lines is {self.blank_lines}: at least 0")
+class ControlCharacters(Step):
+  """Control and invisible characters are removed, line ends become one kind."""
 
   def make(self) -> Apply:
     # C0 and C1 controls, soft hyphens, zero-width spaces, byte-order marks, and what is no
@@ -81,13 +76,26 @@ class Whitespace(Step):
       r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060\ufeff\ufffe\uffff]"
     )
     ends = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+    return lambda text: removed.sub("", ends.sub("\n", text))
+
+
+@config
+class Whitespace(Step):
+  """White space is made one kind: a run of it one space, unless it indents a line."""
+
+  blank_lines: int = 1  # At most so many in a row.
+
+  def check(self) -> None:
+    if self.blank_lines < 0:
+      raise Refused(f"blank_lines is {self.blank_lines}: at least 0")
+
+  def make(self) -> Apply:
     spaces = re.compile(r"[^\S\n]+")
     trailing = re.compile(r" (?=\n)")
     blank = re.compile(f"\n{{{self.blank_lines + 2},}}")
 
-    def apply(text: str) -> str | Rejected:
-      text = removed.sub("", ends.sub("\n", text))
-      # A line's indentation is meaning (code, verse); other runs of white space are one space.
+    def apply(text: str) -> str:
+      # Indentation is meaning, in code and verse.
       text = "\n".join(
         line[: len(line) - len(line.lstrip(" \t"))].replace("\t", "  ")
         + spaces.sub(" ", line.strip())
@@ -95,8 +103,7 @@ class Whitespace(Step):
         else spaces.sub(" ", line)
         for line in text.split("\n")
       )
-      text = blank.sub("\n" * (self.blank_lines + 1), trailing.sub("", text)).strip()
-      return text or Rejected("empty")
+      return blank.sub("\n" * (self.blank_lines + 1), trailing.sub("", text)).strip()
 
     return apply
 
@@ -106,6 +113,10 @@ class RepeatedLines(Step):
   """Lines that stood before in the same document are dropped: menus, footers, broken scrapes."""
 
   min_chars: int = 20  # Shorter ones, such as refrains and brackets, may repeat.
+
+  def check(self) -> None:
+    if self.min_chars < 1:
+      raise Refused(f"min_chars is {self.min_chars}: at least 1, for blank lines repeat")
 
   def make(self) -> Apply:
     def apply(text: str) -> str:

@@ -21,7 +21,7 @@ from bigtrain.data.prepare.files import read_lines
 from bigtrain.data.prepare.pack import SPLITS, read_shard
 from bigtrain.data.prepare.recipe import NearDuplicates, Prepare
 from bigtrain.data.prepare.run import prepare
-from bigtrain.data.prepare.steps import Repair, RepeatedLines, Whitespace
+from bigtrain.data.prepare.steps import ControlCharacters, Repair, RepeatedLines, Whitespace
 
 WORDS = [f"w{i:03}" for i in range(900)]
 
@@ -49,7 +49,11 @@ def jsonl(path: pathlib.Path, texts) -> pathlib.Path:
 
 
 def recipe(folder, **fields) -> Prepare:
-  defaults = {"steps": (Repair(), Whitespace()), "tasks": 2, "engine": Local(workers=1)}
+  defaults = {
+    "steps": (Repair(), ControlCharacters(), Whitespace()),
+    "tasks": 2,
+    "engine": Local(workers=1),
+  }
   return Prepare(inputs=(str(folder),), validation=0.2, test=0.1, **(defaults | fields))
 
 
@@ -242,7 +246,7 @@ def test_another_number_of_tasks_or_workers_keeps_and_splits_the_same(planted, t
 COMMAND = """
 from bigtrain.data.prepare.quality import GopherRepetition
 from bigtrain.data.prepare.recipe import Prepare
-from bigtrain.data.prepare.steps import Repair, Step, Whitespace
+from bigtrain.data.prepare.steps import ControlCharacters, Repair, Step, Whitespace
 from bigtrain.data.tokenizers import BPE
 from bigtrain.config import config
 import time
