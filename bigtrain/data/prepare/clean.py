@@ -26,12 +26,13 @@ from bigtrain.data.prepare.files import (
 )
 from bigtrain.data.prepare.readers import documents
 from bigtrain.data.prepare.recipe import Prepare
-from bigtrain.data.prepare.steps import Apply, Rejected
+from bigtrain.data.prepare.steps import Rejected
 from bigtrain.data.readers import Problem
 from bigtrain.load import read
 
 SAMPLES = 3  # Of each reason, a task.
 EXCERPT = 700  # Characters of a sample.
+CONTEXT = 80  # Characters around a change.
 BINS = 64  # Of the histograms: two for each doubling of a length in characters.
 
 
@@ -42,7 +43,7 @@ class Counts:
   documents: int = 0
   changed: int = 0
   chars_in: int = 0
-  chars_out: int = 0
+  chars_changed: int = 0  # How many more there are, in the documents that go on.
   seconds: float = 0.0
   rejected: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -54,12 +55,26 @@ class Samples:
     self._size, self._heaps = size, collections.defaultdict(list)
 
   def add(self, kind: str, name: str, text: str) -> None:
-    order = -int.from_bytes(digest(text)[:6], "big")
-    heap, item = self._heaps[kind], (order, name, text[:EXCERPT], len(text))
+    """A document."""
+    self._put(kind, text, lambda: (name, text[:EXCERPT], len(text)))
+
+  def add_change(self, kind: str, name: str, before: str, after: str) -> None:
+    """The first place where a document differs before and after a step."""
+
+    def excerpt() -> tuple[str, str, str]:
+      pairs = enumerate(zip(before, after, strict=False))
+      end = min(len(before), len(after))
+      at = max(0, next((i for i, (a, b) in pairs if a != b), end) - CONTEXT // 2)
+      return name, before[at : at + CONTEXT], after[at : at + CONTEXT]
+
+    self._put(kind, before, excerpt)
+
+  def _put(self, kind: str, text: str, make: Callable[[], tuple]) -> None:
+    heap, order = self._heaps[kind], -int.from_bytes(digest(text)[:6], "big")
     if len(heap) < self._size:
-      heapq.heappush(heap, item)
-    elif item > heap[0]:
-      heapq.heapreplace(heap, item)
+      heapq.heappush(heap, (order, *make()))
+    elif order > heap[0][0]:
+      heapq.heapreplace(heap, (order, *make()))
 
   def dump(self) -> dict[str, list]:
     return {kind: sorted(heap, reverse=True) for kind, heap in sorted(self._heaps.items())}
@@ -75,12 +90,43 @@ def recipe_of(out: str) -> Prepare:
   return read(out, Prepare)[0]
 
 
+class Cleaning:
+  """The steps that are on, one after another, and what each of them did."""
+
+  def __init__(self, recipe: Prepare):
+    on = [step for step in recipe.steps if step.on]
+    self.names = [type(step).__name__ for step in on]
+    self.counts = [Counts() for _ in on]
+    self.changes = Samples()
+    self._steps = [step.make() for step in on]
+
+  def __call__(self, text: str, name: str) -> tuple[str, str, str] | str:
+    """The cleaned text; or, of one that a step rejects, that step, why, and what it was given."""
+    for i, (apply, count) in enumerate(zip(self._steps, self.counts, strict=True)):
+      started = time.perf_counter()
+      try:
+        found = apply(text) or Rejected("empty")
+      except Exception as error:
+        error.add_note(f"in the step {self.names[i]}, of the document {name}")
+        raise
+      count.seconds += time.perf_counter() - started
+      count.documents += 1
+      count.chars_in += len(text)
+      if isinstance(found, Rejected):
+        count.rejected[found.reason] += 1
+        return self.names[i], found.reason, text
+      if found != text:
+        count.changed += 1
+        count.chars_changed += len(found) - len(text)
+        self.changes.add_change(f"{i:03} {self.names[i]}", name, text, found)
+      text = found
+    return text
+
+
 def clean(out: str, _: Any, rank: int, world_size: int) -> None:
   """The task: reads and cleans every `world_size`-th input file from the `rank`-th on."""
   recipe, folder = recipe_of(out), pathlib.Path(out)
-  names = [type(step).__name__ for step in recipe.steps if step.on]
-  steps = [step.make() for step in recipe.steps if step.on]
-  counts, reading, samples = [Counts() for _ in steps], Counts(), Samples()
+  cleaning, reading, samples = Cleaning(recipe), Counts(), Samples()
   before, after = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
   size = 0
 
@@ -102,50 +148,28 @@ def clean(out: str, _: Any, rank: int, world_size: int) -> None:
           rejected.add({"id": name, "step": "read", "reason": found.kind, "detail": str(found)})
           continue
         reading.documents += 1
-        reading.chars_out += len(found)
+        reading.chars_in += len(found)
         before[bin_of(len(found))] += 1
-        text, refusal = _through(found, steps, counts, name)
-        if refusal is None:
-          kept.add({"id": name, "text": text})
-          digests.write(digest(text))
-          after[bin_of(len(text))] += 1
+        made = cleaning(found, name)
+        if isinstance(made, str):
+          kept.add({"id": name, "text": made})
+          digests.write(digest(made))
+          after[bin_of(len(made))] += 1
         else:
-          step = names[refusal[0]]
-          samples.add(f"{step}: {refusal[1]}", name, text)
-          rejected.add({"id": name, "step": step, "reason": refusal[1], "text": text})
+          step, reason, text = made
+          samples.add(f"{step}: {reason}", name, text)
+          rejected.add({"id": name, "step": step, "reason": reason, "text": text})
   spent = time.perf_counter() - started
-  reading.seconds = max(0.0, spent - sum(c.seconds for c in counts))
+  reading.seconds = max(0.0, spent - sum(c.seconds for c in cleaning.counts))
   stats = {
     "bytes": size,
     "read": vars(reading),
-    "steps": [{"name": n, **vars(c)} for n, c in zip(names, counts, strict=True)],
+    "steps": [{"name": n, **vars(c)} for n, c in zip(cleaning.names, cleaning.counts, strict=True)],
     "lengths": {"read": before.tolist(), "cleaned": after.tolist()},
     "samples": samples.dump(),
+    "changes": cleaning.changes.dump(),
   }
   write_json(folder / "work" / "clean" / f"{rank:05}.json", stats)
-
-
-def _through(
-  text: str, steps: list[Apply], counts: list[Counts], name: str
-) -> tuple[str, tuple[int, str] | None]:
-  """The text after the steps; or as the step found it that rejected it, with that and why."""
-  for i, (apply, count) in enumerate(zip(steps, counts, strict=True)):
-    started = time.perf_counter()
-    try:
-      found = apply(text) or Rejected("empty")
-    except Exception as error:
-      error.add_note(f"in steps.{i} of those that are on, at the document {name}")
-      raise
-    count.seconds += time.perf_counter() - started
-    count.documents += 1
-    count.chars_in += len(text)
-    if isinstance(found, Rejected):
-      count.rejected[found.reason] += 1
-      return text, (i, found.reason)
-    count.chars_out += len(found)
-    count.changed += found != text
-    text = found
-  return text, None
 
 
 def cleaned(folder: pathlib.Path, rank: int) -> Iterator[dict[str, str]]:

@@ -152,8 +152,9 @@ def select(out: str, _: Any, rank: int, world_size: int) -> None:
     members = np.fromfile(path, "<u4").reshape(-1, 2)
     r = int(path.stem)
     own = np.delete(digests(folder, r), dropped(folder, r), axis=0)[members[:, 0]]
-    task_of = np.full(len(members), r)
-    rows.append(np.column_stack([members[:, 1], own, task_of, members[:, 0]]).astype(np.uint64))
+    here = np.empty((len(members), 5), np.uint64)
+    here[:, 0], here[:, 1:3], here[:, 3], here[:, 4] = members[:, 1], own, r, members[:, 0]
+    rows.append(here)
   found = np.concatenate(rows)
   found = found[np.lexsort(found.T[[4, 3, 2, 1, 0]])]
   first = np.append(True, np.diff(found[:, 0]) != 0)[: len(found)]

@@ -1,9 +1,11 @@
 """The report as one self-contained HTML page: no scripts, no fonts or pictures from elsewhere."""
 
 import html
+import re
 from typing import Any
 
-from bigtrain.console import human
+from bigtrain.console import duration, human
+from bigtrain.data.prepare.charts import curve, histogram
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;
@@ -19,7 +21,10 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;padding:.6rem
 border-radius:4px;margin:.2rem 0 .8rem;font-size:.82rem;max-height:14rem;overflow:auto}
 .id{font-size:.8rem;color:#5a6675}.cards{display:flex;gap:1rem;flex-wrap:wrap}
 .card{flex:1;border:1px solid #e4e8ee;border-radius:6px;padding:.6rem 1rem;min-width:8rem}
-.card b{font-size:1.5rem;display:block}details{margin:.4rem 0}summary{cursor:pointer}
+.card b{font-size:1.5rem;display:block;line-height:1.3}.card small{color:#5a6675}
+.was{background:#fdeee4}.is{background:#e6f0fc}.was,.is{border-radius:3px;padding:.05rem .25rem;
+font:.82rem/1.5 ui-monospace,monospace;overflow-wrap:anywhere;white-space:pre-wrap}
+details{margin:.4rem 0}summary{cursor:pointer}
 """
 
 
@@ -27,25 +32,32 @@ def page(report: dict[str, Any], manifest: dict[str, Any]) -> str:
   """The page."""
   read = report["steps"][0]
   lost = read["documents"] - report["kept"]
+  unread = sum(read["rejected"].values())
   code = manifest["code"]
   parts = [
     "<!doctype html><html lang=en><meta charset=utf-8><title>Prepared data</title>",
     f"<style>{STYLE}</style><h1>Prepared data</h1>",
-    f"<p class=lead>{human(read['documents'])} documents read from {len(manifest['inputs'])} files "
-    f"({human(read['read_bytes'])}B), {human(report['kept'])} kept, {human(lost)} rejected. "
-    f"Made by bigtrain at revision {html.escape(str(code['revision']))}.</p>",
+    f"<p class=lead>{human(read['documents'])} documents read from {len(manifest['inputs']):,} "
+    f"files ({human(read['read_bytes'])}B), {human(report['kept'])} kept, {human(lost)} rejected"
+    f"{f', {human(unread)} unreadable' if unread else ''}. Made by bigtrain at revision "
+    f"{html.escape(str(code['revision']))}.</p>",
     _cards(report["splits"]),
     "<h2>From step to step</h2>",
     _steps(report["steps"]),
     "<h2>Why documents were rejected</h2>",
     _reasons(report["steps"]),
+    "<h2>What the steps changed</h2>",
+    _changes(report["changes"]),
     "<h2>Length of documents</h2>",
     histogram(report["lengths"]["read"], report["lengths"]["kept"]),
-    "<h2>Most frequent duplicates</h2>",
+    "<h2>Duplicates</h2>",
     _duplicates(report["most_frequent"], report["near"]),
   ]
+  if report["shared_lines"]:
+    parts += ["<h2>Lines that documents share</h2>", _lines(report["shared_lines"])]
   if "previous" in report:
     parts += ["<h2>Against the previous preparation</h2>", _previous(report["previous"])]
+  parts += ["<h2>Time and memory</h2>", _stages(report["stages"])]
   samples = report["samples"]
   parts += ["<h2>Samples of what was kept</h2>", _samples({"kept": samples.get("kept", [])}, True)]
   others = {kind: found for kind, found in samples.items() if kind != "kept"}
@@ -54,8 +66,10 @@ def page(report: dict[str, Any], manifest: dict[str, Any]) -> str:
 
 
 def _cards(splits: dict[str, dict]) -> str:
+  total = max(sum(s["documents"] for s in splits.values()), 1)
   cards = (
-    f"<div class=card>{name}<b>{human(s['documents'])}</b>{human(s['bytes'])}B</div>"
+    f"<div class=card>{name}<b>{s['documents']:,}</b><small>{s['documents'] / total:.1%} of the "
+    f"documents, {human(s['bytes'])}B</small></div>"
     for name, s in splits.items()
   )
   return f"<div class=cards>{''.join(cards)}</div>"
@@ -68,21 +82,20 @@ def _steps(rows: list[dict]) -> str:
     "</span> here<th class=n>rejected<th class=n>changed<th class=n>characters<th class=n>MB/s</tr>"
   ]
   for row in rows:
-    rejected = sum(row["rejected"].values())
-    came = row["documents"]
+    rejected, came = sum(row["rejected"].values()), row["documents"]
     kept = came if row["name"] == "read" else came - rejected
     bar = f"<i class=on style='width:{100 * kept / total:.2f}%'></i>"
     bar += f"<i class=off style='width:{100 * (came - kept) / total:.2f}%'></i>"
-    moved = row.get("chars_out", 0) - row.get("chars_in", 0)
-    size = row.get("chars_in") or row.get("read_bytes") or 0
+    size = row.get("read_bytes") or row.get("chars_in") or 0
     speed = f"{size / 1e6 / row['seconds']:.1f}" if row.get("seconds") else ""
-    gone = row["name"] == "read" or "chars_in" not in row or rejected
-    changed = f"{row['changed']:,}" if row.get("changed") else ""
+    moved = row.get("chars_changed", 0)
+    cells = (came, rejected, row.get("changed", 0))
+    came, rejected, changed = (f"{n:,}" if n else "" for n in cells)
     out.append(
-      f"<tr><td>{html.escape(row['name'])}<td class=n>{came:,}<td><div class=bar>{bar}</div>"
-      f"<td class=n>{rejected:,}<td class=n>{changed}"
+      f"<tr><td>{html.escape(row['name'])}<td class=n>{came}<td><div class=bar>{bar}</div>"
+      f"<td class=n>{rejected}<td class=n>{changed}<td class=n>{f'{moved:+,}' if moved else ''}"
+      f"<td class=n>{speed}</tr>"
     )
-    out.append(f"<td class=n>{'' if gone else f'{moved:+,}'}<td class=n>{speed}</tr>")
   return "".join(out) + "</table>"
 
 
@@ -99,53 +112,69 @@ def _reasons(rows: list[dict]) -> str:
   return out + "</table>"
 
 
-def histogram(before: list[int], after: list[int]) -> str:
-  """Two histograms over each other as SVG; bin b begins at 2**(b / 2) characters."""
-  used = [b for b, n in enumerate(before) if n] + [b for b, n in enumerate(after) if n]
-  if not used:
-    return "<p>There are no documents.</p>"
-  low, high, top = min(used), max(used) + 1, max([*before, *after])
-  width, height, left = 900 / (high - low), 180, 50
-  out = [f"<svg viewBox='0 0 960 {height + 60}' role=img style='width:100%;font-size:12px'>"]
-  for b in range(low, high):
-    x = left + (b - low) * width
-    for n, colour, inset in ((before[b], "#c3cedb", 0.5), (after[b], "#3b7dd8", width * 0.2)):
-      h = height * n / top
-      box = f"x='{x + inset:.1f}' y='{10 + height - h:.1f}' width='{width - 2 * inset:.1f}'"
-      title = f"{human(2 ** (b / 2))} to {human(2 ** ((b + 1) / 2))} characters: {n:,}"
-      out.append(f"<rect {box} height='{h:.1f}' fill='{colour}'><title>{title}</title></rect>")
-    if b % 2 == 0:
-      out.append(
-        f"<text x='{x:.0f}' y='{height + 26}' text-anchor=middle>{human(2 ** (b / 2))}</text>"
-      )
-  out.append(f"<line x1={left} x2=950 y1={10 + height} y2={10 + height} stroke='#5a6675'/>")
-  out.append(f"<text x={left - 6} y=20 text-anchor=end>{human(top)}</text>")
-  key = ((left, "#c3cedb", "read"), (left + 90, "#3b7dd8", "kept"))
-  for x, colour, label in key:
-    out.append(f"<rect x={x} y={height + 42} width=12 height=12 fill='{colour}'/>")
-    out.append(f"<text x={x + 18} y={height + 53}>{label}</text>")
-  out.append(f"<text x=950 y={height + 53} text-anchor=end>characters of a document</text></svg>")
-  return "".join(out)
+def _changes(found: dict[str, list]) -> str:
+  """The first place where a document differs, before and after the step."""
+  if not found:
+    return "<p>Nothing.</p>"
+  out = "<table><tr><th>step<th>before<th>after</tr>"
+  for step, samples in found.items():
+    for i, sample in enumerate(samples):
+      name = f"<td rowspan={len(samples)}>{html.escape(step)}" if i == 0 else ""
+      cells = (html.escape(visible(sample[side])) for side in ("before", "after"))
+      was, now = cells
+      out += f"<tr>{name}<td><span class=was>{was}</span><td><span class=is>{now}</span></tr>"
+  return out + "</table>"
+
+
+def visible(text: str) -> str:
+  """White space and control characters as signs."""
+  signs = {"\t": "→", "\n": "↵\n", " ": "·"}
+  shown = (signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
+  # Single spaces between words are no news.
+  return re.sub(r"(?<=\S)(?<!·)·(?=[^\s·])", " ", "".join(shown))
 
 
 def _duplicates(most: list[dict], near: dict | None) -> str:
   out = ""
   if near is not None:
-    recall = ", ".join(f"{r:.1%} at {s}" for s, r in near["recall"].items())
+    chance = lambda s: 1 - (1 - s ** near["rows"]) ** near["bands"]
     out += (
-      f"<p>Near: Jaccard similarity of at least {near['threshold']}. The bands "
-      f"find {recall}. {near['pairs']:,} pairs met in a band; {near['below_threshold']:,} "
-      "of them were below the threshold and so no duplicates.</p>"
+      f"<p>Near duplicates: {near['pairs']:,} pairs met in one of {near['bands']} bands of "
+      f"{near['rows']} hashes and were compared exactly; {near['below_threshold']:,} of them were "
+      f"below the threshold and so no duplicates.</p>{curve(chance, near['threshold'])}"
     )
   if not most:
-    return out + "<p>There are none.</p>"
-  out += "<table><tr><th>kind<th class=n>copies<th>document that stayed</tr>"
+    return out + "<p>There are no duplicates.</p>"
+  out += "<table><tr><th>kind<th class=n>copies<th>the one that stayed</tr>"
   for group in most:
     out += (
       f"<tr><td>{group['kind']}<td class=n>{group['copies']:,}<td><span class=id>"
       f"{html.escape(group['id'])}</span><br>{html.escape(group['text'])}</tr>"
     )
   return out + "</table>"
+
+
+def _lines(found: list) -> str:
+  rows = (f"<tr><td class=n>{n:,}<td>{html.escape(line)}</tr>" for n, line in found)
+  return f"<table><tr><th class=n>documents<th>line</tr>{''.join(rows)}</table>"
+
+
+def _stages(rows: list[dict]) -> str:
+  total = max(sum(row["seconds"] for row in rows), 1e-9)
+  out = "<table><tr><th>stage<th class=n>tasks<th class=n>time of all<th><th class=n>longest"
+  out += "<th class=n>peak memory</tr>"
+  for row in rows:
+    bar = f"<i class=on style='width:{100 * row['seconds'] / total:.2f}%'></i>"
+    out += (
+      f"<tr><td>{row['name']}<td class=n>{row['tasks']:,}<td class=n>{_time(row['seconds'])}"
+      f"<td><div class=bar>{bar}</div><td class=n>{_time(row['longest'])}"
+      f"<td class=n>{human(row['peak_bytes'])}B</tr>"
+    )
+  return out + "</table>"
+
+
+def _time(seconds: float) -> str:
+  return f"{seconds:.2f} s" if seconds < 60 else duration(seconds)
 
 
 def _previous(found: dict) -> str:

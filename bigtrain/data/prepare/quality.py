@@ -20,7 +20,7 @@ def _filtering(rules: Any) -> Apply:
     document = Document(text=text, id="")
     found = rules.filter(document)
     kept, reason = found if isinstance(found, tuple) else (found, "rejected")
-    return document.text if kept else Rejected(reason)
+    return document.text if kept else Rejected(reason.removeprefix("gopher_").replace("_", " "))
 
   return apply
 
@@ -162,6 +162,7 @@ class Language(Step):
       found: dict[str, float] = dict(zip(labels, chances, strict=True))
       if max(found.get(label, 0.0) for label in wanted) >= self.threshold:
         return text
-      return Rejected(f"language {labels[0].removeprefix('__label__') if labels else 'unknown'}")
+      likeliest = labels[0].removeprefix("__label__")
+      return Rejected("language unsure" if labels[0] in wanted else f"language {likeliest}")
 
     return apply

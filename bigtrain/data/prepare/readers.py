@@ -100,6 +100,14 @@ class _Blocks:
     return data
 
 
+def _cut_off(record) -> bool:
+  """Whether the archive ends within the record, what is left of which is read."""
+  left = lambda: getattr(record, "limit", 0)  # None is told where the record has no length.
+  while left() > 0 and record.read(2**16):
+    pass
+  return left() > 0
+
+
 def _warc(path, limit, advance) -> Iterator[str | Problem]:
   """The pages among the responses of a web archive."""
   from warcio.archiveiterator import ArchiveIterator
@@ -119,8 +127,10 @@ def _warc(path, limit, advance) -> Iterator[str | Problem]:
       page = record.content_stream().read(cut + 1)
       if len(page) > cut:
         yield Problem(path, number, "too long", f"a page of more than {cut} bytes")
-      elif source.problem is not None:
-        break  # The page is cut off where the archive is.
+      elif _cut_off(record.raw_stream):
+        if source.problem is None:
+          yield Problem(path, number, "truncated .warc", "it ends within a record")
+        break
       elif "html" in kind:
         yield _text_of(page, path, number)
       else:

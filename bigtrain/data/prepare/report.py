@@ -75,7 +75,7 @@ def _report(recipe: Prepare, folder: pathlib.Path, made: list, packed: list) -> 
       rows.append({"name": name, "documents": left, "rejected": rejected})
       left -= sum(rejected.values())
   if recipe.lines is not None:
-    rows[-1] |= {"changed": gone["trimmed"], "chars_removed": gone["chars removed"]}
+    rows[-1] |= {"changed": gone["trimmed"], "chars_changed": -gone["chars removed"]}
   summed = lambda parts: np.sum(list(parts), axis=0).tolist()
   texts = {int(hashed): line for p in packed for hashed, line in p["lines"].items()}
   return {
@@ -86,6 +86,7 @@ def _report(recipe: Prepare, folder: pathlib.Path, made: list, packed: list) -> 
       "read": summed(m["lengths"]["read"] for m in made),
       "kept": summed(p["lengths"] for p in packed),
     },
+    "changes": _changes([m["changes"] for m in made]),
     "samples": _samples([m["samples"] for m in made] + [p["samples"] for p in packed]),
     "most_frequent": _most(folder, {k: v for p in packed for k, v in p["excerpts"].items()}),
     "shared_lines": [[n, texts[hashed]] for hashed, n in frequent(folder).items()],
@@ -112,15 +113,27 @@ def _row(name: str, parts: list[dict], **more: Any) -> dict[str, Any]:
   return {"name": name, **sums, "rejected": dict(rejected.most_common()), **more}
 
 
-def _samples(parts: list[dict[str, list]]) -> dict[str, list]:
+def _best(parts: list[dict[str, list]]) -> dict[str, list]:
+  """A few samples of each kind, the same ones however the work was cut."""
   found = collections.defaultdict(list)
   for part in parts:
     for kind, samples in part.items():
       found[kind] += samples
-  best = {kind: sorted(samples, reverse=True)[:SHOWN] for kind, samples in sorted(found.items())}
+  return {kind: sorted(samples, reverse=True)[:SHOWN] for kind, samples in sorted(found.items())}
+
+
+def _samples(parts: list[dict[str, list]]) -> dict[str, list]:
   return {
     kind: [{"id": i, "text": text, "chars": n} for _, i, text, n in samples]
-    for kind, samples in best.items()
+    for kind, samples in _best(parts).items()
+  }
+
+
+def _changes(parts: list[dict[str, list]]) -> dict[str, list]:
+  """By step, in their order, places before and after it; their kinds begin with the number."""
+  return {
+    kind[4:]: [{"id": i, "before": before, "after": after} for _, i, before, after in samples]
+    for kind, samples in _best(parts).items()
   }
 
 
@@ -143,7 +156,8 @@ def _near(recipe: Prepare, folder: pathlib.Path) -> dict[str, Any] | None:
     "pairs": sum(f["pairs"] for f in found),
     "below_threshold": sum(f["below_threshold"] for f in found),
     "threshold": recipe.near.threshold,
-    "recall": {str(s): recipe.near.recall(s) for s in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)},
+    "bands": recipe.near.bands,
+    "rows": recipe.near.rows,
   }
 
 

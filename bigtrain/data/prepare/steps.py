@@ -6,6 +6,7 @@ the file of the recipe.
 """
 
 import abc
+import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable
@@ -144,18 +145,22 @@ class Scrub(Step):
   def make(self) -> Apply:
     from datatrove.pipeline.formatters import PIIFormatter
 
-    others = PIIFormatter(
-      remove_emails=self.emails, remove_ips=self.ips, email_replacement="<email>",
-      ip_replacement="<ip>",
-    )  # fmt: skip
+    emails = PIIFormatter(remove_ips=False, email_replacement="<email>")
+    ips = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\w)")
     phones = re.compile(
       r"(?<![\w.+-])(?:\+\d{1,3}(?:[ .()-]{0,2}\d){7,12}|\(?\d{3}\)?[ .-]\d{3}[.-]\d{4})(?![\w-])"
     )
 
+    def public(found: re.Match) -> str:
+      try:
+        return "<ip>" if ipaddress.ip_address(found[0]).is_global else found[0]
+      except ValueError:
+        return found[0]
+
     def apply(text: str) -> str:
-      # Only where the signs of them are: the patterns are slow on what has none.
-      if "@" in text or self.ips:
-        text = others.format(text)
+      if self.emails and "@" in text:  # The pattern is slow on what has none.
+        text = emails.format(text)
+      text = ips.sub(public, text) if self.ips else text
       return phones.sub("<phone>", text) if self.phones else text
 
     return apply
