@@ -25,6 +25,7 @@ NOVELS = (
   "pride_and_prejudice",
   "sense_and_sensibility",
 )
+KINDS = ".txt, .jsonl (also .gz, .zst) or .parquet"
 CHAPTER = re.compile(r"^(?:volume [ivx]+\s+)?chapter (?:[ivxl]+|\d+)[ \t]*$", re.I | re.M)
 
 
@@ -167,8 +168,14 @@ class PreparedText:
       advance(path.stat().st_size)
 
 
-def expand(pattern: str, kind: Callable[[pathlib.Path], str] = kind_of) -> list[pathlib.Path]:
-  """The files of a folder, glob or path, hidden ones left out, sorted."""
+def expand(
+  pattern: str, kind: Callable[[pathlib.Path], str] = kind_of, kinds: str = KINDS
+) -> list[pathlib.Path]:
+  """The files of a folder, glob or path, hidden ones left out, sorted.
+
+  Raises:
+    Refused: there are none, or none of a kind that is read; `kinds` says which are.
+  """
   path = pathlib.Path(pattern).expanduser()
   wanted = glob.escape(str(path)) if path.exists() else str(path)
   found = glob.iglob(f"{wanted}/**" if path.is_dir() else wanted, recursive=True)
@@ -176,9 +183,7 @@ def expand(pattern: str, kind: Callable[[pathlib.Path], str] = kind_of) -> list[
   if not files:
     raise Refused(f"no files match {pattern}{near(path)}")
   if not any(kind(p) for p in files):
-    raise Refused(
-      f"{files[0]} is not .txt, .jsonl (also .gz, .zst) or .parquet, as sources must be"
-    )
+    raise Refused(f"{files[0]} is not {kinds}, as sources must be")
   return files
 
 

@@ -17,6 +17,7 @@ from bigtrain.data.readers import Problem
 if TYPE_CHECKING:
   from bigtrain.data.prepare.recipe import Prepare
 
+KINDS = ".txt, .md, .html, .jsonl, .warc (also .gz, .zst) or .parquet"
 WARC_CUT = 2**24  # Bytes of a web page that are looked at; longer ones are rejected.
 
 
@@ -41,7 +42,7 @@ def documents(
   """
   kind = kind_of(path)
   if not kind:
-    yield Problem(path, None, "not .txt, .md, .html, .jsonl, .parquet or .warc")
+    yield Problem(path, None, f"not {KINDS}")
   elif path.stat().st_size == 0:
     yield Problem(path, None, "empty file")
   elif kind == ".txt":

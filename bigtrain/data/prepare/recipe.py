@@ -5,7 +5,7 @@ from typing import Literal
 
 from bigtrain.config import Refused, config, configs
 from bigtrain.data.prepare.engine import Local, Ray, Slurm
-from bigtrain.data.prepare.readers import kind_of
+from bigtrain.data.prepare.readers import KINDS, kind_of
 from bigtrain.data.prepare.steps import ControlCharacters, Repair, Step, Whitespace
 from bigtrain.data.sources import expand
 from bigtrain.data.tokenizers import BPE
@@ -85,6 +85,8 @@ class Prepare:
     """
     import re
 
+    if not self.inputs:
+      raise Refused("inputs is empty: name folders, globs or files")
     for name in ("tasks", "max_bytes", "shard_bytes"):
       if getattr(self, name) < 1:
         raise Refused(f"{name} is {getattr(self, name)}: at least 1")
@@ -109,4 +111,4 @@ class Prepare:
 
   def files(self) -> list[pathlib.Path]:
     """The input files, each once, in order of their paths."""
-    return sorted({path for pattern in self.inputs for path in expand(pattern, kind_of)})
+    return sorted({path for pattern in self.inputs for path in expand(pattern, kind_of, KINDS)})

@@ -106,10 +106,10 @@ def _begin(recipe: Prepare, out: pathlib.Path, file: pathlib.Path | None) -> Non
   except OSError as error:
     raise Refused(f"{error.filename}: {error.strerror}") from None
   inputs = out / "work" / "inputs.json"
-  if not inputs.exists():
-    left = [p.name for p in out.iterdir() if p.name not in (".lock", "work")]
-    if set(left) - {"config.json", "experiment.py"}:
-      raise Refused(f"{out} holds other files, such as {sorted(left)[0]}: take another --out")
+  if not (inputs.exists() or _finished(out)):
+    left = {p.name for p in out.iterdir()} - {".lock", "work", "config.json", "experiment.py"}
+    if left:
+      raise Refused(f"{out} holds other files, such as {min(left)}: take another --out")
     write(recipe, out, file)
     write_json(inputs, files)
     return
@@ -118,21 +118,29 @@ def _begin(recipe: Prepare, out: pathlib.Path, file: pathlib.Path | None) -> Non
   changes = [line for line in diff(before, recipe) if not line.startswith("engine")]
   if changes:
     raise Refused(f"{out} was begun with another config: {'; '.join(changes)}; take another --out")
+  if not inputs.exists():
+    return
   old, new = {f[0]: f[1:] for f in read_json(inputs)}, {f[0]: f[1:] for f in files}
   if old != new:
-    differing = [p for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
+    first, *others = [p for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
+    more = f" and {len(others)} more" if others else ""
     raise Refused(
-      f"the input of {out} has changed since: {differing[0]} and {len(differing) - 1} more files; "
-      f"take another --out (and --previous {out} to compare the splits)"
+      f"the input of {out} has changed since: {first}{more}; take another --out (and --previous "
+      f"{out} to compare the splits)"
     )
   write(recipe, out, file)
+
+
+def _finished(out: pathlib.Path) -> bool:
+  """Whether all is done: the manifest is written last, and work/ may be gone by then."""
+  return (out / "manifest.json").exists()
 
 
 def _run(recipe: Prepare, out: pathlib.Path) -> dict[str, Any] | None:
   os.environ.setdefault("TQDM_DISABLE", "1")  # datatrove's bars, read where it is imported.
   todo = stages(recipe, out)
   total, before = sum(s.tasks for s in todo), sum(done(out, s) for s in todo)
-  if before == total:
+  if _finished(out):
     say(f"{out} is finished: nothing to do")
     return read_json(out / "manifest.json")
   if not recipe.engine.at_work(out):
@@ -141,7 +149,7 @@ def _run(recipe: Prepare, out: pathlib.Path) -> dict[str, Any] | None:
     if before:
       say(f"going on with {out}: {before} of {total} tasks are done")
     _work(recipe, todo, out, total, before)
-  if not (out / "manifest.json").exists():
+  if not _finished(out):
     say(f"queued; the same command tells how far it is ({sum(done(out, s) for s in todo)}/{total})")
     return None
   return read_json(out / "manifest.json")

@@ -17,12 +17,15 @@ from bigtrain.data.prepare.steps import (
   Scrub,
   Whitespace,
 )
+from bigtrain.data.sources import Austen, Document
 from tests.data.prepare.corpus import document, kept, prepared, reasons, report
 
 ENGLISH = (
   "The house stood at the end of the lane, and the garden that lay behind it was known to have "
   "been planted with roses by the owner of the mill. "
 )
+
+MENU = "Home | About us | Contact"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ ENGLISH = (
     (Whitespace(), " a \t b\u00a0\u3000c \n\n\n\n d\n", "a b c\n\n d"),
     (Whitespace(blank_lines=0), "a\n\n\nb", "a\nb"),
     (Whitespace(), "def f():\n\treturn  1", "def f():\n  return 1"),
-    (RepeatedLines(), "A line of the menu here\nB\nB\nA line of the menu here\nC", "A line of the menu here\nB\nB\nC"),
+    (RepeatedLines(), f"{MENU}\nB\nB\n{MENU}\nC", f"{MENU}\nB\nB\nC"),
     (RepeatedLines(min_chars=1), "B\n\nB\n\nC", "B\n\n\nC"),
   ],
 )  # fmt: skip
@@ -92,14 +95,13 @@ def test_steps_are_counted_and_can_be_switched_off(tmp_path):
 
 
 # A text that every rule takes, and for each rule one that it alone rejects.
-GOOD = "\n".join(
-  f"{ENGLISH}It was in the year {1800 + i} that they sold it to a family of {i} with all of it."
-  for i in range(8)
-)
+CHAPTER = next(d.text for d in Austen().documents(lambda _: None) if isinstance(d, Document))
+PARAGRAPHS = [" ".join(paragraph.split()) for paragraph in CHAPTER.split("\n\n")]
+GOOD = "\n".join([p for p in PARAGRAPHS if p.endswith(".") and len(p) > 150][:6])
 JUNK = {
   ("Gopher", "short doc"): "The cat and the dog.",
   ("Gopher", "below avg threshold"): "it is to be of a an or we he " * 12,
-  ("Gopher", "too many hashes"): GOOD + " #" * 60,
+  ("Gopher", "too many hashes"): GOOD + " #" * 200,
   ("Gopher", "too many bullets"): "\n".join(
     f"- the part of {document(i, 9)} and that with" for i in range(12)
   ),
@@ -108,8 +110,8 @@ JUNK = {
   ("GopherRepetition", "dup line frac"): GOOD + "\n" + "They sold it to the family.\n" * 12,
   ("GopherRepetition", "top 2 gram"): GOOD + "\n" + "extraordinary consequences " * 40,
   ("GopherRepetition", "duplicated 5 n grams"): f"{document(2, 60)} {document(2, 40)}",
-  ("C4", "curly bracket"): GOOD.replace("family", "family {"),
-  ("C4", "lorem ipsum"): GOOD.replace("the mill", "the lorem ipsum"),
+  ("C4", "curly bracket"): GOOD + "\nThe family { was large.",
+  ("C4", "lorem ipsum"): GOOD + "\nThe lorem ipsum was old.",
   ("C4", "too few sentences"): GOOD.replace(".", ","),
   ("FineWeb", "line punct ratio"): GOOD.replace(".", ","),
   ("FineWeb", "short line ratio"): GOOD + "".join(f"\nThe {document(i, 3)}." for i in range(40)),
