@@ -64,6 +64,8 @@ def leaving(again: str) -> Iterator[None]:
       os.write(2, f"{shown}bigtrain: stopped; the same command goes on: {again}\n".encode())
     os._exit(Exit.LEFT)
 
+  # Python's tracker of resources clears up after this process, and need not warn of it.
+  os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
   before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
   try:
     yield

@@ -103,7 +103,8 @@ def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
   os.killpg(command.process.pid, signal.SIGINT)  # Ctrl-C goes to all of them.
   code, said = command.end()
   assert code == Exit.LEFT
-  [line] = said.splitlines()
+  assert len(said.splitlines()) == 1, said
+  line = said.strip()
   assert line.startswith("bigtrain: stopped; the same command goes on: bigtrain data prepare ")
   assert line.endswith(f"--out {out}")
 

@@ -57,7 +57,9 @@ def test_impossible_settings_are_refused_before_any_work(fields, message, tmp_pa
 
 
 def test_a_changed_recipe_or_input_in_the_same_folder_is_refused(tmp_path):
-  out = prepared(tmp_path, ["one two three", "four five"])
+  jsonl(tmp_path / "in" / "a.jsonl", ["one two three", "four five"])
+  out = tmp_path / "out"
+  prepare(recipe(tmp_path / "in"), out)
   before = contents(out)
   with pytest.raises(Refused, match=r"begun with another config: validation: 0.2 -> 0.3"):
     prepare(recipe(tmp_path / "in", validation=0.3), out)
@@ -117,7 +119,7 @@ def test_packages_that_are_missing_are_named_with_the_command_that_installs_them
   ("arguments", "message"),
   [
     (["{file}", "--validaton", "0.2"], "there is no flag --validaton; did you mean --validation?"),
-    (["{file}", "--tasks", "many"], "--tasks must be a whole number"),
+    (["{file}", "--tasks", "many"], "--tasks must be int, not 'many'"),
     (["{file}:bse"], "has no function 'bse'; did you mean 'base'?"),
     (["{file}:wrong"], "Prepare has no field 'input'; did you mean 'inputs'?"),
     (["{file}:none"], "Prepare also needs 'inputs'"),
