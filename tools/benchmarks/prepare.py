@@ -3,7 +3,8 @@
 python tools/benchmarks/prepare.py --megabytes 8 32
 
 The documents are paragraphs of the novels of Jane Austen, drawn at random, a file a megabyte; a
-tenth are copies of others, a tenth copies with a word replaced, and every third begins with one menu. A task has 4 MB, and two processes work.
+tenth are copies of others, a tenth copies with a word replaced, and every third begins with one
+menu. A task has 4 MB, and two processes work.
 """
 
 import argparse
