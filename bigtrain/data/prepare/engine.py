@@ -181,7 +181,7 @@ class Ray:
   def run(self, stages: Sequence[Stage], out: pathlib.Path) -> None:
     """Runs the stages one after another; returns when all is done."""
     try:
-      import ray
+      import ray  # pyright: ignore[reportMissingImports]
       from datatrove.executor import RayPipelineExecutor
       from loguru import logger
     except ImportError as error:

@@ -154,7 +154,7 @@ class Language(Step):
   def make(self) -> Apply:
     import fasttext
 
-    model = fasttext.load_model(str(self._path()))
+    model: Any = fasttext.load_model(str(self._path()))
     wanted = {f"__label__{name}" for name in self.languages}
 
     def apply(text: str) -> str | Rejected:

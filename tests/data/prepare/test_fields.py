@@ -96,7 +96,7 @@ def test_every_field_of_a_recipe_changes_the_result(tmp_path):
   jsonl(tmp_path / "more" / "b.jsonl", ["another one"])
   (tmp_path / "in" / "b.txt").write_text("Title\nChapter\nIt is.\nChapter\nIt was.\n")
   (tmp_path / "in" / "c.jsonl").write_text('{"text": "this", "body": "that"}\n')
-  found = NearDuplicates(bands=8, rows=1)
+  found = NearDuplicates(bands=3, rows=1)
   base = recipe(
     tmp_path / "in", near=found, lines=SharedLines(documents=6), tokenizer=BPE(vocab=270), tasks=1
   )

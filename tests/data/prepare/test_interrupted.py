@@ -22,7 +22,7 @@ RECIPE = """
 import time
 from bigtrain.config import config
 from bigtrain.data.prepare.engine import Local
-from bigtrain.data.prepare.recipe import Prepare, SharedLines
+from bigtrain.data.prepare.recipe import NearDuplicates, Prepare
 from bigtrain.data.prepare.steps import Repair, Step, Whitespace
 from bigtrain.data.tokenizers import BPE
 
@@ -38,7 +38,7 @@ class Slow(Step):
 
 def base() -> Prepare:
   return Prepare(
-    inputs=({inputs!r},), steps=(Repair(), Whitespace(), Slow()), lines=SharedLines(), tasks=4,
+    inputs=({inputs!r},), steps=(Repair(), Whitespace(), Slow()), near=NearDuplicates(bands=4), tasks=4,
     tokenizer=BPE(vocab=300), validation=0.2, engine=Local(workers=2),
   )
 """
@@ -110,7 +110,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
 
   finished = marks(out)
   assert any(name.startswith("clean") for name in finished) and len(finished) < 20
-  for stage in ("signatures", "residues"):
+  for stage in ("signatures", "pack"):
     command = Command(file, out)
     command.until(stage)
     command.process.kill()
