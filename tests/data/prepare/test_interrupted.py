@@ -38,7 +38,8 @@ class Slow(Step):
 
 def base() -> Prepare:
   return Prepare(
-    inputs=({inputs!r},), steps=(Repair(), Whitespace(), Slow()), near=NearDuplicates(bands=4), tasks=4,
+    inputs=({inputs!r},), steps=(Repair(), Whitespace(), Slow()), tasks=4,
+    near=NearDuplicates(bands=4),
     tokenizer=BPE(vocab=300), validation=0.2, engine=Local(workers=2),
   )
 """
