@@ -41,9 +41,7 @@ COMMANDS = {
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
-  "data": Command(
-    "bigtrain.data.fetch", "data", "fetch a dataset by name: bigtrain data fetch NAME"
-  ),
+  "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 
 
