@@ -293,7 +293,7 @@ def supply(e):
     file = pathlib.Path(e.data.source.pattern.replace("**/", "").replace("*", "a"))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
-  if isinstance(e.data, TextData) and isinstance(e.data.tokenizer, TokenizerFile):
+  if isinstance(getattr(e.data, "tokenizer", None), TokenizerFile):
     names = {str(i): i for i in range(e.model.vocabulary() - 1)}
     vocab = names | {e.data.tokenizer.eot: len(names)}
     path = pathlib.Path(e.data.tokenizer.path)
