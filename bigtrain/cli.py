@@ -7,6 +7,7 @@ here imports jax before a command needs it, so that help is quick.
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import signal
 import sys
@@ -40,9 +41,7 @@ COMMANDS = {
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
-  "data": Command(
-    "bigtrain.data.fetch", "data", "fetch a dataset by name: bigtrain data fetch NAME"
-  ),
+  "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 
 
@@ -192,25 +191,32 @@ def evaluate(arguments: list[str]) -> None:
 
 @config
 class Diagnose:
-  """Says what a run's records tell about its health, with the evidence and a remedy."""
+  """Says what a run's records tell about its health, with the evidence and a remedy.
+
+  The run may be one that is still going on. Troubles come first, then advice on saving time.
+  """
+
+  json: bool = False  # Print a list of objects: severity, kind, evidence, remedy.
 
 
 def diagnose(arguments: list[str]) -> None:
   """bigtrain diagnose RUN."""
-  run_dir, _ = _run_arguments(Diagnose(), arguments, "runs/quickstart")
+  run_dir, chosen = _run_arguments(Diagnose(), arguments, "runs/quickstart")
   from bigtrain import diagnose as room
-  from bigtrain.run_directory import RunDirectory
 
-  records = room.read(RunDirectory(run_dir, writes=False))
-  if not records.train:
-    raise Refused(f"{run_dir} has no metrics.jsonl: nothing was trained there")
+  records = room.read(run_dir)
   findings = room.diagnose(records)
+  if chosen.json:
+    fields = ("severity", "kind", "evidence", "remedy")
+    objects = [{name: getattr(finding, name) for name in fields} for finding in findings]
+    print(json.dumps(objects, indent=2))
+    return
   for finding in findings:
-    print(f"{finding}.\n")
+    print(f"{finding}\n")
   if not findings:
-    steps = records.train["step"][-1]
-    seen = "" if records.layers else "; layers were not looked at (logging.layers_every)"
-    print(f"nothing is wrong that {steps:.0f} steps would show{seen}")
+    print(f"nothing is wrong that {records.train['step'][-1]:.0f} steps would show")
+  if not records.layers:
+    print("layers were not looked at: the run records none (logging.layers_every), or not yet")
 
 
 @config

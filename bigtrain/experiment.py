@@ -46,6 +46,13 @@ class ModelConfig(abc.ABC):
     """How many positions the model has; None for any number."""
     return None
 
+  def n_classes(self) -> int | None:
+    """How many classes the model tells apart, checked against the data's; None without classes."""
+    return None
+
+  def check_inputs(self, shape: tuple[int, ...]) -> None:
+    """Refuses `inputs` of that shape, (height, width, channels) of an image, if it takes others."""
+
   def flops(self, length: int = 1) -> float | None:
     """Model FLOPs of training on one row of that length, by formula; None if not known.
 
@@ -57,7 +64,7 @@ class ModelConfig(abc.ABC):
     """Refuses impossible combinations of fields by raising `Refused`."""
 
   def smoke(self) -> Self:
-    """A copy that trains in seconds on a CPU, for --smoke: few layers, narrow, short rows."""
+    """A copy that trains in seconds on a CPU, for --smoke, where smoke.py's caps are not enough."""
     return self
 
 
@@ -89,9 +96,10 @@ class Data(abc.ABC):
   each document). Masked text also has `token_types` int32; others in evaluation `bytes` float32:
   the UTF-8 bytes of each target. Where targets are a decoder's own row, they and `weights` are as
   long as that, and `target_positions` and `target_segments` are about it.
-  Data of classes has `inputs` float32 (B, ...), images as (B, height, width, channels), `labels`
-  int32 (B,) and `weights` float32 (B,), 0 for padding. A mixture also has `source/<name>` float32
-  (B,) for each of its sources: 1 where the row is of that source.
+  Data of classes has `labels` int32 (B,), `weights` float32 (B,), 0 for padding, and `inputs`
+  float32 (B, ...), images as (B, height, width, channels); or, of text, `tokens`, `segments` and
+  `token_types`. A mixture also has `source/<name>` float32 (B,) for each of its sources: 1 where
+  the row is of that source.
   """
 
   @abc.abstractmethod
@@ -157,6 +165,14 @@ class DataConfig(abc.ABC):
 
   def row_length(self) -> int | None:
     """Tokens of the longest row, touching no data; None without tokens."""
+    return None
+
+  def n_classes(self) -> int | None:
+    """How many classes labels are of, touching no data; None without labels."""
+    return None
+
+  def input_shape(self) -> tuple[int, ...] | None:
+    """Of the `inputs` of one example, touching no data; None without inputs."""
     return None
 
   def read_tokenizer(self, path: "epath.Path") -> "Tokenizer | None":

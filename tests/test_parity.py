@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_initialisation_gives_the_same_bits_on_a_mesh():
   alone = Program(e, None).compile_init()(jax.random.key(7))
   with jax.set_mesh(mesh := e.mesh.make()):
     spread = Program(e, mesh).compile_init()(jax.random.key(7))
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(alone))
+  chex.assert_trees_all_equal(jax.device_get(spread), jax.device_get(alone))
 
 
 def test_fewer_key_value_heads_than_the_tensor_axis_are_refused():

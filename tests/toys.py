@@ -83,6 +83,23 @@ class Data(DataConfig):
 
 
 @config
+class Labelled(DataConfig):
+  """Examples of some shape, each of a class."""
+
+  shape: tuple[int, ...]
+  classes: int
+
+  def make(self, seed):
+    raise NotImplementedError
+
+  def n_classes(self):
+    return self.classes
+
+  def input_shape(self):
+    return self.shape
+
+
+@config
 class Sgd(OptimizerConfig):
   lr: float = 0.1  # Peak learning rate.
   momentum: float = 0.9

@@ -33,6 +33,12 @@ class Stages(DataConfig):
   def row_length(self) -> int | None:
     return max((data.row_length() or 0 for _, data in self.stages), default=None)
 
+  def n_classes(self) -> int | None:
+    return self.stages[0][1].n_classes()
+
+  def input_shape(self) -> tuple[int, ...] | None:
+    return self.stages[0][1].input_shape()
+
   def read_tokenizer(self, path: epath.Path) -> Tokenizer | None:
     return self.stages[-1][1].read_tokenizer(path)
 
@@ -42,6 +48,8 @@ class Stages(DataConfig):
       raise Refused(f"stages begin at steps {steps}: the first is 0 and each is after the last")
     if len(sizes := {data.vocabulary() for _, data in self.stages}) > 1:
       raise Refused(f"stages have vocabularies of {sizes} tokens: give all the same tokenizer")
+    if len(sizes := {(data.n_classes(), data.input_shape()) for _, data in self.stages}) > 1:
+      raise Refused(f"stages differ in (classes, shape of inputs): {sizes}; give all the same")
     texts = [data for _, data in self.stages if isinstance(data, TextData)]
     if len({(t.tokenizer, isinstance(t.tokenizer, BPE) and t.source) for t in texts}) > 1:
       raise Refused(

@@ -12,7 +12,7 @@ from bigtrain.console import human
 from bigtrain.data.cache import Prepared, prepare
 from bigtrain.data.pack import Packing
 from bigtrain.data.rows import FIELDS, Rows
-from bigtrain.data.sources import Austen, Files
+from bigtrain.data.sources import Austen, Files, PreparedText
 from bigtrain.data.tokenizers import BPE, Bytes, Tokenizer, TokenizerFile
 from bigtrain.experiment import Data, DataConfig
 
@@ -28,7 +28,7 @@ PADDED = 2**16  # Tokens of a row that may be longer than all of the text, to tr
 class TextData(DataConfig):
   """Documents packed into rows of `seq` tokens."""
 
-  source: Austen | Files = Austen()
+  source: Austen | Files | PreparedText = Austen()
   tokenizer: Bytes | BPE | TokenizerFile = Bytes()
   seq: int = 256  # Tokens of a row, T.
   packing: Packing = "best_fit"  # Documents whole where they fit; `concat` cuts where a row ends.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens
@@ -92,7 +92,8 @@ class Encoder(nnx.Module):
       if self.position_TD is not None:
         x_BTD += lookup(self.position_TD, tokens.positions, dtype)
       x_BTD = sharding.dropout(self.embed_norm(x_BTD), c.dropout, kd)
-    x_BTD, _ = self.transformer(x_BTD, tokens, kt)
+    with taps.named("transformer"):
+      x_BTD, _ = self.transformer(x_BTD, tokens, kt)
     return x_BTD if self.norm is None else self.norm(x_BTD)
 
   def pooled(self, x_BTD) -> jax.Array:
@@ -195,6 +196,9 @@ class TextClassifierConfig(ModelConfig):
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
 
+  def n_classes(self) -> int:
+    return self.classes
+
   def check(self) -> None:
     if self.classes < 2:
       raise Refused(f"model: classes is {self.classes}; there are at least 2")
@@ -217,10 +221,16 @@ class TextClassifier(nnx.Module):
   ) -> jax.Array:
     """Logits (B, C) float32 of each row's classes; arguments as in Encoder."""
     ke, kd = (None, None) if key is None else jax.random.split(key)
-    x_BTD = self.encoder(tokens_BT, positions_BT, segments_BT, types_BT, ke)
+    with taps.named("encoder"):
+      x_BTD = self.encoder(tokens_BT, positions_BT, segments_BT, types_BT, ke)
     pooled_BM = sharding.dropout(self.encoder.pooled(x_BTD), self.c.dropout, kd)
     logits_BC = project("BM,MC->BC", pooled_BM, self.classes_MC, self.classes_bias_C)
     return logits_BC.astype(jnp.float32)
+
+  def logits(self, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+    """The same of a batch of labelled text; a key means training."""
+    rows = batch["tokens"], None, batch["segments"], batch["token_types"]
+    return self(*rows, key)
 
 
 def _dims(encoder: EncoderConfig) -> dict[str, Any]:

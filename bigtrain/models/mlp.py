@@ -50,6 +50,16 @@ class MLPConfig(ModelConfig):
   def dims(self) -> dict[str, tuple[str, int]]:
     return {f"hidden.{i}": ("DF"[i % 2], units) for i, units in enumerate(self.hidden)}
 
+  def n_classes(self) -> int:
+    return self.classes
+
+  def check_inputs(self, shape: tuple[int, ...]) -> None:
+    if (size := math.prod(shape)) != self.inputs:
+      raise Refused(
+        f"the model has {self.inputs} inputs but the data's examples have {size} numbers, "
+        f"{tuple(shape)}; set --model.inputs {size}"
+      )
+
   def flops(self, length: int = 1) -> float:
     return 6.0 * sum(before * after for _, before, after in self.layers())
 
@@ -104,20 +114,16 @@ class MLP(nnx.Module):
     Raises:
       Refused: a row has not as many numbers as the model has inputs.
     """
-    rows, *shape = inputs.shape
-    if math.prod(shape) != self.c.inputs:
-      raise Refused(
-        f"the model has {self.c.inputs} inputs but the data rows of {math.prod(shape)} numbers, "
-        f"{tuple(shape)}; set --model.inputs {math.prod(shape)}"
-      )
-    x = jnp.reshape(inputs, (rows, self.c.inputs), out_sharding=sharding.act("BI"))
+    self.c.check_inputs(inputs.shape[1:])
+    x = jnp.reshape(inputs, (len(inputs), self.c.inputs), out_sharding=sharding.act("BI"))
     x = x.astype(compute_dtype(self.c.dtype))
     *hidden, last = self.layers
     keys = [None] * len(hidden) if key is None else jax.random.split(key, len(hidden))
     for i, (layer, k) in enumerate(zip(hidden, keys, strict=True)):
       with taps.named("layers", i):
         y = sharding.dropout(layer(x), self.c.dropout, k)
-      if self.c.residual and x.shape == y.shape and layer is not hidden[0]:
-        y += sharding.lay(x, f"B{layer.letters[1]}")
+        if self.c.residual and x.shape == y.shape and layer is not hidden[0]:
+          y += sharding.lay(x, f"B{layer.letters[1]}")
+        taps.tap("output", taps.rms, y)
       x = y
     return last(x).astype(jnp.float32)
