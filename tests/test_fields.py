@@ -174,6 +174,7 @@ VALUES = {
   "Muon.rates": ((("_", 0.5),),),
   "Synthetic.classes": (7,),
   "Synthetic.features": (50,),
+  "TextClassifierConfig.classes": (7,),
   "ViTConfig.channels": (3,),
   "ViTConfig.classes": (7,),
   "ViTConfig.first": (lambda e: e.model.pattern[:1],),
