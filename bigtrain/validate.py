@@ -57,6 +57,7 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     functools.partial(_check_microbatches, experiment),
     functools.partial(_check_vocabulary, experiment),
     functools.partial(_check_rows, experiment),
+    functools.partial(_check_width, experiment),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
 
@@ -180,6 +181,11 @@ def _check_rows(e: Experiment) -> None:
       f"the data's rows have {length} tokens but the model {longest} positions; "
       f"give the model {length}, or the data rows of {longest}"
     )
+
+
+def _check_width(e: Experiment) -> None:
+  if (width := e.model.width()) is not None:
+    e.optimizer.make(max(e.steps, 1), width)
 
 
 def _batches(e: Experiment) -> list[tuple[str, int]]:

@@ -37,18 +37,21 @@ def visible(query: Tokens, key: Tokens, *, causal: bool, window: int | None) -> 
   return mask_BTS
 
 
-def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=None) -> jax.Array:
+def attend(
+  q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, scale=None, softcap=None, dropout=0.0, key=None
+) -> jax.Array:
   """Softmax attention; scores and softmax in float32. Returns (B, T, K, G, H) in the dtype of `v`.
 
-  Scores are scaled by H**-0.5 and, with `softcap` c, squashed to c * tanh(score / c) (Gemma 2,
-  arXiv:2408.00118). Heads move in front of positions first, and the queries that share a kv head
-  become one dim: batched products of plain matrices are nearly three times as fast on CPU, the
-  softmax's gradient four times, and it is free elsewhere.
+  Scores are scaled by `scale` (H**-0.5 unless given) and, with `softcap` c, squashed to
+  c * tanh(score / c) (Gemma 2, arXiv:2408.00118). Heads move in front of positions first, and the
+  queries that share a kv head become one dim: batched products of plain matrices are nearly three
+  times as fast on CPU, the softmax's gradient four times, and it is free elsewhere.
   """
   B, T, K, G, H = q_BTKGH.shape
   # Reshaping says its sharding: that of a dim of size 1 would be lost.
   shaped = lambda x, dims, shape: jnp.reshape(x, shape, out_sharding=sharding.act(dims))
-  q_BKGTH = jnp.transpose(q_BTKGH * H**-0.5, (0, 2, 3, 1, 4))
+  scale = H**-0.5 if scale is None else scale
+  q_BKGTH = jnp.transpose(q_BTKGH * scale, (0, 2, 3, 1, 4))
   q_BKNH = shaped(q_BKGTH, "BKNH", (B, K, G * T, H))
   k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
   mask_BGTS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:]))

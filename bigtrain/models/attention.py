@@ -76,6 +76,7 @@ class Attention(nnx.Module):
     self.k_bias_KH = init.constant("KH", sizes) if c.bias else None
     self.v_bias_KH = init.constant("KH", sizes) if c.bias else None
     self.o_bias_D = init.constant("D", sizes) if c.out_bias else None
+    self.score_scale = sizes["H"] ** -0.5 * (init.width.scores() if init.width else 1.0)
     self.q_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
     self.k_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
 
@@ -92,7 +93,14 @@ class Attention(nnx.Module):
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
     mask_BTS = visible(tokens, keys, causal=self.c.causal, window=self.c.window)
     y_BTKGH = attend(
-      q_BTKGH, k_BSKH, v_BSKH, mask_BTS, softcap=self.c.softcap, dropout=self.c.dropout, key=key
+      q_BTKGH,
+      k_BSKH,
+      v_BSKH,
+      mask_BTS,
+      scale=self.score_scale,
+      softcap=self.c.softcap,
+      dropout=self.c.dropout,
+      key=key,
     )
     y_BTKGH = checkpoint_name(y_BTKGH, "attention")
     return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D), cache
