@@ -3,6 +3,7 @@
 Dims: B batch, T position, V vocabulary.
 """
 
+import copy
 import dataclasses
 
 import jax
@@ -46,16 +47,17 @@ AT_BASE = FanIn(residual="scaled")
 FAST = {"xla_backend_optimization_level": 0}
 
 
-def blocks(dim, head_dim=None, **attention):
+def blocks(dim, head_dim=None, hidden=None, **attention):
   """Two heads that grow, or, of a given width, as many as the model's dim asks for."""
   heads = 2 if head_dim is None else dim // head_dim
   heads = AttentionConfig(heads=heads, head_dim=head_dim, **attention)
   return {
     "dim": dim,
     "layers": 2,
-    "pattern": (BlockConfig(attention=heads, feed_forward=FeedForwardConfig(hidden=2 * dim)),),
+    "pattern": (
+      BlockConfig(attention=heads, feed_forward=FeedForwardConfig(hidden=hidden or 2 * dim)),
+    ),
     "remat": "none",
-    "unroll": 2,
   }
 
 
@@ -63,8 +65,8 @@ def mup(**fields):
   return Mup(base=BASE, head_dim=HEAD, at_base=AT_BASE, **fields)
 
 
-def decoder(dim, init, head_dim=None, **fields):
-  return LanguageModelConfig(vocab=V, init=init, **blocks(dim, head_dim), **fields)
+def decoder(dim, init, head_dim=None, hidden=None, **fields):
+  return LanguageModelConfig(vocab=V, init=init, **blocks(dim, head_dim, hidden), **fields)
 
 
 def untied(dim, init):
@@ -129,17 +131,12 @@ def slopes(make, init, optimizer, monkeypatch, widths):
 
 FIELDS = {"schedule": Constant(), "weight_decay": 0.01}
 ADAM = AdamW(lr=2e-3, **FIELDS)
-ALL, ENDS = (64, 128, 256, 512), (64, 256)
 CASES = {
-  "decoder": (decoder, ADAM, ALL),
-  "untied": (untied, ADAM, ENDS),
-  "vit": (vit, ADAM, ENDS),
-  "dense": (dense, ADAM, ENDS),
-  "sgd": (decoder, SGD(lr=0.2, **FIELDS), ENDS),
-  "dense_sgd": (dense, SGD(lr=0.1, **FIELDS), ENDS),
-  "muon": (untied, Muon(lr=0.02, adam_lr=2e-3, **FIELDS), ENDS),
-  "muon_rms": (decoder, Muon(lr=2e-3, scale="rms", adam_lr=2e-3, **FIELDS), ENDS),
+  "decoder": (decoder, ADAM, (64, 128, 256, 512)),
+  "muon": (untied, Muon(lr=0.02, adam_lr=2e-3, **FIELDS), (64, 256)),
+  "dense": (dense, SGD(lr=0.1, **FIELDS), (64, 128, 256, 512)),
 }
+BAND = 0.25  # Of slopes that count as flat; those of the standard parametrisation are above 0.4.
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,34 +144,31 @@ def test_updates_move_every_layer_equally_at_every_width(name, monkeypatch):
   make, optimizer, widths = CASES[name]
   found = slopes(make, mup(), optimizer, monkeypatch, widths)
   assert "logits" in found and len(found) >= 3
-  assert {k: s for k, s in found.items() if abs(s) > 0.25} == {}
+  assert {k: s for k, s in found.items() if abs(s) > BAND} == {}
 
 
-@pytest.mark.parametrize("name", ["decoder", "vit", "dense", "sgd", "muon_rms"])
-def test_in_the_standard_parametrisation_they_move_with_the_width(name, monkeypatch):
-  make, optimizer, widths = CASES[name]
-  found = slopes(make, AT_BASE, optimizer, monkeypatch, widths)
-  assert found["logits"] > 0.25
-  if name in ("decoder", "muon_rms"):
-    assert all(s > 0.25 for k, s in found.items() if k.startswith("output")), found
+def test_in_the_standard_parametrisation_they_move_with_the_width(monkeypatch):
+  found = slopes(decoder, AT_BASE, ADAM, monkeypatch, (128, 512))
+  outputs = {k: s for k, s in found.items() if not k.startswith("dead")}
+  assert len(outputs) == 2 and min(outputs.values()) > 0.4, found
 
 
 # The base.
 
 
 def test_at_the_base_everything_is_the_standard_parametrisation_bit_by_bit():
-  standard = packed.experiment()
-  base = packed.experiment(model={"init": Mup(base=packed.D, head_dim=packed.H)})
+  standard = packed.experiment(model={"layers": 1, "remat": "none"})
+  base = copy.deepcopy(standard)
+  base.model.init = Mup(base=packed.D, head_dim=packed.H, at_base=standard.model.init)
   validate(base, devices=8)
   runs = []
   for e in (standard, base):
-    program, data = Program(e, None), e.data.make(0)
-    state, step = program.compile_init()(jax.random.key(0)), jax.jit(program.step)
-    metrics = []
-    for i in range(2):
-      state, values = step(state, data.batch(8 * i, 8))
-      metrics.append(values)
-    runs.append(jax.device_get([jax.tree.leaves(state.model), metrics]))
+    program, batch = Program(e, None), e.data.make(0).batch(0, 8)
+    state = program.compile_init()(jax.random.key(0))
+    step = jax.jit(program.step).lower(state, batch).compile(compiler_options=FAST)
+    state, first = step(state, batch)
+    state, second = step(state, batch)
+    runs.append(jax.device_get([jax.tree.leaves(state.model), first, second]))
   jax.tree.map(np.testing.assert_array_equal, *runs)
 
 
@@ -212,21 +206,21 @@ TABLE_8 = {
 }
 
 
-def whole():
+def whole(dim):
   """A decoder with every kind of parameter: ratio 4, heads twice as wide and twice as many."""
-  heads = {"heads": 4, "kv_heads": 2, "head_dim": 64, "bias": True, "out_bias": True}
+  heads = {"heads": 4, "kv_heads": 2, "head_dim": dim // 4, "bias": True, "out_bias": True}
   block = BlockConfig(
     attention=AttentionConfig(**heads, qk_norm=RMSNormConfig()),
-    feed_forward=FeedForwardConfig(hidden=512, gated=True, bias=True, activation="prelu"),
+    feed_forward=FeedForwardConfig(hidden=2 * dim, gated=True, bias=True, activation="prelu"),
   )
   return LanguageModelConfig(
     vocab=64,
-    dim=256,
+    dim=dim,
     layers=2,
     pattern=(block,),
     position=Learned(length=64),
     tied=False,
-    init=Mup(base=64, head_dim=32, at_base=FanIn(residual="scaled")),
+    init=Mup(base=dim // 4, head_dim=dim // 8, at_base=AT_BASE),
   )
 
 
@@ -237,36 +231,38 @@ def named(tree):
   return {short(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.fixture(scope="module")
-def wide():
-  c = whole()
-  c.check()
-  model = jax.jit(c.make).lower(key := jax.random.key(0)).compile(compiler_options=FAST)(key)
-  return c, model
-
-
-def test_first_weights_have_the_deviations_of_the_table(wide):
-  found = named(wide[1])
+def test_first_weights_have_the_deviations_of_the_table():
+  (c := whole(256)).check()
+  make = jax.jit(c.make).lower(key := jax.random.key(0)).compile(compiler_options=FAST)
+  found = named(make(key))
   assert found.keys() == TABLE_8.keys()
   for name, (deviation, _, _) in TABLE_8.items():
     assert found[name].std() == pytest.approx(deviation, rel=0.03), name
 
 
-def update(optimizer, width, model, gradient):
-  tx = optimizer.make(1, width)
-  return named(jax.jit(tx.update)(gradient, tx.init(model), model)[0])
+def first_updates(*optimizers):
+  """Of each optimizer, by name: with the width of a model, and without."""
+  c = whole(16)
+  model, gradient = filled(c.make), filled(c.make, scale=1e-3, seed=1)
+
+  def all_of_them(model, gradient):
+    transformations = [o.make(1, width) for o in optimizers for width in (c.width(), None)]
+    return [tx.update(gradient, tx.init(model), model)[0] for tx in transformations]
+
+  found = jax.jit(all_of_them).lower(model, gradient).compile(compiler_options=FAST)
+  return [named(updates) for updates in found(model, gradient)]
 
 
 RULES = {
   1: [
-    ADAM,
+    AdamW(lr=1e-3, weight_decay=0.2),
     NAdam(lr=1e-3),
     AdEMAMix(lr=1e-3, weight_decay=0.2),
     Lion(lr=1e-3, weight_decay=0.2),
     RMSProp(lr=1e-3),
     Adagrad(lr=1e-3),
     Adafactor(lr=1e-3, least=None),
-    ScheduleFreeAdamW(lr=1e-3),
+    ScheduleFreeAdamW(lr=1.0),  # Its updates are differences of weights, and as exact as these.
   ],
   2: [SGD(lr=0.1, weight_decay=0.1)],
 }
@@ -277,32 +273,25 @@ RULES = {
   [(column, o) for column, optimizers in RULES.items() for o in optimizers],
   ids=lambda x: type(x).__name__ if isinstance(x, Optimizer) else "",
 )
-def test_updates_have_the_factors_of_the_table_and_decay_has_none(column, optimizer, wide):
-  c, model = wide
-  r = np.random.default_rng(0)
-  gradient = jax.tree.map(lambda w: 1e-3 * r.normal(size=w.shape).astype(np.float32), model)
+def test_updates_have_the_factors_of_the_table_and_decay_has_none(column, optimizer):
   optimizer = dataclasses.replace(optimizer, clip=None, schedule=Constant())
   plain = dataclasses.replace(optimizer, weight_decay=0.0)
-  one, decayed = (update(o, c.width(), model, gradient) for o in (plain, optimizer))
-  standard, with_decay = (update(o, None, model, gradient) for o in (plain, optimizer))
+  one, standard, decayed, with_decay = first_updates(plain, optimizer)
   for name, row in TABLE_8.items():
-    np.testing.assert_allclose(one[name], row[column] * standard[name], rtol=1e-4, err_msg=name)
+    wanted = row[column] * standard[name]
+    np.testing.assert_allclose(one[name], wanted, rtol=1e-4, atol=1e-8, err_msg=name)
     decay = with_decay[name] - standard[name]
-    np.testing.assert_allclose(decayed[name] - one[name], decay, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(decayed[name] - one[name], decay, rtol=1e-3, atol=5e-7)
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("spectral", 1.0), ("rms", M**-0.5)])
-def test_muon_scales_orthogonal_updates_by_its_own_rule_and_the_rest_by_adams(scale, factor, wide):
-  c, model = wide
-  r = np.random.default_rng(0)
-  gradient = jax.tree.map(lambda w: r.normal(size=w.shape).astype(np.float32), model)
+def test_muon_scales_orthogonal_updates_by_its_own_rule_and_the_rest_by_adams(scale, factor):
   fields = {"spared": "embed|position|table|up_DF", "clip": None, "schedule": Constant()}
-  optimizer = Muon(lr=0.01, scale=scale, iterations=1, **fields)
-  one, standard = (update(optimizer, width, model, gradient) for width in (c.width(), None))
+  one, standard = first_updates(Muon(lr=0.01, scale=scale, iterations=1, **fields))
   for name, (_, adam, _) in TABLE_8.items():
     orthogonal = adam == 1 / M and "up_DF" not in name
     wanted = (factor if orthogonal else adam) * standard[name]
-    np.testing.assert_allclose(one[name], wanted, rtol=1e-4, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(one[name], wanted, rtol=1e-4, atol=1e-8, err_msg=name)
 
 
 # Forward.
@@ -391,7 +380,7 @@ def test_muon_refuses_a_matrix_of_which_one_side_grows():
   [
     (decoder(128, Mup(base=64)), "needs the base's head_dim"),
     (decoder(128, Mup(base=64, head_dim=24)), r"heads \* head_dim is 128.* no multiple of 24"),
-    (decoder(128, Mup(base=60, head_dim=60)), r"hidden is 256, so at the base of 60 .* multiple"),
+    (decoder(128, mup(), hidden=99), r"hidden is 99, so at the base of 64 it would be 49.5"),
     (MLPConfig(inputs=4, hidden=(64,), classes=2, init=mup()), "no heads; set its Mup's head_dim"),
     (
       MLPConfig(inputs=4, hidden=(64, 33), classes=2, init=Mup(base=32)),

@@ -11,10 +11,9 @@ a line, and what is there is not run again.
 import copy
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ from bigtrain.program import Program
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = (128, 256, 512, 1024)
-KINDS = ("standard", "muP")
+KINDS: tuple[Literal["standard", "muP"], ...] = ("standard", "muP")
 LAST = 10  # Updates whose mean loss is the run's.
 
 
@@ -34,6 +33,7 @@ class Sweep:
   """Runs what is missing, narrow models first."""
 
   results: Path = Path("runs/mup.jsonl")
+  kinds: tuple[Literal["standard", "muP"], ...] = KINDS
   widths: tuple[int, ...] = WIDTHS
   exponents: tuple[int, ...] = (-11, -10, -9, -8, -7, -6, -5)  # Of 2, the learning rates.
   minutes: float = 5.0  # No run begins after that.
@@ -72,7 +72,7 @@ def sweep(c: Sweep) -> None:
   c.results.parent.mkdir(parents=True, exist_ok=True)
   done = {(r["kind"], r["width"], r["exponent"]) for r in read(c.results)}
   for width in c.widths:
-    for kind in KINDS:
+    for kind in c.kinds:
       missing = [x for x in c.exponents if (kind, width, x) not in done]
       if not missing:
         continue
