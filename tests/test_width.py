@@ -44,7 +44,7 @@ from tests.models.build import filled
 
 V, T, BASE, HEAD = 32, 8, 64, 32
 AT_BASE = FanIn(residual="scaled")
-FAST = {"xla_backend_optimization_level": 0}
+FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 def blocks(dim, head_dim=None, hidden=None, **attention):

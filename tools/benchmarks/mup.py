@@ -35,7 +35,7 @@ class Sweep:
   results: Path = Path("runs/mup.jsonl")
   kinds: tuple[Literal["standard", "muP"], ...] = KINDS
   widths: tuple[int, ...] = WIDTHS
-  exponents: tuple[int, ...] = (-11, -10, -9, -8, -7, -6, -5)  # Of 2, the learning rates.
+  exponents: tuple[int, ...] = (-13, -12, -11, -10, -9, -8, -7, -6, -5)  # Of 2, the rates.
   minutes: float = 5.0  # No run begins after that.
 
 
@@ -100,5 +100,56 @@ def read(path: Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+# The picture: (x, y) of its points are (exponent, loss), in a panel for each kind.
+LOW, HIGH, LEFT, RIGHT = 2.3, 3.3, -13, -5
+PANEL, HEIGHT, GAP, EDGE = 380, 300, 50, 60  # Pixels.
+COLOURS = dict(zip(WIDTHS, ("#a6c8e4", "#5a9bcf", "#2166ac", "#08306b"), strict=True))
+
+
+def plot(c: Plot) -> None:
+  rows = read(c.results)
+  parts = []
+  for i, kind in enumerate(KINDS):
+    parts += panel(kind, EDGE + i * (PANEL + GAP), [r for r in rows if r["kind"] == kind])
+  size = f"0 0 {EDGE + len(KINDS) * (PANEL + GAP)} {HEIGHT + 125}"
+  head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif"'
+  body = "\n".join([f'{head} font-size="13">', '<rect width="100%" height="100%" fill="#fff"/>'])
+  c.picture.write_text("\n".join([body, *parts, "</svg>"]) + "\n")
+
+
+def panel(kind: str, left: float, rows: list[dict]) -> list[str]:
+  """Axes, a curve for each width, and a circle at its best rate."""
+  top = 40
+  x = lambda exponent: left + PANEL * (exponent - LEFT) / (RIGHT - LEFT)
+  y = lambda loss: top + HEIGHT * (HIGH - min(loss, HIGH)) / (HIGH - LOW)
+  names = {"standard": "standard parametrisation", "muP": "muP (base 128)"}
+  parts = [text(left + PANEL / 2, 22, names[kind], size=15), text(left - 20, 22, "loss")]
+  for exponent in range(LEFT, RIGHT + 1):
+    parts.append(text(x(exponent), top + HEIGHT + 20, f"2<tspan dy='-5'>{exponent}</tspan>"))
+  parts.append(text(left + PANEL / 2, top + HEIGHT + 45, "learning rate"))
+  for tenth in range(round(10 * LOW), round(10 * HIGH) + 1, 2):
+    at = y(tenth / 10)
+    parts.append(f'<path d="M{left} {at:.1f}h{PANEL}" stroke="#ddd"/>')
+    parts.append(text(left - 8, at + 4, f"{tenth / 10:.1f}", anchor="end"))
+  for i, width in enumerate(WIDTHS):
+    of = sorted((r["exponent"], r["loss"]) for r in rows if r["width"] == width)
+    shown = [(e, loss) for e, loss in of if loss <= HIGH]
+    points = " ".join(f"{x(e):.1f},{y(loss):.1f}" for e, loss in shown)
+    style = f'fill="none" stroke="{COLOURS[width]}" stroke-width="2.5"'
+    parts.append(f'<polyline points="{points}" {style}/>')
+    loss, best = min((loss, e) for e, loss in of)
+    parts.append(f'<circle cx="{x(best):.1f}" cy="{y(loss):.1f}" r="5" fill="{COLOURS[width]}"/>')
+    place = left + PANEL * (i + 0.5) / len(WIDTHS)
+    parts.append(text(place, top + HEIGHT + 70, f"width {width}", fill=COLOURS[width]))
+    print(f"{kind:9} width {width:5}: best rate 2**{best}, loss {loss:.3f}")
+  return parts
+
+
+def text(x: float, y: float, words: str, anchor="middle", size=13, fill="#333") -> str:
+  place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+  return f'<text {place} font-size="{size}" fill="{fill}">{words}</text>'
+
+
 if __name__ == "__main__":
-  sweep(tyro.cli(Sweep))
+  command = tyro.cli(Sweep | Plot, description=__doc__)  # pyright: ignore[reportArgumentType]
+  sweep(command) if isinstance(command, Sweep) else plot(command)
