@@ -73,9 +73,9 @@ def untied(dim, init):
   return decoder(dim, init, head_dim=HEAD, tied=False)
 
 
-def vit(dim, init, pool="map"):
+def vit(dim, init):
   of = blocks(dim, causal=False)
-  return ViTConfig(image=8, channels=1, patch=4, classes=V, pool=pool, init=init, **of)
+  return ViTConfig(image=8, channels=1, patch=4, classes=V, pool="map", init=init, **of)
 
 
 def dense(dim, init):
