@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
   from bigtrain.data.tokenizers import Tokenizer
   from bigtrain.objectives import Output
+  from bigtrain.width import Width
 
 
 class ModelConfig(abc.ABC):
@@ -53,6 +54,10 @@ class ModelConfig(abc.ABC):
   def check_inputs(self, shape: tuple[int, ...]) -> None:
     """Refuses `inputs` of that shape, (height, width, channels) of an image, if it takes others."""
 
+  def width(self) -> "Width | None":
+    """How much wider this is than the model whose learning rate was tuned; None if it is that."""
+    return None
+
   def flops(self, length: int = 1) -> float | None:
     """Model FLOPs of training on one row of that length, by formula; None if not known.
 
@@ -74,8 +79,12 @@ class OptimizerConfig(abc.ABC):
   __slots__ = ()
 
   @abc.abstractmethod
-  def make(self, steps: int) -> "optax.GradientTransformation":
-    """The gradient transformation of a run of that many steps."""
+  def make(self, steps: int, width: "Width | None" = None) -> "optax.GradientTransformation":
+    """The gradient transformation of a run of that many steps, of a model of that width.
+
+    Raises:
+      Refused: there is a width, and no rule of how it changes the learning rates.
+    """
 
   @abc.abstractmethod
   def learning_rate(self, steps: int) -> "optax.Schedule":

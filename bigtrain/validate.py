@@ -59,6 +59,7 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     functools.partial(_check_rows, experiment),
     functools.partial(_check_classes, experiment),
     functools.partial(_check_inputs, experiment),
+    functools.partial(_check_width, experiment),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
 
@@ -196,6 +197,11 @@ def _check_classes(e: Experiment) -> None:
 def _check_inputs(e: Experiment) -> None:
   if (shape := e.data.input_shape()) is not None:
     e.model.check_inputs(shape)
+
+
+def _check_width(e: Experiment) -> None:
+  if (width := e.model.width()) is not None:
+    e.optimizer.make(max(e.steps, 1), width)
 
 
 def _batches(e: Experiment) -> list[tuple[str, int]]:

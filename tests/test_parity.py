@@ -9,6 +9,7 @@ import pytest
 
 from bigtrain.config import Refused
 from bigtrain.load import load
+from bigtrain.models.initial import Mup
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
 from bigtrain.optim.sgd import SGD
@@ -48,6 +49,14 @@ def test_five_steps_of_adamw_equal_a_single_device(mesh, alone):
   validate(e, devices=8)
   state, wanted = alone
   assert_equal(e, packed.run(e, state), wanted)
+
+
+def test_five_steps_of_a_model_twice_as_wide_as_its_base_equal_a_single_device():
+  init = Mup(base=packed.D // 2, head_dim=packed.H // 2)
+  e = packed.experiment(optimizer=ADAMW, model={"init": init}, mesh=Mesh(fsdp=2, tensor=2, data=2))
+  validate(e, devices=8)
+  state = packed.start(e)
+  assert_equal(e, packed.run(e, state), packed.run(e, state, meshed=False))
 
 
 def test_five_steps_of_sgd_equal_a_single_device():

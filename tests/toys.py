@@ -104,7 +104,7 @@ class Sgd(OptimizerConfig):
   lr: float = 0.1  # Peak learning rate.
   momentum: float = 0.9
 
-  def make(self, steps):
+  def make(self, steps, width=None):
     raise NotImplementedError
 
   def learning_rate(self, steps):

@@ -93,6 +93,7 @@ class Attention(nnx.Module):
     self.k_bias_KH = init.constant("KH", sizes) if c.bias else None
     self.v_bias_KH = init.constant("KH", sizes) if c.bias else None
     self.o_bias_D = init.constant("D", sizes) if c.out_bias else None
+    self.score_scale = sizes["H"] ** -0.5 * (init.width.scores() if init.width else 1.0)
     self.q_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
     self.k_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
 
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
 
   def _attend(self, q_BTKGH, k_BSKH, v_BSKH, mask_BTS, key, bias_KGP=None) -> jax.Array:
     c = self.c
-    q_BTKGH = q_BTKGH * q_BTKGH.shape[-1] ** -0.5 if c.scaled else q_BTKGH
+    q_BTKGH = q_BTKGH * self.score_scale if c.scaled else q_BTKGH
     extras = {"bias_KGP": bias_KGP, "softcap": c.softcap, "dropout": c.dropout, "key": key}
     y_BTKGH = checkpoint_name(attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, **extras), "attention")
     return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)

@@ -18,6 +18,7 @@ from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, Sinusoidal, lookup, sinusoid
 from bigtrain.models.transformer import Cache, Transformer, TransformerConfig
 from bigtrain.precision import Dtype, compute_dtype, raised
+from bigtrain.width import readout
 
 
 @config
@@ -57,7 +58,7 @@ class LanguageModel(nnx.Module):
 
   def __init__(self, c: LanguageModelConfig, key: jax.Array):
     self.c = c
-    init = Initializer(c.init, c.layers)
+    init = Initializer(c.init, c.layers, c.width())
     ke, kp, kt, ko = jax.random.split(key, 4)
     learned = c.position if isinstance(c.position, Learned) else None
     sizes = {"V": c.vocab, "D": c.dim, "T": learned.length if learned else 0}
@@ -119,7 +120,7 @@ class LanguageModel(nnx.Module):
   def output_VD(self) -> jax.Array:
     """The table whose products with the hidden state are the logits: gathered, compute dtype."""
     table_VD = self.embed_VD if self.output_table_VD is None else self.output_table_VD
-    return sharding.use(table_VD, compute_dtype(self.c.dtype))
+    return readout(sharding.use(table_VD, compute_dtype(self.c.dtype)), self.c.width())
 
   def _run(self, tokens_BT, tokens: Tokens, key, cache: Cache | None) -> tuple[jax.Array, Any]:
     dtype = compute_dtype(self.c.dtype)

@@ -18,9 +18,10 @@ from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.feed_forward import FeedForwardConfig
-from bigtrain.models.initial import FanIn, Initializer, Normal
+from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import RelativeBuckets, bucket
+from bigtrain.width import Width
 
 # What the forward pass keeps for the backward pass: names as given by checkpoint_name.
 KEPT = {
@@ -60,7 +61,7 @@ class TransformerConfig:
   # Rate at which the last layer's branches are left out, by example (arXiv:1603.09382); before it
   # the rate grows linearly with the depth, from 0 in the first layer.
   drop_path: float = 0.0
-  init: Normal | FanIn = dataclasses.field(default_factory=Normal)
+  init: Normal | FanIn | Mup = dataclasses.field(default_factory=Normal)
   remat: Remat = "full"  # What the backward pass need not compute again.
   unroll: int = 1  # Repeats of the pattern in one iteration of the loop over layers.
 
@@ -80,6 +81,12 @@ class TransformerConfig:
         dims[f"{name}.{i}.attention.{heads}"] = ("K", attention.kv_heads or attention.heads)
         dims[f"{name}.{i}.feed_forward.hidden"] = ("F", block.feed_forward.hidden)
     return dims
+
+  def width(self) -> Width | None:
+    """As in ModelConfig: how much wider this is than the base of Mup."""
+    if not isinstance(self.init, Mup):
+      return None
+    return self.init.width(self.dim, self.pattern[0].attention.sizes(self.dim)["H"])
 
   def flops(self, length: int = 1) -> float:
     """Training FLOPs of the blocks on one row: 6 a weight and token, and attention's two products.
@@ -110,6 +117,8 @@ class TransformerConfig:
       )
     for block in (*self.first, *self.pattern):
       block.attention.check_dim(self.dim)
+      if isinstance(self.init, Mup):
+        self._check_growth(self.init, block)
     if self.relative is not None:
       self.relative.check()
       attentions = [block.attention for block in (*self.first, *self.pattern)]
@@ -124,6 +133,17 @@ class TransformerConfig:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
     if not 0 <= self.drop_path < 1:
       raise Refused(f"model: drop_path is {self.drop_path}; it is a rate, from 0 to below 1")
+
+  def _check_growth(self, mup: Mup, block: BlockConfig) -> None:
+    """Refuses a block that Mup's base cannot have had."""
+    if mup.head_dim is None:
+      raise Refused("model: Mup needs the base's head_dim too, by which attention scores change")
+    sizes = block.attention.sizes(self.dim)
+    if (first := self.pattern[0].attention.sizes(self.dim)["H"]) != sizes["H"]:
+      raise Refused(f"model: Mup needs heads of one width, not of {first} and {sizes['H']}")
+    mup.check_size("feed_forward.hidden", block.feed_forward.hidden, self.dim)
+    for name, heads in (("heads", sizes["K"] * sizes["G"]), ("kv_heads", sizes["K"])):
+      mup.check_size(f"{name} * head_dim", heads * sizes["H"], self.dim, mup.head_dim)
 
 
 class Block(nnx.Module):
@@ -207,7 +227,7 @@ class Transformer(nnx.Module):
 
   def __init__(self, c: TransformerConfig, key: jax.Array):
     self.c = c
-    init = Initializer(c.init, c.layers)
+    init = Initializer(c.init, c.layers, c.width())
     keys = jax.random.split(key, c.layers)
     self.segments = nnx.List()
     for blocks, repeats in c.segments():

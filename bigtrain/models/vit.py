@@ -23,6 +23,7 @@ from bigtrain.models.initial import Initializer
 from bigtrain.models.norm import NormConfig
 from bigtrain.models.transformer import Transformer, TransformerConfig
 from bigtrain.precision import Dtype, compute_dtype, project
+from bigtrain.width import readout
 
 SMOKE_SIDE = 8  # Patches along each side of an image at most, with --smoke.
 WAVELENGTH = 10_000.0  # The longest of the fixed positions, over 2 pi patches (arXiv:2205.01580).
@@ -135,7 +136,7 @@ class ViTConfig(TransformerConfig, ModelConfig):
 class ViT(nnx.Module):
   def __init__(self, c: ViTConfig, key: jax.Array):
     self.c = c
-    init = Initializer(c.init, c.layers)
+    init = Initializer(c.init, c.layers, c.width())
     ke, kc, kp, kt, km, kh = jax.random.split(key, 6)
     sizes = {"P": c.patch**2 * c.channels, "D": c.dim, "T": c.tokens(), "C": c.classes, "Q": 1}
     self.patch_PD = init.weight(ke, "PD", sizes, fan_in="P")
@@ -160,7 +161,7 @@ class ViT(nnx.Module):
     Raises:
       Refused: the images are of another size than the model's.
     """
-    x_BD = self.pooled(images_BRSC, key)
+    x_BD = readout(self.pooled(images_BRSC, key), self.c.width())
     return project("BD,DC->BC", x_BD, self.head_DC, self.head_bias_C).astype(jnp.float32)
 
   def pooled(self, images_BRSC: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -217,7 +218,7 @@ class AttentionPool(nnx.Module):
     k_BSKH = project("BSD,DKH->BSKH", x_BTD, a.k_DKH, a.k_bias_KH)
     v_BSKH = project("BSD,DKH->BSKH", x_BTD, a.v_DKH, a.v_bias_KH)
     all_BTS = jnp.ones((B, 1, T), bool, out_sharding=sharding.act("BTS"))
-    y_BTKGH = attend(q_BTKGH * q_BTKGH.shape[-1] ** -0.5, k_BSKH, v_BSKH, all_BTS)
+    y_BTKGH = attend(q_BTKGH * a.score_scale, k_BSKH, v_BSKH, all_BTS)
     x_BTD = project("BTKGH,KGHD->BTD", y_BTKGH, a.o_KGHD, a.o_bias_D)
     return (x_BTD + self.feed_forward(self.norm(x_BTD)))[:, 0]
 
