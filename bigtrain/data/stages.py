@@ -7,8 +7,8 @@ import numpy as np
 from etils import epath
 
 from bigtrain.config import Refused, config
-from bigtrain.data.text import TextData
-from bigtrain.data.tokenizers import BPE, Tokenizer
+from bigtrain.data.text import check_tokenizers
+from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.experiment import Data, DataConfig
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ class Stages(DataConfig):
       raise Refused(f"stages have vocabularies of {sizes} tokens: give all the same tokenizer")
     if len(sizes := {(data.n_classes(), data.input_shape()) for _, data in self.stages}) > 1:
       raise Refused(f"stages differ in (classes, shape of inputs): {sizes}; give all the same")
-    texts = [data for _, data in self.stages if isinstance(data, TextData)]
-    if len({(t.tokenizer, isinstance(t.tokenizer, BPE) and t.source) for t in texts}) > 1:
-      raise Refused(
-        "stages have different tokenizers (BPE learns one from each source): give all the same "
-        "tokenizer.json by TokenizerFile"
-      )
+    check_tokenizers((data for _, data in self.stages), "stages")
 
   def smoke(self) -> Self:
     return dataclasses.replace(self, stages=tuple((s, data.smoke()) for s, data in self.stages))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -59,6 +60,16 @@ class TextData(DataConfig):
     source = Austen() if large else source
     seq = min(self.seq, SMOKE_SEQ)
     return dataclasses.replace(self, seq=seq, source=source, tokenizer=tokenizer)
+
+
+def check_tokenizers(parts: Iterable[DataConfig], whole: str) -> None:
+  """Refuses text whose numbers would stand for other tokens in another part."""
+  texts = [data for data in parts if isinstance(data, TextData)]
+  if len({(t.tokenizer, isinstance(t.tokenizer, BPE) and t.source) for t in texts}) > 1:
+    raise Refused(
+      f"{whole} have different tokenizers (BPE learns one from each source): give all the same "
+      "tokenizer.json by TokenizerFile"
+    )
 
 
 class Text(Data):
