@@ -7,6 +7,7 @@ here imports jax before a command needs it, so that help is quick.
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import signal
 import sys
@@ -40,9 +41,7 @@ COMMANDS = {
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
-  "data": Command(
-    "bigtrain.data.fetch", "data", "fetch a dataset by name: bigtrain data fetch NAME"
-  ),
+  "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 
 
@@ -192,35 +191,43 @@ def evaluate(arguments: list[str]) -> None:
 
 @config
 class Diagnose:
-  """Says what a run's records tell about its health, with the evidence and a remedy."""
+  """Says what a run's records tell about its health, with the evidence and a remedy.
+
+  The run may be one that is still going on. Troubles come first, then advice on saving time.
+  """
+
+  json: bool = False  # Print a list of objects: severity, kind, evidence, remedy.
 
 
 def diagnose(arguments: list[str]) -> None:
   """bigtrain diagnose RUN."""
-  run_dir, _ = _run_arguments(Diagnose(), arguments, "runs/quickstart")
+  run_dir, chosen = _run_arguments(Diagnose(), arguments, "runs/quickstart")
   from bigtrain import diagnose as room
-  from bigtrain.run_directory import RunDirectory
 
-  records = room.read(RunDirectory(run_dir, writes=False))
-  if not records.train:
-    raise Refused(f"{run_dir} has no metrics.jsonl: nothing was trained there")
+  records = room.read(run_dir)
   findings = room.diagnose(records)
+  if chosen.json:
+    fields = ("severity", "kind", "evidence", "remedy")
+    objects = [{name: getattr(finding, name) for name in fields} for finding in findings]
+    print(json.dumps(objects, indent=2))
+    return
   for finding in findings:
-    print(f"{finding}.\n")
+    print(f"{finding}\n")
   if not findings:
-    steps = records.train["step"][-1]
-    seen = "" if records.layers else "; layers were not looked at (logging.layers_every)"
-    print(f"nothing is wrong that {steps:.0f} steps would show{seen}")
+    print(f"nothing is wrong that {records.train['step'][-1]:.0f} steps would show")
+  if not records.layers:
+    print("layers were not looked at: the run records none (logging.layers_every), or not yet")
 
 
 @config
 class Sample:
   """Prints a prompt with its continuation by a run's newest checkpoint.
 
-  Between several of them stands a line of three dashes.
+  The gaps that a model such as T5 fills are spelt "<extra_id_0>", "<extra_id_1>" and so on. Between
+  several continuations stands a line of three dashes.
   """
 
-  prompt: str = ""  # The text to continue.
+  prompt: str = ""  # The text to continue, or to fill.
   tokens: int = 200  # Length of a continuation.
   temperature: float = 0.8  # 0 takes the likeliest token.
   top_k: int | None = None  # Only the k likeliest tokens.
@@ -232,10 +239,12 @@ class Sample:
 def sample(arguments: list[str]) -> None:
   """bigtrain sample RUN --prompt TEXT."""
   run_dir, chosen = _run_arguments(Sample(), arguments, "runs/quickstart --prompt 'It was'")
+  from bigtrain.data.spans import joined
   from bigtrain.run import load_run
 
   settings = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
-  print("\n---\n".join(chosen.prompt + text for text in load_run(run_dir).sample(**settings)))
+  texts = load_run(run_dir).sample(**settings)
+  print("\n---\n".join(joined(chosen.prompt, text) for text in texts))
 
 
 def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str, T]:

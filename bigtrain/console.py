@@ -85,6 +85,8 @@ def duration(seconds: float) -> str:
 
 
 def _is_first() -> bool:
+  if "jax" not in sys.modules:  # As in the preparation of data, which starts quicker without it.
+    return True
   import jax
 
   # A process on its own needs no device to know that it is the first.

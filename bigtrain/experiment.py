@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
   from bigtrain.data.tokenizers import Tokenizer
   from bigtrain.objectives import Output
+  from bigtrain.width import Width
 
 
 class ModelConfig(abc.ABC):
@@ -46,15 +47,29 @@ class ModelConfig(abc.ABC):
     """How many positions the model has; None for any number."""
     return None
 
+  def n_classes(self) -> int | None:
+    """How many classes the model tells apart, checked against the data's; None without classes."""
+    return None
+
+  def check_inputs(self, shape: tuple[int, ...]) -> None:
+    """Refuses `inputs` of that shape, (height, width, channels) of an image, if it takes others."""
+
+  def width(self) -> "Width | None":
+    """How much wider this is than the model whose learning rate was tuned; None if it is that."""
+    return None
+
   def flops(self, length: int = 1) -> float | None:
-    """Model FLOPs of training on one row of that length, by formula; None if not known."""
+    """Model FLOPs of training on one row of that length, by formula; None if not known.
+
+    An encoder-decoder also takes the length of the targets, which its decoder reads.
+    """
     return None
 
   def check(self) -> None:
     """Refuses impossible combinations of fields by raising `Refused`."""
 
   def smoke(self) -> Self:
-    """A copy that trains in seconds on a CPU, for --smoke: few layers, narrow, short rows."""
+    """A copy that trains in seconds on a CPU, for --smoke, where smoke.py's caps are not enough."""
     return self
 
 
@@ -64,8 +79,12 @@ class OptimizerConfig(abc.ABC):
   __slots__ = ()
 
   @abc.abstractmethod
-  def make(self, steps: int) -> "optax.GradientTransformation":
-    """The gradient transformation of a run of that many steps."""
+  def make(self, steps: int, width: "Width | None" = None) -> "optax.GradientTransformation":
+    """The gradient transformation of a run of that many steps, of a model of that width.
+
+    Raises:
+      Refused: there is a width, and no rule of how it changes the learning rates.
+    """
 
   @abc.abstractmethod
   def learning_rate(self, steps: int) -> "optax.Schedule":
@@ -84,10 +103,12 @@ class Data(abc.ABC):
   `tokens` int32, `targets` int32, `weights` float32 (0 where nothing is predicted), `segments`
   int32 (document number within the row from 1; 0 is padding) and `positions` int32 (from 0 within
   each document). Masked text also has `token_types` int32; others in evaluation `bytes` float32:
-  the UTF-8 bytes of each target.
-  Data of classes has `inputs` float32 (B, ...), images as (B, height, width, channels), `labels`
-  int32 (B,) and `weights` float32 (B,), 0 for padding. A mixture also has `source/<name>` float32
-  (B,) for each of its sources: 1 where the row is of that source.
+  the UTF-8 bytes of each target. Where targets are a decoder's own row, they and `weights` are as
+  long as that, and `target_positions` and `target_segments` are about it.
+  Data of classes has `labels` int32 (B,), `weights` float32 (B,), 0 for padding, and `inputs`
+  float32 (B, ...), images as (B, height, width, channels); or, of text, `tokens`, `segments` and
+  `token_types`. A mixture also has `source/<name>` float32 (B,) for each of its sources: 1 where
+  the row is of that source.
   """
 
   @abc.abstractmethod
@@ -153,6 +174,14 @@ class DataConfig(abc.ABC):
 
   def row_length(self) -> int | None:
     """Tokens of the longest row, touching no data; None without tokens."""
+    return None
+
+  def n_classes(self) -> int | None:
+    """How many classes labels are of, touching no data; None without labels."""
+    return None
+
+  def input_shape(self) -> tuple[int, ...] | None:
+    """Of the `inputs` of one example, touching no data; None without inputs."""
     return None
 
   def read_tokenizer(self, path: "epath.Path") -> "Tokenizer | None":

@@ -1,7 +1,8 @@
 """Sampling from a language model with a key-value cache: one compiled program for a whole call.
 
-The prompts stand right-aligned in one batch. All but their last tokens fill the cache at once; then
-a loop feeds each row its newest token and draws the next, until every row has ended.
+The prompts stand right-aligned in one batch, which the model reads at once: a decoder into its
+cache, an encoder-decoder by its encoder. Then a loop feeds each row its newest token and draws the
+next, until every row has ended.
 
 Dims: B batch, T prompt position, N sampled position, V vocabulary, C candidate tokens.
 """
@@ -17,7 +18,10 @@ import numpy as np
 from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.models.encoder_decoder import EncoderDecoder
 from bigtrain.models.language_model import LanguageModel
+
+Model = LanguageModel | EncoderDecoder
 
 
 @config
@@ -43,7 +47,7 @@ class Sampling:
 
 
 def generate_text(
-  model: LanguageModel,
+  model: Model,
   tokenizer: Tokenizer,
   prompts: Sequence[str],
   length: int,
@@ -51,32 +55,34 @@ def generate_text(
 ) -> list[str]:
   """The text that follows each prompt: at most `length` tokens, or up to the document's end.
 
-  A prompt is the beginning of a document, so end-of-text precedes it as in training.
+  A prompt is the beginning of a document, so end-of-text precedes it as in training. To an
+  encoder-decoder it is a whole text, which end-of-text follows, and the text is its answer.
 
   Raises:
     Refused: as `generate`.
   """
-  ids = _encoded(tokenizer, prompts)
+  ids = _encoded(model, tokenizer, prompts)
   found = generate(model, ids, length, sampling, stop=tokenizer.eot)
+  if not model.continues:
+    return [tokenizer.decode(row) for row in found]
   whole = [tokenizer.decode(np.append(a, b)) for a, b in zip(ids, found, strict=True)]
   # Decoded together: some tokenizers drop the space in front of a text's first word.
   return [text.removeprefix(tokenizer.decode(a)) for a, text in zip(ids, whole, strict=True)]
 
 
-def check_text(
-  model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], length: int
-) -> None:
+def check_text(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> None:
   """Refuses prompts and a length that `generate_text` would refuse."""
-  _check(model, _encoded(tokenizer, prompts), length)
+  _check(model, _encoded(model, tokenizer, prompts), length)
 
 
-def _encoded(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
-  """The ids of each prompt, after end-of-text."""
-  return [np.append(np.int32(tokenizer.eot), x) for x in tokenizer.encode_batch(list(prompts))]
+def _encoded(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
+  """The ids of each prompt, after end-of-text or, for an encoder, before it."""
+  end, texts = [np.int32(tokenizer.eot)], tokenizer.encode_batch(list(prompts))
+  return [np.concatenate([end, x] if model.continues else [x, end]) for x in texts]
 
 
 def generate(
-  model: LanguageModel,
+  model: Model,
   prompts: Sequence[np.ndarray],
   length: int,
   sampling: Sampling,
@@ -115,7 +121,7 @@ def generate(
   return [row[: np.append(np.flatnonzero(row == stop), length)[0]] for row in found]
 
 
-def _check(model: LanguageModel, prompts: Sequence[np.ndarray], length: int) -> None:
+def _check(model: Model, prompts: Sequence[np.ndarray], length: int) -> None:
   if length < 1:
     raise Refused(f"{length} tokens are to be sampled; give a length of 1 or more")
   vocab, positions = model.c.vocab, model.c.longest_row()
@@ -164,12 +170,9 @@ def _sample(
 ) -> jax.Array:
   """Sampled tokens (B, N) int32, replicated; what stands after a row's `stop` means nothing."""
   B, T = tokens_BT.shape
+  batch = sharding.act("BT")
   positions_BT = jnp.maximum(jnp.arange(T) - T + lengths_B[:, None], -1)
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(choice.seed), jnp.arange(B))
-
-  def decode(tokens_BT, positions_BT, cache):
-    batch = sharding.act("BT")
-    return model.decode(_placed(tokens_BT, batch), _placed(positions_BT, batch), cache)
 
   def unfinished(carry):
     n, _, ended_B, *_ = carry
@@ -177,18 +180,19 @@ def _sample(
 
   def step(carry):
     n, token_B, ended_B, sampled_BN, cache = carry
-    positions_BT = (lengths_B - 1 + n)[:, None]
-    logits_BTV, cache = decode(token_B[:, None], positions_BT, cache)
+    here = (_placed(x_B[:, None], batch) for x_B in (token_B, first_B + n))
+    logits_BTV, cache = model.decode(*here, cache)
     logits_BV = _placed(logits_BTV[:, 0], sharding.spec({}, "BV"))
     keys_now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
     token_B = draw(logits_BV, keys_now_B, choice.temperature, top_k, choice.top_p)
     sampled_BN = sampled_BN.at[:, n].set(token_B)
     return n + 1, token_B, ended_B | (token_B == stop), sampled_BN, cache
 
-  cache = model.cache(B, T - 1 + length)
-  _, cache = decode(tokens_BT[:, :-1], positions_BT[:, :-1], cache)
+  rows = (_placed(x_BT, batch) for x_BT in (tokens_BT, positions_BT))
+  *first, cache = model.begin(*rows, length)
+  token_B, first_B = (_placed(x_B, sharding.spec({}, "B")) for x_B in first)
   sampled_BN = jnp.zeros((B, length), jnp.int32)
-  begin = (jnp.int32(0), tokens_BT[:, -1], lengths_B == 0, sampled_BN, cache)
+  begin = (jnp.int32(0), token_B, lengths_B == 0, sampled_BN, cache)
   return jax.lax.while_loop(unfinished, step, begin)[3]
 
 

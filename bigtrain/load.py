@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import get_origin
+from typing import Any, TypeVar, get_origin
 
 from etils import epath
 
@@ -27,6 +27,7 @@ from bigtrain.config import Refused, nearest
 from bigtrain.experiment import Experiment
 
 DEFAULT_FUNCTION = "base"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,23 @@ class Source:
     return str(Path("runs") / f"{self.file.stem}{function}{'-smoke' if smoke else ''}")
 
 
-def load(target: str) -> tuple[Experiment, Source]:
+def load(target: str, kind: type[T] = Experiment) -> tuple[T, Source]:
   """The experiment that `target` names: `path.py`, `path.py:function` or a run directory.
+
+  Args:
+    target: what names it.
+    kind: what it has to be, where that is another config.
 
   Raises:
     Refused: there is no such file or function, or it fails, or it returns something else.
   """
   path, function = _split(target)
   if path.suffix == ".py" and path.is_file():
-    return _call(path, function or DEFAULT_FUNCTION), Source(path, function or DEFAULT_FUNCTION)
+    return _call(path, function or DEFAULT_FUNCTION, kind), Source(
+      path, function or DEFAULT_FUNCTION
+    )
   if function is None and (epath.Path(target) / "config.json").exists():
-    experiment, file = read(target)
+    experiment, file = read(target, kind)
     return experiment, Source(file, read_from=target)
   if path.is_dir():
     raise Refused(f"{target} is no run directory: it has no config.json{_near_files(path)}")
@@ -72,7 +79,7 @@ def functions(path: Path) -> dict[str, Callable[[], Experiment]]:
   return {name: f for name, f in found.items() if plain[name] in kinds}
 
 
-def write(experiment: Experiment, run_dir: str | os.PathLike, file: Path | None = None) -> None:
+def write(experiment: Any, run_dir: str | os.PathLike, file: Path | None = None) -> None:
   """Writes config.json, and the experiment file as experiment.py beside it; whole or not at all."""
   run_dir = epath.Path(run_dir)
   run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +92,7 @@ def write(experiment: Experiment, run_dir: str | os.PathLike, file: Path | None 
     unfinished.replace(run_dir / name)
 
 
-def read(run_dir: str | os.PathLike) -> tuple[Experiment, Path | None]:
+def read(run_dir: str | os.PathLike, kind: type[T] = Experiment) -> tuple[T, Path | None]:
   """The experiment of a run directory, and its copy of the experiment file if it has one."""
   path = epath.Path(run_dir) / "config.json"
   if not path.exists():
@@ -101,8 +108,8 @@ def read(run_dir: str | os.PathLike) -> tuple[Experiment, Path | None]:
     experiment = config.restore(tree, _module(file) if file is not None and needs_file else None)
   except Refused as error:
     raise Refused(f"{path}: {error}") from error
-  if not isinstance(experiment, Experiment):
-    raise Refused(f"{path} holds no Experiment")
+  if not isinstance(experiment, kind):
+    raise Refused(f"{path} holds no {kind.__name__}")
   return experiment, file
 
 
@@ -122,18 +129,17 @@ def _split(target: str) -> tuple[Path, str | None]:
   return (Path(path), function) if colon and path.endswith(".py") else (Path(target), None)
 
 
-def _call(path: Path, name: str) -> Experiment:
+def _call(path: Path, name: str, kind: type[T]) -> T:
   module = _module(path)
   function = getattr(module, name, None)
   if not inspect.isfunction(function):
     known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
     raise Refused(f"{path} has no function {name!r}{nearest(name, known)}")
   experiment = _explained(path, function)
-  if not isinstance(experiment, Experiment):
+  if not isinstance(experiment, kind):
     line = inspect.getsourcelines(function)[1]
-    raise Refused(
-      f"{path}:{line}: {name}() returned {type(experiment).__name__}, not an Experiment"
-    )
+    wanted = f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+    raise Refused(f"{path}:{line}: {name}() returned {type(experiment).__name__}, not {wanted}")
   return experiment
 
 

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 
 from bigtrain.parts import Part
 from bigtrain.statistics import by_layer
@@ -46,6 +47,7 @@ class Recorder(Part):
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
     self.pending: tuple[int, dict[str, jax.Array]] | None = None
+    self.losses: list[jax.Array] = []  # Of the steps since the last row.
     self.peak = peak_flops()
     self.in_tokens = bool(run.experiment.data.row_length())
     self._begin_interval(None)  # Later: the first step of a start, which warms up, is not timed.
@@ -53,9 +55,9 @@ class Recorder(Part):
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self.flush()
     self.pending = step, metrics
-    rows, length = self.run.feed.shape[0], self.run.feed.shape[1] if self.in_tokens else 1
-    self.amount += rows * length
-    self.flops += rows * (self.run.experiment.model.flops(length) or 0.0)
+    rows, lengths = self.run.feed.shape[0], self.run.feed.lengths if self.in_tokens else (1,)
+    self.amount += rows * sum(lengths)
+    self.flops += rows * (self.run.experiment.model.flops(*lengths) or 0.0)
     self.steps, self.waited = self.steps + 1, self.waited + self.run.feed.wait
     if step == self.run.experiment.steps:
       self.flush()
@@ -72,9 +74,13 @@ class Recorder(Part):
     now = time.perf_counter() - self.run.seconds_away()  # A clock that runs while it trains.
     c = self.run.experiment
     due = step % c.logging.every == 0 or step == c.steps
+    self.losses.append(metrics["loss"])
     if due:
       scalars = {name: value for name, value in metrics.items() if name != "layers"}
       values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+      if len(self.losses) > 1:  # A spike of one step shows in no other row.
+        values["loss_max"] = float(np.max([float(x) for x in jax.device_get(self.losses)]))
+      self.losses.clear()
       speed = {} if self.since is None else self._speed(now - self.since)
       self.run.record(step, "train", values | speed)
     if "layers" in metrics:

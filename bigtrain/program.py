@@ -21,7 +21,8 @@ class Program:
 
   def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh | None):
     self.experiment, self.mesh = experiment, mesh
-    self.transformation = experiment.optimizer.make(experiment.steps)
+    width = experiment.model.width()
+    self.transformation = experiment.optimizer.make(experiment.steps, width)
     self.learning_rate = experiment.optimizer.learning_rate(experiment.steps)
 
   def init(self, key: jax.Array) -> State:

@@ -207,7 +207,7 @@ def environment() -> dict[str, Any]:
     "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
     "devices": [len(devices), devices[0].platform, devices[0].device_kind],
     "processes": jax.process_count(),
-    "revision": _revision(),
+    "revision": revision(),
   }
 
 
@@ -223,7 +223,7 @@ def _installed(name: str) -> bool:
     return False
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
   """The git revision of the code, with a + if files differ from it; None outside a checkout."""
   command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
   try:

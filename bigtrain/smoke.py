@@ -1,14 +1,14 @@
 """--smoke: the same experiment, small enough to end within a minute on two CPU cores.
 
-Sizes are capped by the names that models and data give them; a config that knows better has its own
-`smoke`. The mesh becomes what is attached, for the experiment's own may need a pod.
+Sizes are capped by the names that models and data give them; where that is not enough, a config has
+a `smoke` of its own. The mesh becomes what is attached, for the experiment's own may need a pod.
 """
 
 import copy
 import dataclasses
 
 from bigtrain.config import configs
-from bigtrain.experiment import DataConfig, Experiment, ModelConfig
+from bigtrain.experiment import Experiment
 from bigtrain.optim.schedule import Schedule
 from bigtrain.sharding import Mesh
 from bigtrain.validate import padded
@@ -23,13 +23,16 @@ WIDTHS = {"dim": 64, "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "hea
 def shrink(experiment: Experiment) -> Experiment:
   """A small copy of `experiment` that passes through every phase of a run."""
   e = copy.deepcopy(experiment)
-  e.model = e.model.smoke() if type(e.model).smoke is not ModelConfig.smoke else _capped(e.model)
-  e.data = e.data.smoke() if type(e.data).smoke is not DataConfig.smoke else _capped(e.data)
+  e.model, e.data = _capped(e.model).smoke(), _capped(e.data).smoke()
   known, needed = e.model.vocabulary(), e.data.vocabulary()
   if known is not None and needed is not None and not needed <= known <= padded(needed):
     for _, node in configs(e.model):
       if hasattr(node, "vocab"):
         node.vocab = padded(needed)
+  if (classes := e.data.n_classes()) is not None:
+    for _, node in configs(e.model):
+      if hasattr(node, "classes"):
+        node.classes = classes
   e.steps, e.epochs = min(e.steps or STEPS, STEPS), None
   for _, node in configs(e.optimizer):
     if isinstance(node, Schedule):

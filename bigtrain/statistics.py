@@ -5,9 +5,9 @@ arrays, are numbered by depth. Sizes are root mean squares, so that layers compa
 """
 
 import collections
+import functools
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,24 @@ def sizes(**trees) -> dict[str, jax.Array]:
   """{"name/layer": root mean square} of trees of one module's structure; (repeats,) of stacks."""
   found = {}
   for name, tree in trees.items():
-    squares: dict[str, Any] = collections.defaultdict(float)
-    counts = collections.defaultdict(int)
+    layers: dict[str, list[jax.Array]] = collections.defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       words = path_name(path).split(".")
-      layer = ".".join(words[:-1] or words)
-      stacked = STACK in words
-      square = jnp.square(leaf.astype(jnp.float32))
-      squares[layer] += square.sum(tuple(range(stacked, leaf.ndim)))
-      counts[layer] += leaf.size // (leaf.shape[0] if stacked else 1)
-    found |= {f"{name}/{k}": jnp.sqrt(square / counts[k]) for k, square in squares.items()}
+      layers[".".join(words[:-1] or words)].append(leaf)
+    found |= {f"{name}/{at}": _rms(x, STACK in at.split(".")) for at, x in layers.items()}
   return found
+
+
+def _rms(leaves: list[jax.Array], stacked: bool) -> jax.Array:
+  """Of all elements together, or of those of each repeat."""
+  over = lambda x: tuple(range(stacked, x.ndim))
+  leaves = [x.astype(jnp.float32) for x in leaves]
+  # In units of the largest: the squares of a gradient that vanishes are below float32.
+  unit = functools.reduce(jnp.maximum, [jnp.abs(x).max(over(x)) for x in leaves])
+  unit = jnp.where(unit > 0, unit, 1.0)
+  squares = [jnp.square(x / jnp.expand_dims(unit, over(x))).sum(over(x)) for x in leaves]
+  count = sum(x.size // (x.shape[0] if stacked else 1) for x in leaves)
+  return unit * jnp.sqrt(functools.reduce(jnp.add, squares) / count)
 
 
 def by_layer(found: Mapping[str, np.ndarray]) -> dict[str, float]:

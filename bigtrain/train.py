@@ -139,7 +139,9 @@ def begin(run: Run, program: Program) -> State:
     state = program.compile_init()(jax.random.key(run.experiment.seed))
   if (source := run.experiment.weights_from) is not None:
     with run.away("weights", source=source):
-      found, told = weights.load(source, state, run.experiment.new_weights)
+      found, told = weights.load(
+        source, state, run.experiment.new_weights, run.data.tokenizer_json()
+      )
       optimizer = jax.jit(program.transformation.init)(found["model"])
       state = dataclasses.replace(state, **found, optimizer=optimizer)
     for line in told:

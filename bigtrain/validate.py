@@ -57,6 +57,9 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     functools.partial(_check_microbatches, experiment),
     functools.partial(_check_vocabulary, experiment),
     functools.partial(_check_rows, experiment),
+    functools.partial(_check_classes, experiment),
+    functools.partial(_check_inputs, experiment),
+    functools.partial(_check_width, experiment),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
 
@@ -180,6 +183,25 @@ def _check_rows(e: Experiment) -> None:
       f"the data's rows have {length} tokens but the model {longest} positions; "
       f"give the model {length}, or the data rows of {longest}"
     )
+
+
+def _check_classes(e: Experiment) -> None:
+  known, needed = e.model.n_classes(), e.data.n_classes()
+  if known is not None and needed is not None and known != needed:
+    raise Refused(
+      f"model.classes is {known} but the data has {needed} classes; set --model.classes {needed}, "
+      f"or correct the data's source"
+    )
+
+
+def _check_inputs(e: Experiment) -> None:
+  if (shape := e.data.input_shape()) is not None:
+    e.model.check_inputs(shape)
+
+
+def _check_width(e: Experiment) -> None:
+  if (width := e.model.width()) is not None:
+    e.optimizer.make(max(e.steps, 1), width)
 
 
 def _batches(e: Experiment) -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """First weights from elsewhere: another run's, or a file's, for all of a model or a part of it."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ SHOWN = 4  # Names in a message.
 IsNew = Callable[[str], bool]  # Of a parameter's name.
 
 
-def load(source: str, fresh: State, new: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def load(
+  source: str, fresh: State, new: Sequence[str], tokenizer_json: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
   """The weights of `source` for the model of `fresh`, sharded as those.
 
   Of a run these are the weights that were trained, not their average.
@@ -24,6 +27,7 @@ def load(source: str, fresh: State, new: Sequence[str]) -> tuple[dict[str, Any],
     source: a run directory, or the path of a .safetensors file.
     fresh: the state that would begin without them.
     new: beginnings of the names of parameters that stay as they are in `fresh`.
+    tokenizer_json: of the data that will be trained on, to compare with that of the run.
 
   Returns:
     The fields `model` and `variables` of the state, and what people should know of them.
@@ -40,7 +44,8 @@ def load(source: str, fresh: State, new: Sequence[str]) -> tuple[dict[str, Any],
   read = _of_file if source.endswith(".safetensors") else _of_run
   part, unused = read(source, part, is_new)
   told = {"begin fresh": list(filter(is_new, names)), "of it left out": unused}
-  return part, [f"weights_from {source}: {_listed(v)} {k}" for k, v in told.items() if v]
+  lines = [f"weights_from {source}: {_listed(v)} {k}" for k, v in told.items() if v]
+  return part, lines + _other_tokenizer(source, tokenizer_json)
 
 
 def _of_run(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str, Any], list[str]]:
@@ -51,6 +56,19 @@ def _of_run(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str,
     found = store.restore(step, wanted)
   unused = [_of_module(name) for name in have if name not in wanted]
   return checkpoint.unflatten(leaves | found, part), unused
+
+
+def _other_tokenizer(source: str, mine: str | None) -> list[str]:
+  """What to know if the run had another tokenizer, whose numbers stand for other tokens."""
+  kept = RunDirectory(source, writes=False).tokenizer
+  if mine is None or source.endswith(".safetensors") or not kept.exists():
+    return []
+  if json.loads(kept.read_text()) == json.loads(mine):
+    return []
+  return [
+    f"weights_from {source}: it was trained with another tokenizer, whose numbers stand for other "
+    f"tokens; take TokenizerFile(path='{kept}')"
+  ]
 
 
 def _of_file(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str, Any], list[str]]:

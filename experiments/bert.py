@@ -6,19 +6,23 @@ bert-base-uncased.
 """
 
 from bigtrain import Checkpoints, Evaluation, Experiment
+from bigtrain.data.labelled_text import LabelledText
 from bigtrain.data.masked import SPECIAL, MaskedText
 from bigtrain.data.sources import Files
+from bigtrain.data.text_classes import Novels
 from bigtrain.data.tokenizers import BPE, TokenizerFile
 from bigtrain.models import presets
-from bigtrain.models.encoder import MaskedLMConfig
+from bigtrain.models.encoder import MaskedLMConfig, TextClassifierConfig
 from bigtrain.models.initial import Normal
 from bigtrain.models.position import Learned
 from bigtrain.objectives import MaskedLM
+from bigtrain.objectives.classification import Classification
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Linear
 
 DATA = "data/wikipedia/**/*.parquet"
 TOKENIZER = "data/bert/tokenizer.json"
+SMALL = "runs/bert-small"  # Where `bigtrain train experiments/bert.py:small` leaves its run.
 
 
 def base() -> Experiment:
@@ -70,6 +74,29 @@ def small() -> Experiment:
 def small_next_sentence() -> Experiment:
   """The same with pairs of texts."""
   return _with_pairs(small())
+
+
+def novels() -> Experiment:
+  """Which of six novels is a passage from? The small encoder, its first weights random."""
+  e = small()
+  return Experiment(
+    model=TextClassifierConfig(encoder=e.model.encoder, classes=6),
+    data=LabelledText(source=Novels(), tokenizer=BPE(vocab=2048, special=SPECIAL), seq=128),
+    objective=Classification(),
+    optimizer=AdamW(lr=1e-3, schedule=Linear(warmup=50)),
+    epochs=3,
+    batch=32,
+    evaluation=Evaluation(every=200),
+    checkpoints=Checkpoints(every=200),
+  )
+
+
+def novels_tuned() -> Experiment:
+  """The same from the weights of `small`, of which a run must be there: how much do they help?"""
+  e = novels()
+  e.weights_from, e.new_weights = SMALL, ("classes", "encoder.pooler")
+  e.data.tokenizer = TokenizerFile(path=f"{SMALL}/tokenizer.json")
+  return e
 
 
 def _with_pairs(e: Experiment) -> Experiment:

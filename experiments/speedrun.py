@@ -58,7 +58,9 @@ def record() -> Experiment:
   block.attention.qk_norm = RMSNormConfig()  # Higher rates stay stable.
   block.feed_forward = FeedForwardConfig(hidden=512, activation="relu2")  # arXiv:2109.08668.
   e.model.shift = True
-  e.model.init = Normal(std=0.05, residual="zero")  # Blocks start as the identity (arXiv:2203.03466).
+  e.model.init = Normal(
+    std=0.05, residual="zero"
+  )  # Blocks start as the identity (arXiv:2203.03466).
   e.optimizer = Muon(lr=0.02, adam_lr=0.03, schedule=Linear(warmup=0), weight_decay=0.0)
   e.steps = round(0.52 * STEPS)
   return e

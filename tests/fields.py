@@ -132,17 +132,23 @@ def changed(experiment: Experiment, path: str, value: Any) -> Experiment:
 def second_experiments(
   experiment: Experiment, leaf: Leaf, values: Mapping[str, tuple], devices: int
 ) -> Iterator[tuple[Any, Experiment]]:
-  """(value, experiment) for each valid second value of the leaf."""
+  """(value, experiment) for each valid second value of the leaf.
+
+  One of `values` may be valid only beside a change of another field, as with the classes of model
+  and data: the probes look at each of these alone.
+  """
   node: Any = experiment
   for name in leaf.path.split("."):
     node = node[int(name)] if isinstance(node, tuple) else getattr(node, name)
-  for value in values.get(leaf.field, ()) or second_values(node, leaf.kind):
+  given = values.get(leaf.field, ())
+  for value in given or second_values(node, leaf.kind):
     value = value(experiment) if callable(value) else value
     other = changed(experiment, leaf.path, value)
     try:
       validate(other, devices)
     except Refused:
-      continue
+      if not given:
+        continue
     if value != node:
       yield value, other
 

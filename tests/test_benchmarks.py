@@ -49,3 +49,15 @@ def test_the_plain_decoder_has_the_losses_of_bigtrain(quickstart):
   ours, theirs = np.array(losses).T
   np.testing.assert_allclose(theirs, ours, rtol=1e-5)
   assert abs(ours[0] / ours[-1] - 1) > 0.01  # Something was learnt, or the updates go untested.
+
+
+def test_the_benchmark_of_overhead_compares_the_two(quickstart, monkeypatch, capsys):
+  monkeypatch.syspath_prepend(str(pathlib.Path(plain_decoder.__file__).parent))
+  from tools.benchmarks import overhead
+
+  quickstart.evaluation.prompts = ()
+  monkeypatch.setattr(jax, "device_count", lambda: 1)  # The plain decoder knows of no mesh.
+  monkeypatch.setattr(overhead, "experiment", lambda c: quickstart)
+  overhead.main(overhead.Settings(batch=8, steps=1, blocks=2))
+  shown = capsys.readouterr().out
+  assert "A bigtrain" in shown and "B plain jax" in shown and "host of A" in shown

@@ -143,8 +143,11 @@ def test_every_leaf_is_listed():
 # The experiments themselves.
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
-# Second values where the generic ones would be invalid or too large to matter for a tiny model.
+# Second values where the generic ones would be invalid or too large to matter for a tiny model, and
+# of what model and data must agree in.
 VALUES = {
+  "Adafactor.rates": ((("_", 0.5),),),
+  "Adam.rates": ((("_", 0.5),),),
   "AdamW.rates": ((("_", 0.5),),),
   "BPE.special": (lambda e: (*e.data.tokenizer.special, "[NEW]"),),
   "CausalLM.loss_chunk": (32, None),
@@ -152,15 +155,32 @@ VALUES = {
   "Experiment.batch_stages": (((1, 64),),),
   "EncoderConfig.first": (lambda e: e.model.encoder.pattern[:1],),
   "EncoderConfig.unroll": (1, 2),
+  "EncoderDecoderConfig.first": (lambda e: e.model.pattern[:1],),
+  "EncoderDecoderConfig.unroll": (1, 2),
+  "LabelledText.cls": ("[SEP]",),
+  "LabelledText.sep": ("[CLS]",),
+  "ImageData.channels": (3,),
+  "ImageData.size": (35,),
   "LanguageModelConfig.first": (lambda e: e.model.pattern[:1],),
   "LanguageModelConfig.unroll": (1, 2),
   "Logging.layers_every": (1,),
+  "MLPConfig.classes": (7,),
+  "MLPConfig.inputs": (50,),
   "MaskedLM.loss_chunk": (32, None),
   "MaskedText.cls": ("[SEP]",),
   "MaskedText.mask": ("[SEP]",),
   "MaskedText.sep": ("[MASK]",),
   "Muon.rates": ((("_", 0.5),),),
   "Muon.spared": ("matrix",),
+  "SpanCorruption.loss_chunk": (32, None),
+  "Synthetic.classes": (7,),
+  "Synthetic.features": (50,),
+  "TextClassifierConfig.classes": (7,),
+  "ViTConfig.channels": (3,),
+  "ViTConfig.classes": (7,),
+  "ViTConfig.first": (lambda e: e.model.pattern[:1],),
+  "ViTConfig.image": (56,),
+  "ViTConfig.unroll": (1, 2),
 }
 # Which probe is likely to see the fields of an object.
 FIRST = {"data": "batches", "evaluation": "record", "checkpoints": "record", "logging": "record"}
@@ -174,11 +194,19 @@ EXEMPT = {
 UNUSED = {
   "mlp.py": {
     "FanIn.residual": "a plain dense network has no residual branch to scale",
-    "AdamW.no_decay": "Adam is AdamW whose weights do not decay",
-  }
+    "Adam.no_decay": "no weight decays in Adam",
+  },
+  "t5.py": {"Adafactor.no_decay": "T5's weights do not decay"},
+  "vanishing_gradients.py": {
+    "FanIn.residual": "a plain dense network has no residual branch to scale",
+    "Adam.no_decay": "no weight decays in Adam",
+  },
 }
 # Why a leaf has one valid value only.
-ONE_VALUE = {"model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention"}
+ONE_VALUE = {
+  "model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention",
+  "model.pattern.0.attention.causal": "vision transformers and encoder-decoders refuse it too",
+}
 
 
 def small(function, **mesh):

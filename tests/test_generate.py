@@ -10,9 +10,11 @@ import pytest
 from bigtrain import generate as room
 from bigtrain import sharding
 from bigtrain.config import Refused
+from bigtrain.data.spans import Spans
 from bigtrain.data.tokenizers import ByteTokenizer
 from bigtrain.generate import Sampling, draw, generate, generate_text
 from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.language_model import LanguageModelConfig
 from bigtrain.models.position import Learned, Rotary
@@ -190,3 +192,18 @@ def test_what_cannot_be_sampled_is_refused_before_any_work(
 def test_every_position_of_the_model_can_be_used():
   [tokens] = generate(model(), [np.arange(5)], 28, GREEDY)
   assert len(tokens) == 28
+
+
+def test_an_encoder_decoder_reads_a_whole_text_and_answers():
+  attention = AttentionConfig(heads=4, causal=False)
+  pattern = (BlockConfig(attention=attention, feed_forward=FeedForwardConfig(hidden=64)),)
+  c = EncoderDecoderConfig(vocab=384, dim=32, layers=1, pattern=pattern, start=7)
+  scaled = lambda key: jax.tree.map(lambda w: 4 * w if w.ndim > 2 else w, c.make(key))
+  answers = jax.jit(scaled)(jax.random.key(0))
+  tokenizer = Spans(sentinels=20).spelling(ByteTokenizer())
+  prompts, sampling = ["a<extra_id_0>b", "né"], Sampling(temperature=1.0, seed=4)
+  texts = generate_text(answers, tokenizer, prompts, 10, sampling)
+  ids = [np.array([97, 276, 98, 256]), np.array([*"né".encode(), 256])]
+  tokens = generate(answers, ids, 10, sampling, stop=256)
+  assert texts == [tokenizer.decode(t) for t in tokens] and all(texts)
+  assert not any(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))

@@ -12,11 +12,12 @@ from jax.test_util import check_grads
 
 from bigtrain.kernels.cross_entropy import cross_entropy
 from bigtrain.models.activation import FUNCTIONS
-from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.attention import AttentionConfig, Memory
+from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Initializer, Normal
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
-from bigtrain.models.position import Rotary, lookup
+from bigtrain.models.position import RelativeBuckets, Rotary, lookup
 from bigtrain.models.transformer import BlockConfig, Transformer, TransformerConfig
 from tests.models.build import filled, row
 
@@ -59,6 +60,7 @@ def check(function, *args):
     {"qk_norm": RMSNormConfig()},
     {"qk_norm": LayerNormConfig()},
     {"softcap": 2.0},
+    {"scaled": False},
     {"bias": True, "out_bias": True},
     {"kv_heads": 2, "rotary": Rotary(), "qk_norm": RMSNormConfig(), "softcap": 2.0, "window": 3},
   ],
@@ -106,3 +108,24 @@ def test_a_stack_of_blocks_that_recomputes(placement):
   stack = block(lambda key: Transformer(c, key))
   tokens = row(T, B)
   check(lambda stack, x_BTD: stack(x_BTD, tokens)[0], stack, draw(B, T, D))
+
+
+def test_an_encoder_decoder_with_relative_positions():
+  attention = AttentionConfig(heads=2, kv_heads=1, causal=False, scaled=False)
+  feed_forward = FeedForwardConfig(hidden=12, gated=True)
+  c = EncoderDecoderConfig(
+    vocab=V,
+    dim=D,
+    layers=2,
+    pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
+    relative=RelativeBuckets(buckets=4, distance=4),
+    dtype="float32",
+  )
+  model = block(c.make)
+  source, target = row(T, B, segments=[1, 1, 1, 2, 2]), row(T - 1, B, segments=[1, 2, 2, 0])
+
+  def decoded(encoder, decoder, x_BSD, y_BTD):
+    memory = Memory(source, encoder(x_BSD, source)[0])
+    return decoder(y_BTD, target, memory=memory)[0]
+
+  check(decoded, model.encoder, model.decoder, draw(B, T, D), draw(B, T - 1, D))

@@ -4,6 +4,7 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from bigtrain import metrics
@@ -105,7 +106,7 @@ def recorded(monkeypatch, tmp_path):
   device = Device(monkeypatch)
   e = packed.experiment(steps=6, logging=Logging(every=2), evaluation=Evaluation(every=3))
   run = Run(e, RunDirectory(tmp_path), None)
-  run.feed = types.SimpleNamespace(wait=0.25, shape=(packed.B, packed.T))
+  run.feed = types.SimpleNamespace(wait=0.25, shape=(packed.B, packed.T), lengths=(packed.T,))
   recorder = Recorder()
   run.parts = [recorder]
   recorder.start(run, 0)
@@ -236,3 +237,14 @@ def test_a_run_writes_every_row_once_in_order_and_one_step_late(tmp_path):
   lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
   rows = [(row["kind"], row["step"]) for row in lines]
   assert rows == [("train", 2), ("train", 4), ("eval", 4), ("train", 5), ("eval", 5)]
+
+
+def test_the_largest_loss_since_the_row_before_is_recorded(recorded):
+  run, recorder, device = recorded
+  run.experiment.logging.every = 3
+  losses = [5.0, 2.0, 4.0, 3.0, 9.0, 1.0]
+  for step, loss in enumerate(losses, 1):
+    device.now += 1
+    recorder.after_step(step, {"loss": jnp.float32(loss)})
+  rows = run.directory.rows("train")
+  assert [(row["loss"], row["loss_max"]) for row in rows] == [(4.0, 5.0), (1.0, 9.0)]

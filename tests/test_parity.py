@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from bigtrain.config import Refused
 from bigtrain.load import load
+from bigtrain.models.initial import Mup
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
 from bigtrain.optim.sgd import SGD
@@ -49,6 +51,14 @@ def test_five_steps_of_adamw_equal_a_single_device(mesh, alone):
   assert_equal(e, packed.run(e, state), wanted)
 
 
+def test_five_steps_of_a_model_twice_as_wide_as_its_base_equal_a_single_device():
+  init = Mup(base=packed.D // 2, head_dim=packed.H // 2)
+  e = packed.experiment(optimizer=ADAMW, model={"init": init}, mesh=Mesh(fsdp=2, tensor=2, data=2))
+  validate(e, devices=8)
+  state = packed.start(e)
+  assert_equal(e, packed.run(e, state), packed.run(e, state, meshed=False))
+
+
 def test_five_steps_of_sgd_equal_a_single_device():
   e = packed.experiment(optimizer=NESTEROV, mesh=Mesh(data=2, fsdp=2, tensor=2))
   state = packed.start(e)
@@ -80,7 +90,7 @@ def test_initialisation_gives_the_same_bits_on_a_mesh():
   alone = Program(e, None).compile_init()(jax.random.key(7))
   with jax.set_mesh(mesh := e.mesh.make()):
     spread = Program(e, mesh).compile_init()(jax.random.key(7))
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(alone))
+  chex.assert_trees_all_equal(jax.device_get(spread), jax.device_get(alone))
 
 
 def test_fewer_key_value_heads_than_the_tensor_axis_are_refused():

@@ -7,7 +7,7 @@ from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.models.norm import LayerNormConfig
 from bigtrain.models.transformer import BlockConfig
-from bigtrain.models.vit import ViTConfig
+from bigtrain.models.vit import AttentionPoolConfig, ViTConfig
 from bigtrain.sharding import Mesh
 from bigtrain.validate import validate
 from tests import classes, packed
@@ -29,7 +29,7 @@ MODELS = {
     channels=classes.CHANNELS,
     patch=4,
     classes=classes.C,
-    pool="map",
+    pool=AttentionPoolConfig(heads=8, hidden=24, bias=False),
     dim=32,
     layers=2,
     pattern=(

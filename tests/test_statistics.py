@@ -19,7 +19,10 @@ from bigtrain.sharding import Mesh
 from bigtrain.state import combine
 from bigtrain.statistics import by_layer, sizes
 from bigtrain.train import train
-from tests import packed
+from tests import classes, packed
+from tests.interop import test_nnx_module
+from tests.objectives import test_masked_lm, test_span_corruption
+from tests.test_parity_classification import MODELS
 
 
 def experiment(**fields):
@@ -166,3 +169,45 @@ def test_sizes_of_leaves_outside_any_layer_go_by_their_own_name():
     "gradient/a": 3.0,
     "gradient/b": pytest.approx(2**0.5),
   }
+
+
+FAMILIES = {
+  "mlp": lambda: classes.experiment(MODELS["mlp"]),
+  "decoder": packed.experiment,
+  "bert": test_masked_lm.experiment,
+  "vit": lambda: classes.experiment(MODELS["vit"]),
+  "t5": test_span_corruption.experiment,
+  "own": test_nnx_module.experiment,
+}
+TAPPED = {
+  "mlp": {"output", "dead"},
+  "decoder": {"output", "dead", "score_max", "entropy"},
+  "bert": {"output", "dead", "score_max", "entropy"},
+  "vit": {"output", "dead", "score_max", "entropy"},
+  "t5": {"output", "dead", "score_max", "entropy"},
+  "own": set(),  # Someone's own module reports nothing of itself.
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reports_and_what_its_layers_tap_goes_by_the_path_of_their_weights(family):
+  e = FAMILIES[family]()
+  program = Program(e, None)
+  batch = {k: jnp.zeros(x.shape, x.dtype) for k, x in e.data.make(0).spec(e.batch).items()}
+  step = lambda state, batch: program.step(state, batch, statistics=True)[1]["layers"]
+  found = jax.eval_shape(step, program.abstract(), batch)
+  names = by_layer({k: np.zeros(x.shape) for k, x in found.items()})
+  of = lambda statistic: {n.partition("/")[2] for n in names if n.startswith(f"{statistic}/")}
+  assert of("gradient") and of("gradient") == of("parameter") == of("update")
+  tapped = {name.partition("/")[0] for name in names} - {"gradient", "parameter", "update"}
+  assert tapped == TAPPED[family]
+  for layer in set.union(set(), *map(of, tapped)):
+    assert any(f"{at}.".startswith(f"{layer}.") for at in of("gradient")), layer
+
+
+def test_the_size_of_a_gradient_whose_squares_are_below_float32_is_right():
+  tiny = {"a": {"w": jnp.full((2, 3), 3e-25), "b": jnp.zeros(3)}, "c": jnp.zeros(2)}
+  found = jax.jit(lambda tree: sizes(gradient=tree))(tiny)
+  assert float(found["gradient/a"]) == pytest.approx(3e-25 * (2 / 3) ** 0.5, rel=1e-5)
+  assert float(found["gradient/c"]) == 0
+  assert np.isnan(float(sizes(gradient={"w": jnp.array([1.0, np.nan])})["gradient/w"]))

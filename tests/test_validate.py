@@ -1,5 +1,6 @@
 """What an experiment is refused for before any device work, and how it is shrunk."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -10,9 +11,16 @@ from tokenizers.models import WordLevel
 from bigtrain import load
 from bigtrain.config import Refused, config
 from bigtrain.data.sources import Files
+from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import TokenizerFile
 from bigtrain.experiment import Evaluation
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.encoder import EncoderConfig, TextClassifierConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.mlp import MLPConfig
+from bigtrain.models.transformer import BlockConfig
+from bigtrain.models.vit import ViTConfig
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine, InverseSqrt
 from bigtrain.sharding import Mesh
@@ -21,6 +29,13 @@ from bigtrain.validate import remarks, validate
 from tests import toys
 
 MESH = Mesh(data=2, fsdp=2)
+BLOCK = BlockConfig(
+  attention=AttentionConfig(heads=4, causal=False), feed_forward=FeedForwardConfig(hidden=8)
+)
+STACK = {"dim": 16, "layers": 2, "pattern": (BLOCK,)}
+VIT = ViTConfig(image=28, channels=1, patch=7, classes=10, **STACK)
+MLP = MLPConfig(inputs=784, hidden=(16,), classes=10)
+TEXTS = TextClassifierConfig(encoder=EncoderConfig(vocab=300, **STACK), classes=10)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +147,39 @@ def test_all_problems_that_do_not_depend_on_each_other_are_named_at_once():
     assert line.startswith(start)
 
 
+@pytest.mark.parametrize(
+  ("model", "data", "said"),
+  [
+    (VIT, {"classes": 7}, "model.classes is 10 but the data has 7 classes; set --model.classes 7"),
+    (MLP, {"classes": 7}, "model.classes is 10 but the data has 7 classes; set --model.classes 7"),
+    (TEXTS, {"classes": 7}, "model.classes is 10 but the data has 7 classes; set --model.classes"),
+    (
+      VIT,
+      {"shape": (32, 32, 1)},
+      "28x28 pixels and 1 channels, not (32, 32, 1); set --model.image",
+    ),
+    (
+      VIT,
+      {"shape": (28, 28, 3)},
+      "28x28 pixels and 1 channels, not (28, 28, 3); set --model.image",
+    ),
+    (VIT, {"shape": (784,)}, "not (784,); give ImageData, whose examples are (height, width, "),
+    (MLP, {"shape": (8, 8, 1)}, "784 inputs but the data's examples have 64 numbers, (8, 8, 1)"),
+  ],
+)
+def test_what_the_model_takes_must_be_what_the_data_has(model, data, said):
+  fits = toys.Labelled(shape=(28, 28, 1), classes=10)
+  validate(toys.experiment(model=model, data=fits))
+  with pytest.raises(Refused) as refusal:
+    validate(toys.experiment(model=model, data=dataclasses.replace(fits, **data)))
+  assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_data_without_classes_or_inputs_fits_any_model_and_a_model_without_them_any_data():
+  validate(toys.experiment(model=VIT))
+  validate(toys.experiment(data=toys.Labelled(shape=(5,), classes=3)))
+
+
 def test_without_devices_microbatches_are_checked_beside_the_rest():
   fields = {"data": toys.Data(length=512)}
   with pytest.raises(Refused, match=r"(?s)batch 9 is not divisible by 2 micro.*\nthe data's rows"):
@@ -201,6 +249,32 @@ def test_shrinking_shortens_a_warm_up_with_the_run():
   validate(small)
 
 
+def test_a_shrunk_vision_transformer_keeps_the_images_and_has_few_patches():
+  for image, patch, shrunk in (
+    (224, 16, 28),
+    (28, 7, 7),
+    (30, 15, 15),
+    (64, 64, 64),
+    (518, 14, 74),
+  ):
+    model = dataclasses.replace(VIT, image=image, patch=patch, layers=40)
+    data = toys.Labelled(shape=(image, image, 1), classes=10)
+    small = shrink(toys.experiment(model=model, data=data))
+    assert (small.model.image, small.model.patch, small.model.layers) == (image, shrunk, 4)
+    validate(small)
+
+
+def test_shrinking_follows_data_whose_classes_change():
+  @config
+  class Own(toys.Labelled):
+    def smoke(self):
+      return dataclasses.replace(self, classes=3)
+
+  e = toys.experiment(model=VIT, data=Own(shape=(28, 28, 1), classes=10))
+  assert shrink(e).model.classes == 3
+  validate(shrink(e))
+
+
 def test_shrinking_follows_a_tokenizer_that_shrinks():
   @config
   class Own(toys.Data):
@@ -220,12 +294,16 @@ def supply(e):
     file = pathlib.Path(e.data.source.pattern.replace("**/", "").replace("*", "a"))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
-  if isinstance(e.data, TextData) and isinstance(e.data.tokenizer, TokenizerFile):
-    names = {str(i): i for i in range(e.model.vocabulary() - 1)}
-    vocab = names | {e.data.tokenizer.eot: len(names)}
+  if isinstance(getattr(e.data, "tokenizer", None), TokenizerFile):
+    sentinels = [f"<extra_id_{i}>" for i in range(100 * isinstance(e.data, Spans))]
+    others = [*sentinels, e.data.tokenizer.eot]
+    numbers = map(str, range(e.model.vocabulary() - len(others)))
+    vocab = {name: i for i, name in enumerate([*numbers, *others])}
     path = pathlib.Path(e.data.tokenizer.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Tokenizer(WordLevel(vocab, unk_token="0")).save(str(path))
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="0"))
+    tokenizer.add_special_tokens(sentinels)
+    tokenizer.save(str(path))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

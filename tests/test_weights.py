@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from bigtrain.checkpoint import flatten
 from bigtrain.config import Refused
 from bigtrain.models.encoder import TextClassifierConfig
 from bigtrain.program import Program
+from bigtrain.run_directory import RunDirectory
 from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from bigtrain.validate import validate
@@ -75,7 +77,7 @@ def test_a_whole_model_is_taken_without_a_word(pretrained):
   path, module = pretrained
   found, told = weights.load(path, state_of(experiment().model), ())
   assert told == []
-  jax.tree.map(np.testing.assert_array_equal, found["model"], module)
+  chex.assert_trees_all_equal(found["model"], module)
 
 
 @pytest.mark.parametrize("mesh", [None, Mesh(data=2, fsdp=2, tensor=2)])
@@ -115,6 +117,18 @@ def test_a_run_begins_with_them_and_writes_down_what_is_new(pretrained, tmp_path
   np.testing.assert_allclose(run.state.model.transform_norm.scale_D[...], 1, atol=1e-6)
   events = (tmp_path / "run" / "events.jsonl").read_text()
   assert "transform_DM" in events and "begin fresh" in events and "left out" in events
+
+
+def test_another_tokenizer_than_the_run_had_is_told(pretrained):
+  path, _ = pretrained
+  kept = RunDirectory(path).tokenizer
+  kept.write_text('{"model": {"vocab": {"a": 0}}}')
+  load = lambda text: weights.load(path, state_of(experiment().model), (), text)[1]
+  try:
+    assert load('{"model": {"vocab": {"a":  0}}}') == load(None) == []
+    assert "another tokenizer" in load('{"model": {"vocab": {"b": 0}}}')[0]
+  finally:
+    kept.unlink()
 
 
 def test_new_weights_without_a_source_are_refused():

@@ -83,11 +83,28 @@ class Data(DataConfig):
 
 
 @config
+class Labelled(DataConfig):
+  """Examples of some shape, each of a class."""
+
+  shape: tuple[int, ...]
+  classes: int
+
+  def make(self, seed):
+    raise NotImplementedError
+
+  def n_classes(self):
+    return self.classes
+
+  def input_shape(self):
+    return self.shape
+
+
+@config
 class Sgd(OptimizerConfig):
   lr: float = 0.1  # Peak learning rate.
   momentum: float = 0.9
 
-  def make(self, steps):
+  def make(self, steps, width=None):
     raise NotImplementedError
 
   def learning_rate(self, steps):

@@ -17,7 +17,7 @@ from bigtrain.config import Refused
 from bigtrain.console import Progress
 from bigtrain.data.readers import Problem
 from bigtrain.data.rows import WINDOW
-from bigtrain.data.sources import Austen, Document, Files, Input
+from bigtrain.data.sources import Austen, Document, Files, Input, PreparedText
 from bigtrain.data.tokenizers import Tokenizer
 
 BATCH_BYTES = 2**20  # Text tokenised at once.
@@ -57,7 +57,10 @@ class Writer:
 
 
 def build(
-  source: Austen | Files, inputs: list[Input], tokenizer: Tokenizer, folder: pathlib.Path
+  source: Austen | Files | PreparedText,
+  inputs: list[Input],
+  tokenizer: Tokenizer,
+  folder: pathlib.Path,
 ) -> dict[str, Any]:
   """Tokenises every document of `source` into the empty `folder`; returns its manifest.
 

@@ -21,10 +21,11 @@ from bigtrain.config import Refused
 from bigtrain.console import Progress, say
 from bigtrain.data.build import build, sync
 from bigtrain.data.readers import Problem, kind_of
-from bigtrain.data.sources import Austen, Document, Files, Input
+from bigtrain.data.sources import Austen, Document, Files, Input, PreparedText
 from bigtrain.data.tokenizers import BPE, Bytes, Tokenizer, TokenizerFile
 
 FORMAT = 1  # Raised by whatever changes the bytes that are written.
+NOTHING = hashlib.sha256().hexdigest()  # The contents of an empty file.
 LEARN_BYTES = 10**9  # Of the training split, about, from which a tokenizer learns: plenty for BPE.
 
 
@@ -107,7 +108,9 @@ def root() -> pathlib.Path:
   return path
 
 
-def prepare(source: Austen | Files, tokenizer: Bytes | BPE | TokenizerFile) -> Prepared:
+def prepare(
+  source: Austen | Files | PreparedText, tokenizer: Bytes | BPE | TokenizerFile
+) -> Prepared:
   """The tokenised source, from the cache or built now; two processes at once build it once.
 
   Raises:
@@ -118,7 +121,9 @@ def prepare(source: Austen | Files, tokenizer: Bytes | BPE | TokenizerFile) -> P
   folder = root() / "data"
   folder.mkdir(parents=True, exist_ok=True)
   inputs = source.inputs()
-  corpus = _digest(FORMAT, source.settings(), _contents(inputs))
+  contents = _contents(inputs)
+  _check_apart(inputs, contents)
+  corpus = _digest(FORMAT, source.settings(), contents)
   lock = FileLock(folder / f"{corpus}.lock")
   try:
     lock.acquire(timeout=1)
@@ -187,7 +192,24 @@ def _contents(inputs: list[Input]) -> list[tuple[str, bool | None, str]]:
   return found
 
 
-def _learning_texts(source: Austen | Files, inputs: list[Input]) -> Iterator[str]:
+def _check_apart(inputs: list[Input], contents: list[tuple[str, bool | None, str]]) -> None:
+  """Refuses files that are trained on and, by another name, held out."""
+  sides = [
+    {
+      c[0]: i.path
+      for i, c in zip(inputs, contents, strict=True)
+      if c[1] is side and c[0] != NOTHING
+    }
+    for side in (False, True)
+  ]
+  if both := sorted(sides[0].keys() & sides[1].keys()):
+    trained, held_out = (side[both[0]] for side in sides)
+    raise Refused(
+      f"{held_out} is held out, but holds what {trained} does, which is trained on; take one away"
+    )
+
+
+def _learning_texts(source: Austen | Files | PreparedText, inputs: list[Input]) -> Iterator[str]:
   """Training documents, evenly thinned to about LEARN_BYTES."""
   total = sum(path.stat().st_size for path, _ in inputs)
   every = max(1, round(total / LEARN_BYTES))

@@ -25,7 +25,8 @@ from bigtrain.experiment import Data
 if TYPE_CHECKING:
   import jax
 
-Raw = np.ndarray | bytes  # As stored: features, an image of uint8, or an encoded image.
+Raw = np.ndarray | bytes  # As stored: features, an image of uint8, an encoded image, or text.
+Fields = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # Shape of one and dtype, by name.
 OnError = Literal["skip", "refuse"]  # Keep bad examples out and report them, or stop at the first.
 SHOWN = 3  # Examples that a report of bad input names.
 
@@ -125,39 +126,30 @@ class Sides(NamedTuple):
 
 
 class ExampleData(Data):
-  """Batches of `inputs`, `labels` and `weights`. Nothing is opened before it is needed."""
+  """Batches of inputs, `labels` and `weights`. Nothing is opened before it is needed."""
 
   version: str  # Changes with what `problem` finds.
 
-  def __init__(self, source: Source, seed: int):
-    self._source, self._seed = source, seed
-
-  @abc.abstractmethod
-  def shape(self) -> tuple[int, ...]:
-    """Of one input, touching no data."""
+  def __init__(self, source: Source, fields: Fields, seed: int):
+    self._source, self._fields, self._seed = source, fields, seed
 
   @abc.abstractmethod
   def problem(self, raw: Raw) -> Problem:
     """What is wrong with an example, if anything is."""
 
   @abc.abstractmethod
-  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> np.ndarray:
-    """Inputs, float32 (B, ...).
+  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Inputs of B examples, of the names, shapes and dtypes that were given.
 
     Args:
       raws: B examples.
       keys: one of each example for its random changes, (B,) uint64; None in evaluation.
     """
 
-  def classes(self) -> int:
-    """Labels are from 0 to below this, touching no data."""
-    return self._source.n_classes()
-
   def spec(self, size: int) -> "dict[str, jax.ShapeDtypeStruct]":
     import jax
 
-    kinds = {"inputs": (self.shape(), np.float32), "labels": ((), np.int32)}
-    kinds["weights"] = (), np.float32
+    kinds: Fields = self._fields | {"labels": ((), np.int32), "weights": ((), np.float32)}
     return {k: jax.ShapeDtypeStruct((size, *shape), kind) for k, (shape, kind) in kinds.items()}
 
   def batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
@@ -190,15 +182,16 @@ class ExampleData(Data):
     return self._sides.kept_out
 
   def about(self) -> str:
-    counts = f"{self.examples():,} examples of {self.classes()} classes"
+    counts = f"{self.examples():,} examples of {self._source.n_classes()} classes"
     return f"{self._source.about()}: {counts}, {self.eval_examples():,} held out"
 
   def _read(self, side: Side, order: np.ndarray, keys: np.ndarray | None) -> dict[str, np.ndarray]:
     at = side.at[order]
-    raws = side.split.read(at)[0] if len(at) else []
-    inputs = self.inputs(raws, keys) if len(at) else np.zeros((0, *self.shape()), np.float32)
-    weights = np.ones(len(at), np.float32)
-    return {"inputs": inputs, "labels": side.labels[order], "weights": weights}
+    if len(at):
+      found = self.inputs(side.split.read(at)[0], keys)
+    else:
+      found = {name: np.zeros((0, *shape), kind) for name, (shape, kind) in self._fields.items()}
+    return found | {"labels": side.labels[order], "weights": np.ones(len(at), np.float32)}
 
   @functools.cached_property
   def _sides(self) -> Sides:
@@ -231,8 +224,8 @@ class ExampleData(Data):
     )
 
   def _bad(self, found: Survey) -> dict[int, str]:
-    wrong = np.flatnonzero((found.labels < 0) | (found.labels >= self.classes()))
-    outside = f"has a label outside 0 to {self.classes() - 1}"
+    wrong = np.flatnonzero((found.labels < 0) | (found.labels >= self._source.n_classes()))
+    outside = f"has a label outside 0 to {self._source.n_classes() - 1}"
     return found.problems | {i: outside for i in wrong.tolist() if i not in found.problems}
 
   def _report(self, report: list[tuple[str, str]]) -> str | None:
@@ -251,12 +244,16 @@ class ExampleData(Data):
     return f"kept out of the data: {counts}; first {first}"
 
   def _check_classes(self, labels: np.ndarray, kept_out: str | None) -> None:
-    counts = np.bincount(labels, minlength=self.classes())
+    if not len(labels):
+      raise Refused(
+        f"{self._source.about()} has no example to train on; {kept_out or 'it is empty'}"
+      )
+    counts = np.bincount(labels, minlength=self._source.n_classes())
     if len(empty := np.flatnonzero(counts == 0)):
       which = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
       raise Refused(
         f"{self._source.about()} has no training example of class {which}: labels count from 0, "
-        f"and {self.classes()} classes are said to be there; correct the labels or the source's "
+        f"and {len(counts)} classes are said to be there; correct the labels or the source's "
         "`classes`" + f"; {kept_out}" * (kept_out is not None)
       )
 

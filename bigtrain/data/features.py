@@ -29,13 +29,11 @@ class FeatureData(DataConfig):
   def make(self, seed: int) -> "Features":
     return Features(self, seed)
 
-  def features(self) -> int:
-    """How many features an example has, touching no data."""
-    return math.prod(self.source.shape() or ())
-
-  def classes(self) -> int:
-    """How many classes there are, touching no data."""
+  def n_classes(self) -> int:
     return self.source.n_classes()
+
+  def input_shape(self) -> tuple[int]:
+    return (math.prod(self.source.shape() or ()),)
 
   def check(self) -> None:
     if self.source.shape() is None:
@@ -48,7 +46,8 @@ class FeatureData(DataConfig):
     try:
       self.source.check()
     except Refused:  # The study's files are not on this machine, but its code can be tried.
-      made_up = Synthetic(features=max(self.features(), self.classes()), classes=self.classes())
+      (features,) = self.input_shape()
+      made_up = Synthetic(features=features, classes=min(features, self.n_classes()))
       return dataclasses.replace(self, source=made_up)
     return self
 
@@ -57,23 +56,20 @@ class Features(ExampleData):
   version = "features 1"
 
   def __init__(self, c: FeatureData, seed: int):
-    ExampleData.__init__(self, c.source, seed)
+    ExampleData.__init__(self, c.source, {"inputs": (c.input_shape(), np.float32)}, seed)
     self._config = c
-
-  def shape(self) -> tuple[int, ...]:
-    return (self._config.features(),)
 
   def problem(self, raw: Raw) -> str | None:
     if isinstance(raw, bytes):
       return "is an encoded image, not a vector of features"
     return None if np.isfinite(raw).all() else "has a feature that is NaN or infinite"
 
-  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> np.ndarray:
+  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:
     x_BC = self._flat(raws)
     if self._config.standardize:
       mean_C, scale_C = self._moments
       x_BC = (x_BC - mean_C) * scale_C
-    return x_BC
+    return {"inputs": x_BC}
 
   def _flat(self, raws: Sequence[Raw]) -> np.ndarray:
     return np.asarray(raws, np.float32).reshape(len(raws), -1)

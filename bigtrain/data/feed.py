@@ -112,6 +112,9 @@ class Feed(Iterator[dict[str, jax.Array]]):
 
   wait = 0.0  # Seconds that the last `next` took: how long the step had to wait for its batch.
   shape: tuple[int, ...] = ()  # Of the first array of the last batch.
+  lengths: tuple[
+    int, ...
+  ] = ()  # Tokens of its rows; after them of its targets if they have others.
 
   def __init__(
     self,
@@ -139,6 +142,9 @@ class Feed(Iterator[dict[str, jax.Array]]):
     self.wait = time.perf_counter() - started
     # Beside rows of tokens there may be one number a row, such as a label.
     self.shape = max((x.shape for x in batch.values()), key=len)
+    of_rows = self.shape[1:2]
+    of_targets = batch["targets"].shape[1:2] if "targets" in batch else of_rows
+    self.lengths = of_rows if of_targets == of_rows else of_rows + of_targets
     return batch
 
   def close(self) -> None:

@@ -38,20 +38,15 @@ class Fetch:
   source: str | None = None  # A folder that holds the files, in place of the network.
 
 
-def data(arguments: list[str]) -> None:
+def command(arguments: list[str]) -> None:
   """bigtrain data fetch NAME [--out FOLDER] [--source FOLDER]."""
-  example = "bigtrain data fetch fashion_mnist"
-  action, *rest = arguments or ["--help"]
-  if action in ("-h", "--help"):
-    rest = [action]
-  elif action != "fetch":
-    raise Refused(
-      f"there is no command 'data {action}'{nearest(action, ['fetch'])} as in {example}"
-    )
+  rest = list(arguments)
   name = rest.pop(0) if rest and not rest[0].startswith("-") else None
   [settings] = parse([Fetch()], rest, f"bigtrain data fetch {name or 'NAME'}", Fetch.__doc__ or "")
   if name is None:
-    raise Refused(f"bigtrain data fetch takes the name of a dataset first: {example}")
+    raise Refused(
+      "bigtrain data fetch takes the name of a dataset first: bigtrain data fetch fashion_mnist"
+    )
   print(fetch(name, settings))
 
 

@@ -14,6 +14,7 @@ from etils import epath
 
 from bigtrain.config import Refused, config, shortened
 from bigtrain.data.shuffle import in_blocks, key_of, permute
+from bigtrain.data.text import check_tokenizers
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.experiment import SOURCE, Data, DataConfig
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 BLOCK = 10_000  # Examples in which every source has its exact share, to 1 in 10,000.
 BLOCKS = 8  # Remembered.
+# What all sources have the same of, and how it is called.
+SAME = {
+  "vocabulary": "vocabulary",
+  "row_length": "row length",
+  "n_classes": "number of classes",
+  "input_shape": "shape of inputs",
+}
 STREAM = 0x6D6978  # Keeps the order of sources apart from other orders of the same seed.
 
 
@@ -55,6 +63,12 @@ class Mixture(DataConfig):
   def row_length(self) -> int | None:
     return self.sources[0].data.row_length()
 
+  def n_classes(self) -> int | None:
+    return self.sources[0].data.n_classes()
+
+  def input_shape(self) -> tuple[int, ...] | None:
+    return self.sources[0].data.input_shape()
+
   def read_tokenizer(self, path: epath.Path) -> Tokenizer | None:
     return self.sources[0].data.read_tokenizer(path)
 
@@ -76,9 +90,10 @@ class Mixture(DataConfig):
       raise Refused("some sources have a weight and some have none; give all one, or none")
     if not self.temperature > 0:
       raise Refused(f"temperature is {self.temperature}; it is above 0, and 1 changes nothing")
-    for what in ("vocabulary", "row_length"):
-      if len(found := {getattr(source.data, what)() for source in self.sources}) > 1:
-        raise Refused(f"sources differ in {what.replace('_', ' ')}: {shortened(sorted(found))}")
+    for name, what in SAME.items():
+      if len(found := {getattr(source.data, name)() for source in self.sources}) > 1:
+        raise Refused(f"sources differ in {what}: {shortened(sorted(found, key=repr))}")
+    check_tokenizers((source.data for source in self.sources), "sources")
 
   def smoke(self) -> Self:
     small = (dataclasses.replace(s, data=s.data.smoke()) for s in self.sources)

@@ -56,8 +56,19 @@ def read(path: pathlib.Path, field: str, limit: int, advance: Advance) -> Iterat
 
 
 def _text(path, field, limit, advance) -> Iterator[str | Problem]:
-  data, blocks = bytearray(), _blocks(path, advance)
-  for block in blocks:
+  return text(path, limit, advance)
+
+
+def text(path: pathlib.Path, limit: int, advance: Advance) -> Iterator[str | Problem]:
+  """A file as one text."""
+  for data in contents(path, limit, advance):
+    yield data if isinstance(data, Problem) else checked(path, None, data, limit)
+
+
+def contents(path: pathlib.Path, limit: int, advance: Advance) -> Iterator[bytes | Problem]:
+  """A file as one piece of bytes, decompressed."""
+  data, found = bytearray(), blocks(path, advance)
+  for block in found:
     if isinstance(block, Problem):
       # The part before the damage is no whole document.
       yield block._replace(line=data.count(b"\n") + 1)
@@ -65,15 +76,15 @@ def _text(path, field, limit, advance) -> Iterator[str | Problem]:
     data += block
     if len(data) > limit:
       yield Problem(path, None, "too long", f"more than {limit} bytes")
-      for _ in blocks:
+      for _ in found:
         pass
       return
-  yield _checked(path, None, bytes(data), limit)
+  yield bytes(data)
 
 
 def _json_lines(path, field, limit, advance) -> Iterator[str | Problem]:
   # A JSON string spends at most six bytes ("\\u0000") on one byte of text.
-  for line, data in _lines(path, 6 * limit + 2**16, advance):
+  for line, data in lines(path, 6 * limit + 2**16, advance):
     if isinstance(data, Problem):
       yield data._replace(line=line)
       continue
@@ -96,10 +107,11 @@ def _of_record(path, line, record, field, limit) -> str | Problem:
     return Problem(path, line, f"no field {field!r}", f"found {found}")
   if not isinstance(record[field], str):
     return Problem(path, line, f"{field!r} is not text", f"but {type(record[field]).__name__}")
-  return _checked(path, line, record[field], limit)
+  return checked(path, line, record[field], limit)
 
 
-def _checked(path, line, text: str | bytes, limit) -> str | Problem:
+def checked(path, line, text: str | bytes, limit) -> str | Problem:
+  """The text, if it is valid UTF-8 and not too long."""
   try:
     data, text = (text, text.decode()) if isinstance(text, bytes) else (text.encode(), text)
   except UnicodeDecodeError as error:
@@ -111,10 +123,10 @@ def _checked(path, line, text: str | bytes, limit) -> str | Problem:
   return text if data else Problem(path, line, "empty document")
 
 
-def _lines(path, limit, advance) -> Iterator[tuple[int, bytes | Problem]]:
+def lines(path, limit, advance) -> Iterator[tuple[int, bytes | Problem]]:
   """Numbered lines; of a line over `limit` bytes only a problem is kept in memory."""
   line, data, skipping = 1, bytearray(), False
-  for block in _blocks(path, advance):
+  for block in blocks(path, advance):
     if isinstance(block, Problem):
       yield line, block
       return
@@ -132,7 +144,7 @@ def _lines(path, limit, advance) -> Iterator[tuple[int, bytes | Problem]]:
     yield line, bytes(data)
 
 
-def _blocks(path: pathlib.Path, advance: Advance) -> Iterator[bytes | Problem]:
+def blocks(path: pathlib.Path, advance: Advance) -> Iterator[bytes | Problem]:
   """The bytes of a file, decompressed; a problem where it is damaged or ends too soon."""
   if path.suffix.lower() == ".gz":
     fresh = lambda: zlib.decompressobj(wbits=31)

@@ -7,6 +7,7 @@ silence: it comes out of the stream as a `Problem` with its file and line.
 import glob
 import hashlib
 import itertools
+import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ NOVELS = (
   "pride_and_prejudice",
   "sense_and_sensibility",
 )
+KINDS = ".txt, .jsonl (also .gz, .zst) or .parquet"
 CHAPTER = re.compile(r"^(?:volume [ivx]+\s+)?chapter (?:[ivxl]+|\d+)[ \t]*$", re.I | re.M)
 
 
@@ -54,7 +56,12 @@ class Austen:
     return "austen 1"
 
   def documents(self, advance: Advance) -> Iterator[Document | Problem]:
-    for path, _ in self.inputs():
+    for _, _, document in self.chapters(advance):
+      yield document
+
+  def chapters(self, advance: Advance = lambda read: None) -> Iterator[tuple[int, int, Document]]:
+    """The number of the novel, of the chapter in it, and the chapter."""
+    for n, (path, _) in enumerate(self.inputs()):
       for novel in read(path, "", 2**20, advance):
         if isinstance(novel, Problem):
           raise Refused(f"{novel}; the embedded corpus is damaged: install bigtrain again")
@@ -62,7 +69,7 @@ class Austen:
         # The title page belongs to the first chapter.
         edges = [0, *starts[1:], len(novel)]
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
-          yield Document(novel[start:end].strip(), held_out=i % 20 == 9)
+          yield n, i, Document(novel[start:end].strip(), held_out=i % 20 == 9)
 
 
 @config
@@ -96,10 +103,10 @@ class Files:
     Raises:
       Refused: a pattern matches nothing, or a file is both training and held out.
     """
-    files = _expand(self.pattern)
+    files = expand(self.pattern)
     if not isinstance(self.validation, str):
       return [Input(path, None) for path in files]
-    held_out = _expand(self.validation)
+    held_out = expand(self.validation)
     if both := sorted({p.resolve() for p in files} & {p.resolve() for p in held_out}):
       raise Refused(
         f"{both[0]} and {len(both) - 1} more are in both {self.pattern} and {self.validation}; "
@@ -125,18 +132,63 @@ class Files:
     return int.from_bytes(digest, "little") < float(self.validation) * 2**64
 
 
-def _expand(pattern: str) -> list[pathlib.Path]:
-  """The files of a folder, glob or path, hidden ones left out, sorted."""
+@config
+class PreparedText:
+  """What `bigtrain data prepare` made: train and validation; the test split stays out."""
+
+  path: str  # The folder.
+
+  def check(self) -> None:
+    self.inputs()
+
+  def inputs(self) -> list[Input]:
+    """The shards, training first.
+
+    Raises:
+      Refused: the folder is not there, not finished, or has lost files.
+    """
+    folder = pathlib.Path(self.path).expanduser()
+    if not (folder / "manifest.json").is_file():
+      why = "is not there" if not folder.is_dir() else "holds no finished preparation"
+      raise Refused(
+        f"{self.path} {why}: bigtrain data prepare CONFIG.py --out {self.path} makes it"
+      )
+    names = [s["file"] for s in json.loads((folder / "manifest.json").read_text())["shards"]]
+    for name in names:
+      if not (folder / "shards" / name).is_file():
+        raise Refused(f"{self.path} has lost its shard {name}: prepare it again")
+    sides = {"train": False, "validation": True}
+    chosen = [(name, sides[side]) for side in sides for name in names if name.startswith(side)]
+    return [Input(folder / "shards" / name, held_out) for name, held_out in chosen]
+
+  def settings(self) -> str:
+    return "prepared 1"
+
+  def documents(self, advance: Advance) -> Iterator[Document | Problem]:
+    from bigtrain.data.prepare.pack import read_shard
+
+    for path, held_out in self.inputs():
+      for record in read_shard(path):
+        yield Document(record["text"], bool(held_out))
+      advance(path.stat().st_size)
+
+
+def expand(
+  pattern: str, kind: Callable[[pathlib.Path], str] = kind_of, kinds: str = KINDS
+) -> list[pathlib.Path]:
+  """The files of a folder, glob or path, hidden ones left out, sorted.
+
+  Raises:
+    Refused: there are none, or none of a kind that is read; `kinds` says which are.
+  """
   path = pathlib.Path(pattern).expanduser()
   wanted = glob.escape(str(path)) if path.exists() else str(path)
   found = glob.iglob(f"{wanted}/**" if path.is_dir() else wanted, recursive=True)
   files = sorted(p for p in map(pathlib.Path, found) if p.is_file())
   if not files:
     raise Refused(f"no files match {pattern}{near(path)}")
-  if not any(kind_of(p) for p in files):
-    raise Refused(
-      f"{files[0]} is not .txt, .jsonl (also .gz, .zst) or .parquet, as sources must be"
-    )
+  if not any(kind(p) for p in files):
+    raise Refused(f"{files[0]} is not {kinds}, as sources must be")
   return files
 
 

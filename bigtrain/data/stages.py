@@ -7,8 +7,8 @@ import numpy as np
 from etils import epath
 
 from bigtrain.config import Refused, config
-from bigtrain.data.text import TextData
-from bigtrain.data.tokenizers import BPE, Tokenizer
+from bigtrain.data.text import check_tokenizers
+from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.experiment import Data, DataConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ class Stages(DataConfig):
   def row_length(self) -> int | None:
     return max((data.row_length() or 0 for _, data in self.stages), default=None)
 
+  def n_classes(self) -> int | None:
+    return self.stages[0][1].n_classes()
+
+  def input_shape(self) -> tuple[int, ...] | None:
+    return self.stages[0][1].input_shape()
+
   def read_tokenizer(self, path: epath.Path) -> Tokenizer | None:
     return self.stages[-1][1].read_tokenizer(path)
 
@@ -42,12 +48,9 @@ class Stages(DataConfig):
       raise Refused(f"stages begin at steps {steps}: the first is 0 and each is after the last")
     if len(sizes := {data.vocabulary() for _, data in self.stages}) > 1:
       raise Refused(f"stages have vocabularies of {sizes} tokens: give all the same tokenizer")
-    texts = [data for _, data in self.stages if isinstance(data, TextData)]
-    if len({(t.tokenizer, isinstance(t.tokenizer, BPE) and t.source) for t in texts}) > 1:
-      raise Refused(
-        "stages have different tokenizers (BPE learns one from each source): give all the same "
-        "tokenizer.json by TokenizerFile"
-      )
+    if len(sizes := {(data.n_classes(), data.input_shape()) for _, data in self.stages}) > 1:
+      raise Refused(f"stages differ in (classes, shape of inputs): {sizes}; give all the same")
+    check_tokenizers((data for _, data in self.stages), "stages")
 
   def smoke(self) -> Self:
     return dataclasses.replace(self, stages=tuple((s, data.smoke()) for s, data in self.stages))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ from bigtrain.console import human
 from bigtrain.data.cache import Prepared, prepare
 from bigtrain.data.pack import Packing
 from bigtrain.data.rows import FIELDS, Rows
-from bigtrain.data.sources import Austen, Files
+from bigtrain.data.sources import Austen, Files, PreparedText
 from bigtrain.data.tokenizers import BPE, Bytes, Tokenizer, TokenizerFile
 from bigtrain.experiment import Data, DataConfig
 
@@ -28,7 +29,7 @@ PADDED = 2**16  # Tokens of a row that may be longer than all of the text, to tr
 class TextData(DataConfig):
   """Documents packed into rows of `seq` tokens."""
 
-  source: Austen | Files = Austen()
+  source: Austen | Files | PreparedText = Austen()
   tokenizer: Bytes | BPE | TokenizerFile = Bytes()
   seq: int = 256  # Tokens of a row, T.
   packing: Packing = "best_fit"  # Documents whole where they fit; `concat` cuts where a row ends.
@@ -59,6 +60,16 @@ class TextData(DataConfig):
     source = Austen() if large else source
     seq = min(self.seq, SMOKE_SEQ)
     return dataclasses.replace(self, seq=seq, source=source, tokenizer=tokenizer)
+
+
+def check_tokenizers(parts: Iterable[DataConfig], whole: str) -> None:
+  """Refuses text whose numbers would stand for other tokens in another part."""
+  texts = [data for data in parts if isinstance(data, TextData)]
+  if len({(t.tokenizer, isinstance(t.tokenizer, BPE) and t.source) for t in texts}) > 1:
+    raise Refused(
+      f"{whole} have different tokenizers (BPE learns one from each source): give all the same "
+      "tokenizer.json by TokenizerFile"
+    )
 
 
 class Text(Data):

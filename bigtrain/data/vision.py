@@ -50,9 +50,11 @@ class ImageData(DataConfig):
   def make(self, seed: int) -> "Images":
     return Images(self, seed)
 
-  def classes(self) -> int:
-    """How many classes there are, touching no data."""
+  def n_classes(self) -> int:
     return self.source.n_classes()
+
+  def input_shape(self) -> tuple[int, int, int]:
+    return self.size, self.size, self.channels
 
   def check(self) -> None:
     if self.size < 1:
@@ -85,14 +87,11 @@ class ImageData(DataConfig):
 
 class Images(ExampleData):
   def __init__(self, c: ImageData, seed: int):
-    ExampleData.__init__(self, c.source, seed)
-    self._config = c
+    ExampleData.__init__(self, c.source, {"inputs": (c.input_shape(), np.float32)}, seed)
+    self._config, self._shape = c, c.input_shape()
     self.version = f"images 1 {c.source.shape()}"
     std = np.asarray(c.std, np.float32)
     self._scale_C, self._offset_C = 1 / (255 * std), np.asarray(c.mean, np.float32) / std
-
-  def shape(self) -> tuple[int, ...]:
-    return self._config.size, self._config.size, self._config.channels
 
   def problem(self, raw: Raw) -> str | None:
     if isinstance(raw, np.ndarray):
@@ -110,18 +109,18 @@ class Images(ExampleData):
       return problem_of(error)
     return None
 
-  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> np.ndarray:
+  def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:
     c = self._config
     changes = () if keys is None else c.augment
     if isinstance(raws, np.ndarray) and not changes and c.crop == 1.0:
-      shape = len(raws), *self.shape()
+      shape = len(raws), *self._shape
       if raws.shape == shape or (*raws.shape, 1) == shape:
-        return self._normalised(raws.reshape(shape))
+        return self._batch(raws.reshape(shape))
     draws = [Draws(key) for key in (np.zeros(len(raws), int) if keys is None else keys).tolist()]
     # Decoding lets other threads run; what costs microseconds is quicker without them.
     several = self._pool.map if isinstance(raws[0], bytes) else map
     images = several(functools.partial(self._image, changes), raws, draws)
-    return self._normalised(np.stack(list(images)).reshape(len(raws), *self.shape()))
+    return self._batch(np.stack(list(images)).reshape(len(raws), *self._shape))
 
   def _image(self, changes: tuple[Augmentation, ...], raw: Raw, draws: Draws) -> np.ndarray:
     """Pixels of one image, uint8 (size, size[, channels])."""
@@ -137,11 +136,11 @@ class Images(ExampleData):
       image = change(image, draws.fork(i))
     return np.asarray(image)
 
-  def _normalised(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+  def _batch(self, pixels_BHWC: np.ndarray) -> dict[str, np.ndarray]:
     x_BHWC = pixels_BHWC.astype(np.float32)
     x_BHWC *= self._scale_C
     x_BHWC -= self._offset_C
-    return x_BHWC
+    return {"inputs": x_BHWC}
 
   @functools.cached_property
   def _pool(self) -> concurrent.futures.ThreadPoolExecutor:

@@ -1,17 +1,19 @@
-"""Weights of Hugging Face models (GPT-2, Llama, Qwen3, BERT, ViT) as those of our modules.
+"""Weights of Hugging Face models (GPT-2, Llama, Qwen3, BERT, ViT, T5) as those of our modules.
 
 The tables say, for each of our parameters, the tensor that holds it and the order of its dims
 there; our own order is the parameter's suffix.
 
 Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary, P
-pixels and channels of a patch, Q the class token, C classes; heads' as in models/encoder.py.
+pixels and channels of a patch, Q the class token, C classes, R relative bucket; heads' as in
+models/encoder.py.
 """
 
+import functools
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ from bigtrain.config import Refused
 
 M = TypeVar("M", bound=nnx.Module)
 
-# Names within a layer begin with a dot. GPT-2 stores (in, out), the others (out, in).
+# Names within a layer begin with a dot, or with their stack where there are several. GPT-2 stores
+# (in, out), the others (out, in).
 GPT2 = {
   "embed_VD": "wte.weight VD",
   "position_TD": "wpe.weight TD",
@@ -121,16 +124,39 @@ VIT = {
   ".feed_forward.down_FD": "vit.encoder.layer.{}.output.dense.weight DF",
   ".feed_forward.down_bias_D": "vit.encoder.layer.{}.output.dense.bias D",
 }
+T5 = {"embed_VD": "shared.weight VD", "output_table_VD": "lm_head.weight VD"}
+for _stack, _last in (("encoder", 1), ("decoder", 2)):
+  _layer = f"{_stack}.block.{{}}.layer"
+  _bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight RKG"
+  T5 |= {
+    f"{_stack}.relative_bias_RKG": f"{_stack}.{_bias}",
+    f"{_stack}_norm.scale_D": f"{_stack}.final_layer_norm.weight D",
+    f"{_stack}.attention_norm.scale_D": f"{_layer}.0.layer_norm.weight D",
+    f"{_stack}.cross_norm.scale_D": f"{_layer}.1.layer_norm.weight D",
+    f"{_stack}.feed_forward_norm.scale_D": f"{_layer}.{_last}.layer_norm.weight D",
+    f"{_stack}.feed_forward.gate_DF": f"{_layer}.{_last}.DenseReluDense.wi_0.weight FD",
+    f"{_stack}.feed_forward.up_DF": f"{_layer}.{_last}.DenseReluDense.wi_1.weight FD",
+    f"{_stack}.feed_forward.down_FD": f"{_layer}.{_last}.DenseReluDense.wo.weight DF",
+  }
+  for _ours, _theirs in (("attention", "0.SelfAttention"), ("cross", "1.EncDecAttention")):
+    T5 |= {
+      f"{_stack}.{_ours}.q_DKGH": f"{_layer}.{_theirs}.q.weight KGHD",
+      f"{_stack}.{_ours}.k_DKH": f"{_layer}.{_theirs}.k.weight KHD",
+      f"{_stack}.{_ours}.v_DKH": f"{_layer}.{_theirs}.v.weight KHD",
+      f"{_stack}.{_ours}.o_KGHD": f"{_layer}.{_theirs}.o.weight DKGH",
+    }
 PATCHES = VIT["patch_PD"].split()[0]
 MARKS = {  # Of a table's checkpoints.
   "wte.weight": GPT2,
   "embeddings.word_embeddings.weight": BERT,
   PATCHES: VIT,
+  "shared.weight": T5,
 }
 BASE = re.compile(r"^(transformer|model|bert)\.")  # Checkpoints of the bare model lack it.
-# Not weights, or (the decoder of BERT's head) others once more.
+# Not weights, or (the decoder of BERT's head, T5's embedding by side) others once more.
 BUFFERS = re.compile(
   r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|\.position_ids$|^cls\.predictions\.decoder\."
+  r"|^(en|de)coder\.embed_tokens\.weight$"
 )
 
 
@@ -180,6 +206,8 @@ def load_some(
     tensors = _split(tensors)
   elif table is VIT:  # Channels come last in our patches.
     tensors[PATCHES] = np.asarray(tensors[PATCHES]).transpose(0, 2, 3, 1)
+  elif table is T5:  # Its first version has one product where the second has a gate and it.
+    tensors = {name.replace(".wi.", ".wi_1."): x for name, x in tensors.items()}
   unused = set(tensors)
   if getattr(model, "output_table_VD", None) is None:
     unused.discard("lm_head.weight")  # The embedding once more.
@@ -188,18 +216,19 @@ def load_some(
     name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
     if is_new(name):
       return leaf
-    ours, layers = _place(model, name.removeprefix("encoder."))
+    ours, layers = _place(model, name)
+    if ours not in table:  # Heads have their encoder within them.
+      ours = ours.removeprefix("encoder.")
     if ours not in table:
       raise Refused(f"these weights have nothing for {ours}; are they of the model's family?")
     theirs, order = table[ours].split()
-    names = [theirs.format(layer) for layer in layers]
+    names = [theirs.format(layer) for layer in layers or (0,)]
     if missing := [name for name in names if name not in tensors]:
       raise Refused(f"these weights have no {missing[0]}, as {ours} needs; compare the configs")
     unused.difference_update(names)
-    stacked = ours.startswith(".")
-    shape = leaf.shape[1:] if stacked else leaf.shape
+    shape = leaf.shape if layers is None else leaf.shape[1:]
     parts = [_reordered(name, tensors[name], order, ours, shape) for name in names]
-    return jnp.asarray(np.stack(parts) if stacked else parts[0], jnp.float32)
+    return jnp.asarray(parts[0] if layers is None else np.stack(parts), jnp.float32)
 
   loaded = jax.tree_util.tree_map_with_path(load, model)
   return loaded, sorted(unused)
@@ -217,15 +246,16 @@ def _split(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return split
 
 
-def _place(model, path: str) -> tuple[str, range]:
-  """A parameter's name in the tables, and the layers that it stacks (one, 0, outside of them)."""
-  if not (found := re.fullmatch(r"transformer\.segments\.(\d+)\.(\d+)(\..+)", path)):
-    return path, range(1)
-  segment, block = int(found[1]), int(found[2])
-  transformer = getattr(model, "encoder", model).transformer
-  *before, (blocks, repeats) = transformer.c.segments()[: segment + 1]
+def _place(model, path: str) -> tuple[str, range | None]:
+  """A parameter's name in the tables, and the layers that it stacks; None outside of them."""
+  if not (found := re.fullmatch(r"(.+?)\.segments\.(\d+)\.(\d+)(\..+)", path)):
+    return path, None
+  segment, block = int(found[2]), int(found[3])
+  stack: Any = functools.reduce(getattr, found[1].split("."), model)
+  *before, (blocks, repeats) = stack.c.segments()[: segment + 1]
   start = sum(len(blocks) * repeats for blocks, repeats in before)
-  return found[3], range(start + block, start + len(blocks) * repeats, len(blocks))
+  where = found[1].removesuffix("transformer") + found[4]
+  return where, range(start + block, start + len(blocks) * repeats, len(blocks))
 
 
 def _reordered(name: str, tensor, theirs: str, ours: str, shape: tuple[int, ...]) -> np.ndarray:

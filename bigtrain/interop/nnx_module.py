@@ -8,6 +8,7 @@ axes. Its random streams are no state: each call makes them anew from the key of
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,16 +33,17 @@ class NNXModule(ModelConfig):
     """The module, fresh; it is called with the inputs of a batch alone."""
 
   def make(self, key: jax.Array) -> "Apart":
-    return Apart(self.module(nnx.Rngs(key)))
+    return Apart(lambda key: self.module(nnx.Rngs(key)), key)
 
 
 class Apart(nnx.Module):
   """A module taken apart: each parameter is laid over fsdp by its largest dim that divides."""
 
-  def __init__(self, module: nnx.Module):
-    self.structure, self.streams, parameters, variables = _split(module)
-    lay = lambda w: jax.tree.map(sharding.spread, w)
-    self.parameters, self.variables = nnx.data(lay(parameters)), nnx.data(variables)
+  def __init__(self, module: Callable[[jax.Array], nnx.Module], key: jax.Array):
+    self.structure, self.streams, *_ = _split(nnx.eval_shape(lambda: module(key)))
+    parameters, variables = _by_itself(lambda key: _split(module(key))[2:], key)
+    self.parameters = nnx.data(jax.tree.map(sharding.spread, parameters))
+    self.variables = nnx.data(variables)
 
   def __call__(self, *inputs) -> Any:
     """What the module returns in evaluation."""
@@ -99,6 +101,17 @@ def _split(module: nnx.Module) -> tuple[Any, tuple, nnx.State, nnx.State]:
   structure, streams, parameters, variables = nnx.split(module, nnx.RngState, nnx.Param, ...)
   flat = nnx.to_flat_state(streams)
   return structure, tuple((path, type(v), v.tag) for path, v in flat), parameters, variables
+
+
+def _by_itself(make: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+  """`make(key)`, compiled apart from what follows it: the same bits on any mesh.
+
+  Fused with the slicing of its result, a product and a sum may be rounded once in place of twice,
+  as it happens with truncated normal numbers on CPU. A branch is compiled by itself, as long as
+  the compiler does not know that it is always taken; an optimization barrier is not enough.
+  """
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(make, key))
+  return jax.lax.cond(jax.random.uniform(key) < 2, make, lambda _: zeros, key)
 
 
 def _streams(streams: tuple, key: jax.Array) -> nnx.State:

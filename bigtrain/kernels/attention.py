@@ -1,7 +1,7 @@
-"""The one attention function: grouped queries, packed documents, windows and soft caps.
+"""The one attention function: grouped queries, packed documents, windows, soft caps and biases.
 
 Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, N all G*T of
-them, H head.
+them, H head, P distance: of a query and a key, T + S - 1 of them.
 """
 
 import dataclasses
@@ -37,18 +37,24 @@ def visible(query: Tokens, key: Tokens, *, causal: bool, window: int | None) -> 
   return mask_BTS
 
 
-def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=None) -> jax.Array:
+def attend(
+  q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, bias_KGP=None, softcap=None, dropout=0.0, key=None
+) -> jax.Array:
   """Softmax attention; scores and softmax in float32. Returns (B, T, K, G, H) in the dtype of `v`.
 
-  Scores are scaled by H**-0.5 and, with `softcap` c, squashed to c * tanh(score / c) (Gemma 2,
-  arXiv:2408.00118). Heads move in front of positions first, and the queries that share a kv head
-  become one dim: batched products of plain matrices are nearly three times as fast on CPU, the
-  softmax's gradient four times, and it is free elsewhere.
+  Queries come scaled. With `softcap` c, scores are squashed to c * tanh(score / c) (Gemma 2,
+  arXiv:2408.00118). `bias_KGP` is then added by distance: entry p to the score of column s for the
+  query in column t = s - p + T - 1. It is a vector for each head, so that a kernel that goes
+  through the scores block by block needs no array of their size.
+
+  Heads move in front of positions first, and the queries that share a kv head become one dim:
+  batched products of plain matrices are nearly three times as fast on CPU, the softmax's gradient
+  four times, and it is free elsewhere.
   """
   B, T, K, G, H = q_BTKGH.shape
   # Reshaping says its sharding: that of a dim of size 1 would be lost.
   shaped = lambda x, dims, shape: jnp.reshape(x, shape, out_sharding=sharding.act(dims))
-  q_BKGTH = jnp.transpose(q_BTKGH * H**-0.5, (0, 2, 3, 1, 4))
+  q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
   q_BKNH = shaped(q_BKGTH, "BKNH", (B, K, G * T, H))
   k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
   mask_BGTS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:]))
@@ -58,6 +64,8 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=
   )
   if softcap is not None:
     score_BKNS = softcap * jnp.tanh(score_BKNS / softcap)
+  if bias_KGP is not None:
+    score_BKNS += shaped(by_column(bias_KGP, T), "KNS", score_BKNS.shape[1:])
   score_BKNS = jnp.where(mask_BNS[:, None], score_BKNS, MASKED)
   prob_BKNS = jax.nn.softmax(score_BKNS).astype(v_BSKH.dtype)
   taps.tap("score_max", jnp.max, score_BKNS)
@@ -66,6 +74,21 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, softcap=None, dropout=0.0, key=
   out_BKNH = jnp.einsum("bkns,bksh->bknh", prob_BKNS, v_BKSH)
   out_BKGTH = shaped(out_BKNH, "BKGTH", (B, K, G, T, H))
   return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
+
+
+def by_column(bias_KGP, T: int) -> jax.Array:
+  """A bias by distance for each of T queries and each key, (K, G, T, S).
+
+  Row t is the vector from p = T - 1 - t on. Laid end to end with one more entry each, the T copies
+  of it begin one column later in every row of the old length: all is copying, and no index is
+  looked up, whose gradient would be a scatter.
+  """
+  K, G, P = bias_KGP.shape
+  shaped = lambda x, dims, shape: jnp.reshape(x, shape, out_sharding=sharding.act(dims))
+  copies_KGTP = jnp.broadcast_to(bias_KGP[:, :, None], (K, G, T, P))
+  copies_KGTP = jnp.pad(copies_KGTP, ((0, 0), (0, 0), (0, 0), (0, 1)))
+  line_KGN = shaped(copies_KGTP, "KGN", (K, G, T * (P + 1)))[..., : T * P]
+  return shaped(line_KGN, "KGTP", (K, G, T, P))[..., T - 1 :]
 
 
 def _entropy(prob_BKNS, mask_BNS) -> jax.Array:

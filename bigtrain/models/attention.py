@@ -1,7 +1,10 @@
-"""Self-attention: multi-head and grouped-query, with the variations that published decoders use.
+"""Attention: multi-head and grouped-query, with the variations that published models use.
 
 Dims: B batch, T query position, S key position, D model, K kv heads, G queries per kv head, H head.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -25,6 +28,8 @@ class AttentionConfig:
   head_dim: int | None = None  # None for the model's dim / heads.
   causal: bool = True  # A position sees itself and what is before it.
   window: int | None = None  # Positions seen, itself included; None for all.
+  # Scores are scaled by head_dim**-0.5; where not, the initial queries are (T5, arXiv:1910.10683).
+  scaled: bool = True
   rotary: Rotary | None = None  # Rotates q and k by their positions.
   qk_norm: NormConfig | None = None  # Normalises each head of q and k (arXiv:2010.04245).
   softcap: float | None = None  # Scores are squashed to this magnitude by tanh.
@@ -63,12 +68,24 @@ class AttentionConfig:
     return Attention(self, dim, init, key)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What a decoder attends to besides itself: an encoder's output, or keys and values of it."""
+
+  tokens: Tokens
+  x_BSD: jax.Array | None = None
+  # Of a layer (k, v), (B, S, K, H) each; of a stack these by [segment][block], with the repeats in
+  # front. None where they are made of `x_BSD`.
+  pairs: Any = None
+
+
 class Attention(nnx.Module):
   def __init__(self, c: AttentionConfig, dim: int, init: Initializer, key: jax.Array):
     self.c = c
     kq, kk, kv, ko = jax.random.split(key, 4)
     sizes = c.sizes(dim)
-    self.q_DKGH = init.weight(kq, "DKGH", sizes, fan_in="D")
+    self.q_DKGH = init.weight(kq, "DKGH", sizes, fan_in="D" if c.scaled else "DH")
     self.k_DKH = init.weight(kk, "DKH", sizes, fan_in="D")
     self.v_DKH = init.weight(kv, "DKH", sizes, fan_in="D")
     self.o_KGHD = init.residual(ko, "KGHD", sizes, fan_in="KGH")
@@ -76,37 +93,52 @@ class Attention(nnx.Module):
     self.k_bias_KH = init.constant("KH", sizes) if c.bias else None
     self.v_bias_KH = init.constant("KH", sizes) if c.bias else None
     self.o_bias_D = init.constant("D", sizes) if c.out_bias else None
+    self.score_scale = sizes["H"] ** -0.5 * (init.width.scores() if init.width else 1.0)
     self.q_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
     self.k_norm = c.qk_norm.make(sizes["H"]) if c.qk_norm else None
 
-  def __call__(self, x_BTD, tokens: Tokens, key=None, cache=None):
+  def __call__(self, x_BTD, tokens: Tokens, key=None, cache=None, bias_KGP=None):
     """Attends within `tokens`, or, with a cache, to all that it holds and these.
 
     Returns:
       The output (B, T, D), and the cache with the keys and values of `tokens` (None without one).
     """
-    q_BTKGH, k_BSKH, v_BSKH = self._heads(x_BTD, tokens)
+    x_BTD = sharding.shared(x_BTD)
+    q_BTKGH, (k_BSKH, v_BSKH) = self._queries(x_BTD, tokens), self.keys_values(x_BTD, tokens)
     keys = tokens
     if cache is not None:
       cache = cache.extended(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
     mask_BTS = visible(tokens, keys, causal=self.c.causal, window=self.c.window)
-    y_BTKGH = attend(
-      q_BTKGH, k_BSKH, v_BSKH, mask_BTS, softcap=self.c.softcap, dropout=self.c.dropout, key=key
-    )
-    y_BTKGH = checkpoint_name(y_BTKGH, "attention")
-    return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D), cache
+    return self._attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, key, bias_KGP), cache
 
-  def _heads(self, x_BTD, tokens: Tokens):
-    x_BTD = sharding.shared(x_BTD)
+  def across(self, x_BTD, tokens: Tokens, memory: Memory, key=None) -> jax.Array:
+    """Attends to a memory: to what is of the same document there. Returns (B, T, D)."""
+    k_BSKH, v_BSKH = memory.pairs or self.keys_values(sharding.shared(memory.x_BSD), memory.tokens)
+    mask_BTS = visible(tokens, memory.tokens, causal=False, window=None)
+    return self._attend(self._queries(x_BTD, tokens), k_BSKH, v_BSKH, mask_BTS, key)
+
+  def _attend(self, q_BTKGH, k_BSKH, v_BSKH, mask_BTS, key, bias_KGP=None) -> jax.Array:
+    c = self.c
+    q_BTKGH = q_BTKGH * self.score_scale if c.scaled else q_BTKGH
+    extras = {"bias_KGP": bias_KGP, "softcap": c.softcap, "dropout": c.dropout, "key": key}
+    y_BTKGH = checkpoint_name(attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, **extras), "attention")
+    return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)
+
+  def _queries(self, x_BTD, tokens: Tokens) -> jax.Array:
     q_BTKGH = project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH, self.q_bias_KGH)
-    k_BSKH = project("BSD,DKH->BSKH", x_BTD, self.k_DKH, self.k_bias_KH)
-    v_BSKH = project("BSD,DKH->BSKH", x_BTD, self.v_DKH, self.v_bias_KH)
-    if self.q_norm is not None and self.k_norm is not None:
-      q_BTKGH, k_BSKH = self.q_norm(q_BTKGH), self.k_norm(k_BSKH)
+    if self.q_norm is not None:
+      q_BTKGH = self.q_norm(q_BTKGH)
     if self.c.rotary is not None:
       q_BTKGH = rotate(self.c.rotary, q_BTKGH, tokens.positions)
+    return checkpoint_name(q_BTKGH, "q")
+
+  def keys_values(self, x_BSD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """What can be attended to, (B, S, K, H) each."""
+    k_BSKH = project("BSD,DKH->BSKH", x_BSD, self.k_DKH, self.k_bias_KH)
+    v_BSKH = project("BSD,DKH->BSKH", x_BSD, self.v_DKH, self.v_bias_KH)
+    if self.k_norm is not None:
+      k_BSKH = self.k_norm(k_BSKH)
+    if self.c.rotary is not None:
       k_BSKH = rotate(self.c.rotary, k_BSKH, tokens.positions)
-    return tuple(
-      checkpoint_name(x, name) for x, name in ((q_BTKGH, "q"), (k_BSKH, "k"), (v_BSKH, "v"))
-    )
+    return checkpoint_name(k_BSKH, "k"), checkpoint_name(v_BSKH, "v")

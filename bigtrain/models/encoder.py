@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens
@@ -18,6 +18,7 @@ from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, lookup
 from bigtrain.models.transformer import Transformer, TransformerConfig
 from bigtrain.precision import Dtype, compute_dtype, project
+from bigtrain.width import Width, readout
 
 
 @config
@@ -53,7 +54,7 @@ class EncoderConfig(TransformerConfig, ModelConfig):
 class Encoder(nnx.Module):
   def __init__(self, c: EncoderConfig, key: jax.Array, *, pooled: bool = True):
     self.c = c
-    init = Initializer(c.init, c.layers)
+    init = Initializer(c.init, c.layers, c.width())
     ke, kp, ky, kt, km = jax.random.split(key, 5)
     length = c.position.length if c.position else 0
     sizes = {"V": c.vocab, "D": c.dim, "M": c.dim, "T": length, "Y": c.token_types}
@@ -92,7 +93,8 @@ class Encoder(nnx.Module):
       if self.position_TD is not None:
         x_BTD += lookup(self.position_TD, tokens.positions, dtype)
       x_BTD = sharding.dropout(self.embed_norm(x_BTD), c.dropout, kd)
-    x_BTD, _ = self.transformer(x_BTD, tokens, kt)
+    with taps.named("transformer"):
+      x_BTD, _ = self.transformer(x_BTD, tokens, kt)
     return x_BTD if self.norm is None else self.norm(x_BTD)
 
   def pooled(self, x_BTD) -> jax.Array:
@@ -112,6 +114,9 @@ class MaskedLMConfig(ModelConfig):
 
   def dims(self) -> dict[str, tuple[str, int]]:
     return _dims(self.encoder)
+
+  def width(self) -> Width | None:
+    return self.encoder.width()
 
   def flops(self, length: int = 1) -> float:
     e = self.encoder
@@ -134,7 +139,7 @@ class MaskedLanguageModel(nnx.Module):
   def __init__(self, c: MaskedLMConfig, key: jax.Array):
     self.c = c
     ke, kt, kn = jax.random.split(key, 3)
-    init = Initializer(c.encoder.init, c.encoder.layers)
+    init = Initializer(c.encoder.init, c.encoder.layers, c.width())
     sizes = {"V": c.encoder.vocab, "D": c.encoder.dim, "M": c.encoder.dim, "C": 2}
     self.encoder = Encoder(c.encoder, ke, pooled=c.next_sentence)
     self.transform_DM = init.weight(kt, "DM", sizes, fan_in="D")
@@ -163,11 +168,12 @@ class MaskedLanguageModel(nnx.Module):
   def output(self) -> tuple[jax.Array, jax.Array]:
     """The output table (V, D), gathered and in the compute dtype, and its bias (V,) float32."""
     dtype = compute_dtype(self.c.encoder.dtype)
-    return sharding.use(self.encoder.embed_VD, dtype), self.output_bias_V[...]
+    table_VD = readout(sharding.use(self.encoder.embed_VD, dtype), self.c.width())
+    return table_VD, self.output_bias_V[...]
 
   def next_sentence(self, x_BTD) -> jax.Array:
     """Logits (B, 2) float32 that a row's second text is another one, or follows its first (1)."""
-    pooled_BM = self.encoder.pooled(x_BTD)
+    pooled_BM = readout(self.encoder.pooled(x_BTD), self.c.width())
     return project("BM,MC->BC", pooled_BM, self.next_MC, self.next_bias_C).astype(jnp.float32)
 
 
@@ -185,6 +191,9 @@ class TextClassifierConfig(ModelConfig):
   def dims(self) -> dict[str, tuple[str, int]]:
     return _dims(self.encoder)
 
+  def width(self) -> Width | None:
+    return self.encoder.width()
+
   def flops(self, length: int = 1) -> float:
     e = self.encoder
     return e.flops(length) + 6 * e.dim * (e.dim + self.classes)
@@ -194,6 +203,9 @@ class TextClassifierConfig(ModelConfig):
 
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
+
+  def n_classes(self) -> int:
+    return self.classes
 
   def check(self) -> None:
     if self.classes < 2:
@@ -206,7 +218,7 @@ class TextClassifier(nnx.Module):
   def __init__(self, c: TextClassifierConfig, key: jax.Array):
     self.c = c
     ke, kc = jax.random.split(key)
-    init = Initializer(c.encoder.init, c.encoder.layers)
+    init = Initializer(c.encoder.init, c.encoder.layers, c.width())
     sizes = {"M": c.encoder.dim, "C": c.classes}
     self.encoder = Encoder(c.encoder, ke)
     self.classes_MC = init.weight(kc, "MC", sizes, fan_in="M")
@@ -217,10 +229,17 @@ class TextClassifier(nnx.Module):
   ) -> jax.Array:
     """Logits (B, C) float32 of each row's classes; arguments as in Encoder."""
     ke, kd = (None, None) if key is None else jax.random.split(key)
-    x_BTD = self.encoder(tokens_BT, positions_BT, segments_BT, types_BT, ke)
+    with taps.named("encoder"):
+      x_BTD = self.encoder(tokens_BT, positions_BT, segments_BT, types_BT, ke)
     pooled_BM = sharding.dropout(self.encoder.pooled(x_BTD), self.c.dropout, kd)
+    pooled_BM = readout(pooled_BM, self.c.width())
     logits_BC = project("BM,MC->BC", pooled_BM, self.classes_MC, self.classes_bias_C)
     return logits_BC.astype(jnp.float32)
+
+  def logits(self, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+    """The same of a batch of labelled text; a key means training."""
+    rows = batch["tokens"], None, batch["segments"], batch["token_types"]
+    return self(*rows, key)
 
 
 def _dims(encoder: EncoderConfig) -> dict[str, Any]:

@@ -22,10 +22,13 @@ class FeedForwardConfig:
   activation: ActivationName = "gelu_tanh"
   gated: bool = False  # The activation multiplies a second product (arXiv:2002.05202).
   bias: bool = False  # On every product.
+  dropout: float = 0.0  # Of the hidden units.
 
   def check(self) -> None:
     if self.hidden < 1:
       raise Refused(f"feed_forward: hidden is {self.hidden}; it must be positive")
+    if not 0 <= self.dropout < 1:
+      raise Refused(f"feed_forward: dropout is {self.dropout}; it is a rate, from 0 to below 1")
 
   def make(self, dim: int, init: Initializer, key: jax.Array) -> "FeedForward":
     return FeedForward(self, dim, init, key)
@@ -44,7 +47,7 @@ class FeedForward(nnx.Module):
     self.down_bias_D = init.constant("D", sizes) if c.bias else None
     self.activation = Activation(c.activation, c.hidden, init)
 
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
     x_BTD = sharding.shared(x_BTD)
     up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F)
     up_BTF = checkpoint_name(up_BTF, "up")
@@ -53,4 +56,5 @@ class FeedForward(nnx.Module):
     else:
       gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F)
       h_BTF = self.activation(checkpoint_name(gate_BTF, "gate")) * up_BTF
+    h_BTF = sharding.dropout(h_BTF, self.c.dropout, key)
     return project("BTF,FD->BTD", h_BTF, self.down_FD, self.down_bias_D)

@@ -19,6 +19,7 @@ from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, Sinusoidal, lookup, sinusoid
 from bigtrain.models.transformer import Cache, Transformer, TransformerConfig
 from bigtrain.precision import Dtype, compute_dtype, raised
+from bigtrain.width import readout
 
 
 @config
@@ -57,9 +58,11 @@ class LanguageModelConfig(TransformerConfig, ModelConfig):
 
 
 class LanguageModel(nnx.Module):
+  continues = True  # What is sampled follows the prompt.
+
   def __init__(self, c: LanguageModelConfig, key: jax.Array):
     self.c = c
-    init = Initializer(c.init, c.layers)
+    init = Initializer(c.init, c.layers, c.width())
     ke, kp, kt, ko = jax.random.split(key, 4)
     learned = c.position if isinstance(c.position, Learned) else None
     sizes = {"V": c.vocab, "D": c.dim, "T": learned.length if learned else 0}
@@ -99,6 +102,17 @@ class LanguageModel(nnx.Module):
     x_BTD, cache = self._run(tokens_BT, Tokens(positions_BT), None, cache)
     return self.logits(x_BTD), cache
 
+  def begin(self, tokens_BT, positions_BT, length: int) -> tuple[jax.Array, jax.Array, Cache]:
+    """Reads prompts, of which `length` tokens at most will be sampled.
+
+    Returns:
+      The tokens that the first sampled ones follow, (B,), their positions, and what comes before
+      them as a cache for `decode`.
+    """
+    B, T = tokens_BT.shape
+    _, cache = self.decode(tokens_BT[:, :-1], positions_BT[:, :-1], self.cache(B, T - 1 + length))
+    return tokens_BT[:, -1], positions_BT[:, -1], cache
+
   def cache(self, batch: int, length: int) -> Cache:
     """An empty key-value cache for `decode`."""
     dtype = compute_dtype(self.c.dtype)
@@ -116,7 +130,7 @@ class LanguageModel(nnx.Module):
   def output_VD(self) -> jax.Array:
     """The table whose products with the hidden state are the logits: gathered, compute dtype."""
     table_VD = self.embed_VD if self.output_table_VD is None else self.output_table_VD
-    return sharding.use(table_VD, compute_dtype(self.c.dtype))
+    return readout(sharding.use(table_VD, compute_dtype(self.c.dtype)), self.c.width())
 
   def _run(self, tokens_BT, tokens: Tokens, key, cache: Cache | None) -> tuple[jax.Array, Any]:
     dtype = compute_dtype(self.c.dtype)
@@ -133,7 +147,6 @@ class LanguageModel(nnx.Module):
     with taps.named("transformer"):
       x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
     return (x_BTD if self.norm is None else self.norm(x_BTD)), cache
-
 
   def _shifted(self, x_BTD, tokens: Tokens, cache: Cache | None) -> tuple[jax.Array, Any]:
     """Embeddings with their share of the one before; a cache keeps the last for what follows."""

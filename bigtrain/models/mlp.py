@@ -19,9 +19,10 @@ from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.models.activation import Activation, ActivationName
-from bigtrain.models.initial import FanIn, Initializer, Normal
+from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
 from bigtrain.models.norm import NormConfig
 from bigtrain.precision import Dtype, compute_dtype, project
+from bigtrain.width import Width, readout
 
 
 @config
@@ -35,7 +36,7 @@ class MLPConfig(ModelConfig):
   norm: NormConfig | None = None  # Before each activation.
   residual: bool = False  # A layer as wide as the one before it adds to it.
   dropout: float = 0.0  # Of the units of each hidden layer.
-  init: Normal | FanIn = dataclasses.field(default_factory=lambda: FanIn(scale=2.0))
+  init: Normal | FanIn | Mup = dataclasses.field(default_factory=lambda: FanIn(scale=2.0))
   dtype: Dtype = "auto"  # Of activations: bfloat16 on accelerators, float32 on CPU.
 
   def make(self, key: jax.Array) -> "MLP":
@@ -50,6 +51,24 @@ class MLPConfig(ModelConfig):
   def dims(self) -> dict[str, tuple[str, int]]:
     return {f"hidden.{i}": ("DF"[i % 2], units) for i, units in enumerate(self.hidden)}
 
+  def n_classes(self) -> int:
+    return self.classes
+
+  def check_inputs(self, shape: tuple[int, ...]) -> None:
+    if (size := math.prod(shape)) != self.inputs:
+      raise Refused(
+        f"the model has {self.inputs} inputs but the data's examples have {size} numbers, "
+        f"{tuple(shape)}; set --model.inputs {size}"
+      )
+
+  def width(self) -> Width | None:
+    if not isinstance(self.init, Mup):
+      return None
+    last = len(self.hidden)
+    between = "|".join(map(str, range(1, last)))
+    hidden, fixed = rf"layers\W+({between})\W+weight", rf"layers\W+{last}\W+bias"
+    return self.init.width(self.hidden[0], hidden=hidden, fixed=fixed)
+
   def flops(self, length: int = 1) -> float:
     return 6.0 * sum(before * after for _, before, after in self.layers())
 
@@ -61,6 +80,11 @@ class MLPConfig(ModelConfig):
         raise Refused(f"model: {name} is {size}; it must be positive")
     if not 0 <= self.dropout < 1:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
+    if isinstance(self.init, Mup):
+      if self.init.head_dim is not None:
+        raise Refused("model: a dense network has no heads; set its Mup's head_dim to None")
+      for i, units in enumerate(self.hidden):
+        self.init.check_size(f"hidden.{i}", units, self.hidden[0])
     if self.residual and not any(m == n for m, n in itertools.pairwise(self.hidden)):
       raise Refused(
         f"model: residual adds a layer to one of the same width, but of hidden {self.hidden} no "
@@ -74,7 +98,7 @@ class Dense(nnx.Module):
   def __init__(self, c: MLPConfig, letters: str, before: int, after: int, key: jax.Array):
     self.letters = letters
     sizes = dict(zip(letters, (before, after), strict=True))
-    init = Initializer(c.init, len(c.hidden))
+    init = Initializer(c.init, len(c.hidden), c.width())
     self.weight = init.weight(key, letters, sizes, fan_in=letters[0])
     self.bias = init.constant(letters[1], sizes)
     hidden = letters[1] != "C"
@@ -104,20 +128,16 @@ class MLP(nnx.Module):
     Raises:
       Refused: a row has not as many numbers as the model has inputs.
     """
-    rows, *shape = inputs.shape
-    if math.prod(shape) != self.c.inputs:
-      raise Refused(
-        f"the model has {self.c.inputs} inputs but the data rows of {math.prod(shape)} numbers, "
-        f"{tuple(shape)}; set --model.inputs {math.prod(shape)}"
-      )
-    x = jnp.reshape(inputs, (rows, self.c.inputs), out_sharding=sharding.act("BI"))
+    self.c.check_inputs(inputs.shape[1:])
+    x = jnp.reshape(inputs, (len(inputs), self.c.inputs), out_sharding=sharding.act("BI"))
     x = x.astype(compute_dtype(self.c.dtype))
     *hidden, last = self.layers
     keys = [None] * len(hidden) if key is None else jax.random.split(key, len(hidden))
     for i, (layer, k) in enumerate(zip(hidden, keys, strict=True)):
       with taps.named("layers", i):
         y = sharding.dropout(layer(x), self.c.dropout, k)
-      if self.c.residual and x.shape == y.shape and layer is not hidden[0]:
-        y += sharding.lay(x, f"B{layer.letters[1]}")
+        if self.c.residual and x.shape == y.shape and layer is not hidden[0]:
+          y += sharding.lay(x, f"B{layer.letters[1]}")
+        taps.tap("output", taps.rms, y)
       x = y
-    return last(x).astype(jnp.float32)
+    return last(readout(x, self.c.width())).astype(jnp.float32)

@@ -1,12 +1,13 @@
-"""Positions: rotations of queries and keys, and tables added to the embedding.
+"""Positions: rotations of queries and keys, tables added to the embedding, biases of scores.
 
-Dims: B batch, T position, D model, H head, h half of the head.
+Dims: B batch, T position, D model, H head, h half of the head, P distance.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from bigtrain import sharding
@@ -50,6 +51,28 @@ class Sinusoidal:
   wavelength: float = 10_000.0  # The longest, over 2 pi.
 
 
+@config
+class RelativeBuckets:
+  """A learned bias of the scores of each head by the distance of the key, one for all layers.
+
+  Short distances have a bucket each, longer ones share buckets that widen with the logarithm
+  (Raffel et al. 2020, arXiv:1910.10683, section 2.1). Where attention is not causal, half of the
+  buckets are for keys that come after the query.
+  """
+
+  buckets: int = 32
+  distance: int = 128  # Columns from which on all keys share the last bucket.
+
+  def check(self) -> None:
+    if self.buckets < 4 or self.buckets % 2:
+      raise Refused(f"relative: buckets is {self.buckets}; it is an even number, at least 4")
+    if self.distance <= self.buckets // 2:
+      raise Refused(
+        f"relative: distance {self.distance} has a bucket of its own among {self.buckets}; set it "
+        f"above {self.buckets // 2}"
+      )
+
+
 def frequencies(c: Rotary, head_dim: int) -> jax.Array:
   """Radians by position of each pair, (h,) float32."""
   freq_h = c.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -69,6 +92,21 @@ def rotate(c: Rotary, x_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
   a, b = jnp.split(x_BTKH.astype(raised(x_BTKH.dtype)), 2, axis=-1)
   out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return out.astype(x_BTKH.dtype)
+
+
+def bucket(c: RelativeBuckets, after_P: jax.Array, *, causal: bool) -> jax.Array:
+  """The bucket of keys that are so many columns after their query, (P,) int32 below c.buckets."""
+  n = c.buckets if causal else c.buckets // 2
+  exact = n // 2
+  # Made here, once: rounded on a device, a distance at the edge of a bucket could fall to its other
+  # side. In float32, as the published ones.
+  away = np.arange(c.distance + 1, dtype=np.float32)
+  octaves = np.log(np.maximum(away, exact) / exact) / np.float32(math.log(c.distance / exact))
+  far = exact + (octaves * (n - exact)).astype(np.int32)
+  of_distance = np.where(away < exact, away, np.minimum(far, n - 1)).astype(np.int32)
+  away_P = jnp.maximum(-after_P, 0) if causal else jnp.abs(after_P)
+  bucket_P = jnp.asarray(of_distance)[jnp.minimum(away_P, c.distance)]
+  return bucket_P if causal else bucket_P + n * (after_P > 0)
 
 
 def sinusoid(c: Sinusoidal, positions_BT: jax.Array, dim: int) -> jax.Array:

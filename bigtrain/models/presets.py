@@ -1,7 +1,7 @@
 """Published models by size. Each function returns a config of which any field may be changed.
 
 The decoders' dropout is 0: these are shapes for pretraining, where every token is seen about once.
-BERT's is as published: it was trained for about forty epochs.
+BERT's is as published: it was trained for about forty epochs. T5 1.1 was pretrained without any.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ from typing import TypeVar
 from bigtrain.config import Refused, nearest
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder import EncoderConfig
+from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
-from bigtrain.models.initial import Normal
+from bigtrain.models.initial import FanIn, Normal
 from bigtrain.models.language_model import LanguageModelConfig
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
-from bigtrain.models.position import Learned, Llama3Scaling, Rotary
+from bigtrain.models.position import Learned, Llama3Scaling, RelativeBuckets, Rotary
 from bigtrain.models.transformer import BlockConfig
 from bigtrain.models.vit import ViTConfig
 
@@ -61,6 +62,16 @@ BERT = {
   "base": (768, 12, 12),
   "large": (1024, 24, 16),
   "minilm": (384, 6, 12),
+}
+# Raffel et al. 2020, arXiv:1910.10683, in version 1.1 (with the gates of arXiv:2002.05202), as in
+# the config.json of huggingface.co/google/t5-v1_1-*: (dim, layers of each side, heads, hidden);
+# heads of 64 whatever the width.
+T5 = {
+  "small": (512, 8, 6, 1024),
+  "base": (768, 12, 12, 2048),
+  "large": (1024, 24, 16, 2816),
+  "xl": (2048, 24, 32, 5120),
+  "xxl": (4096, 24, 64, 10240),
 }
 # Dosovitskiy 2020, arXiv:2010.11929, table 1 (b, l), Steiner 2021, arXiv:2106.10270, table 2 (s),
 # Zhai 2021, arXiv:2106.04560, table 2 (g); "ti" is Steiner's too: (dim, layers, heads, hidden,
@@ -175,6 +186,27 @@ def bert(size: str) -> EncoderConfig:
     norm_placement="post",
     dropout=0.1,
     init=Normal(std=0.02, residual="same"),
+  )
+
+
+def t5(size: str) -> EncoderDecoderConfig:
+  """T5 (arXiv:1910.10683), version 1.1: small, base, large, xl or xxl.
+
+  Relative positions, RMS norms before each branch, no biases, scores that are not scaled, a gated
+  GELU, and an output table of its own.
+  """
+  dim, layers, heads, hidden = _shape("t5", T5, size)
+  attention = AttentionConfig(heads=heads, head_dim=64, causal=False, scaled=False)
+  feed_forward = FeedForwardConfig(hidden=hidden, activation="gelu_tanh", gated=True)
+  return EncoderDecoderConfig(
+    vocab=32128,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
+    norm=RMSNormConfig(eps=1e-6),
+    relative=RelativeBuckets(buckets=32, distance=128),
+    init=FanIn(),
+    tied=False,
   )
 
 

@@ -1,7 +1,8 @@
 """The stack of blocks: a pattern of blocks repeated over the depth, scanned segment by segment.
 
-Dims: B batch, T position, S cached position, D model, K kv heads, H head. Stacked parameters and
-caches of keys and values have one more dim in front, the repeats of their segment.
+Dims: B batch, T position, S cached position, D model, K kv heads, G queries per kv head, H head, P
+distance, R relative bucket. Stacked parameters and caches of keys and values have one more dim in
+front, the repeats of their segment.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ from flax import nnx
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Tokens
-from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.feed_forward import FeedForwardConfig
-from bigtrain.models.initial import FanIn, Initializer, Normal
+from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
 from bigtrain.models.norm import NormConfig, RMSNormConfig
+from bigtrain.models.position import RelativeBuckets, bucket
+from bigtrain.width import Width
 
 # What the forward pass keeps for the backward pass: names as given by checkpoint_name.
 KEPT = {
@@ -37,6 +40,9 @@ class BlockConfig:
   attention: AttentionConfig
   feed_forward: FeedForwardConfig
 
+  def make(self, stack: "TransformerConfig", init: Initializer, key: jax.Array) -> "Block":
+    return Block(self, stack, init, key)
+
 
 @config
 class TransformerConfig:
@@ -50,11 +56,12 @@ class TransformerConfig:
   # Where each branch is normalised: its input (`pre`), its sum with the residual (`post`), or its
   # input and its output (`sandwich`).
   norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+  relative: RelativeBuckets | None = None  # Biases the scores of every layer.
   dropout: float = 0.0  # Of the embedding and of each branch before it is added.
   # Rate at which the last layer's branches are left out, by example (arXiv:1603.09382); before it
   # the rate grows linearly with the depth, from 0 in the first layer.
   drop_path: float = 0.0
-  init: Normal | FanIn = dataclasses.field(default_factory=Normal)
+  init: Normal | FanIn | Mup = dataclasses.field(default_factory=Normal)
   remat: Remat = "full"  # What the backward pass need not compute again.
   unroll: int = 1  # Repeats of the pattern in one iteration of the loop over layers.
 
@@ -74,6 +81,12 @@ class TransformerConfig:
         dims[f"{name}.{i}.attention.{heads}"] = ("K", attention.kv_heads or attention.heads)
         dims[f"{name}.{i}.feed_forward.hidden"] = ("F", block.feed_forward.hidden)
     return dims
+
+  def width(self) -> Width | None:
+    """As in ModelConfig: how much wider this is than the base of Mup."""
+    if not isinstance(self.init, Mup):
+      return None
+    return self.init.width(self.dim, self.pattern[0].attention.sizes(self.dim)["H"])
 
   def flops(self, length: int = 1) -> float:
     """Training FLOPs of the blocks on one row: 6 a weight and token, and attention's two products.
@@ -104,12 +117,33 @@ class TransformerConfig:
       )
     for block in (*self.first, *self.pattern):
       block.attention.check_dim(self.dim)
+      if isinstance(self.init, Mup):
+        self._check_growth(self.init, block)
+    if self.relative is not None:
+      self.relative.check()
+      attentions = [block.attention for block in (*self.first, *self.pattern)]
+      if len({(a.causal, a.heads, a.kv_heads) for a in attentions}) > 1:
+        raise Refused(
+          "model: relative biases are one table for all layers; give every block's attention the "
+          "same heads, kv_heads and causal"
+        )
     if self.unroll < 1:
       raise Refused(f"model: unroll is {self.unroll}; it must be at least 1 (no unrolling)")
     if not 0 <= self.dropout < 1:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
     if not 0 <= self.drop_path < 1:
       raise Refused(f"model: drop_path is {self.drop_path}; it is a rate, from 0 to below 1")
+
+  def _check_growth(self, mup: Mup, block: BlockConfig) -> None:
+    """Refuses a block that Mup's base cannot have had."""
+    if mup.head_dim is None:
+      raise Refused("model: Mup needs the base's head_dim too, by which attention scores change")
+    sizes = block.attention.sizes(self.dim)
+    if (first := self.pattern[0].attention.sizes(self.dim)["H"]) != sizes["H"]:
+      raise Refused(f"model: Mup needs heads of one width, not of {first} and {sizes['H']}")
+    mup.check_size("feed_forward.hidden", block.feed_forward.hidden, self.dim)
+    for name, heads in (("heads", sizes["K"] * sizes["G"]), ("kv_heads", sizes["K"])):
+      mup.check_size(f"{name} * head_dim", heads * sizes["H"], self.dim, mup.head_dim)
 
 
 class Block(nnx.Module):
@@ -126,34 +160,39 @@ class Block(nnx.Module):
     self.attention_out_norm = norm() if sandwich else None
     self.feed_forward_out_norm = norm() if sandwich else None
 
-  def __call__(self, x_BTD, tokens: Tokens, key=None, cache=None, drop_path=None):
+  def __call__(
+    self, x_BTD, tokens: Tokens, key=None, cache=None, drop_path=None, bias_KGP=None
+  ) -> tuple[jax.Array, Any]:
     """The block's output (B, T, D) and its extended cache; `drop_path` is this layer's rate."""
-    ka, *kd = (None,) * 3 if key is None else jax.random.split(key, 3)
-    pre = self.placement != "post"
-    with jax.named_scope("attention"), taps.named("attention"):
-      h_BTD = self.attention_norm(x_BTD) if pre else x_BTD
-      y_BTD, cache = self.attention(h_BTD, tokens, ka, cache)
-      x_BTD = self._add(
-        x_BTD, y_BTD, self.attention_norm, self.attention_out_norm, kd[0], drop_path
-      )
-    with jax.named_scope("feed_forward"), taps.named("feed_forward"):
-      h_BTD = self.feed_forward_norm(x_BTD) if pre else x_BTD
-      y_BTD = self.feed_forward(h_BTD)
-      x_BTD = self._add(
-        x_BTD, y_BTD, self.feed_forward_norm, self.feed_forward_out_norm, kd[1], drop_path
-      )
-    taps.tap("output", taps.rms, x_BTD)
-    return x_BTD, cache
+    ka, kd, *kf = (None,) * 4 if key is None else jax.random.split(key, 4)
+    attend = lambda h_BTD: self.attention(h_BTD, tokens, ka, cache, bias_KGP)
+    x_BTD, cache = self.branch("attention", attend, x_BTD, kd, drop_path)
+    return self.feed(x_BTD, kf, drop_path), cache
 
-  def _add(self, x_BTD, y_BTD, norm, out_norm, key, drop_path):
-    if out_norm is not None:
-      y_BTD = out_norm(y_BTD)
-    y_BTD = sharding.dropout(y_BTD, self.dropout, key)
-    if key is not None and drop_path is not None:
-      key = jax.random.fold_in(key, 1)  # Elements and rows are dropped independently.
-      y_BTD = sharding.dropout(y_BTD, drop_path, key, dims=1)
-    x_BTD = x_BTD + y_BTD
-    return norm(x_BTD) if self.placement == "post" else x_BTD
+  def feed(self, x_BTD, keys, drop_path) -> jax.Array:
+    """The residual stream behind the feed-forward network, which ends the block."""
+    kd, kf = keys
+    feed = lambda h_BTD: (self.feed_forward(h_BTD, kf), None)
+    x_BTD, _ = self.branch("feed_forward", feed, x_BTD, kd, drop_path)
+    taps.tap("output", taps.rms, x_BTD)
+    return x_BTD
+
+  def branch(self, name: str, function, x_BTD, key, drop_path):
+    """The residual stream with what `function` makes of it, and what else that returns.
+
+    The norms are those that begin with `name`.
+    """
+    norm, out_norm = getattr(self, f"{name}_norm"), getattr(self, f"{name}_out_norm")
+    with jax.named_scope(name), taps.named(name):
+      y_BTD, more = function(x_BTD if self.placement == "post" else norm(x_BTD))
+      if out_norm is not None:
+        y_BTD = out_norm(y_BTD)
+      y_BTD = sharding.dropout(y_BTD, self.dropout, key)
+      if key is not None and drop_path is not None:
+        key = jax.random.fold_in(key, 1)  # Elements and rows are dropped independently.
+        y_BTD = sharding.dropout(y_BTD, drop_path, key, dims=1)
+      x_BTD = x_BTD + y_BTD
+      return norm(x_BTD) if self.placement == "post" else x_BTD, more
 
 
 @jax.tree_util.register_dataclass
@@ -189,19 +228,28 @@ class Transformer(nnx.Module):
 
   def __init__(self, c: TransformerConfig, key: jax.Array):
     self.c = c
-    init = Initializer(c.init, c.layers)
+    init = Initializer(c.init, c.layers, c.width())
     keys = jax.random.split(key, c.layers)
     self.segments = nnx.List()
     for blocks, repeats in c.segments():
       here, keys = keys[: len(blocks) * repeats], keys[len(blocks) * repeats :]
       stacked = [
-        jax.vmap(lambda k, block=block: Block(block, c, init, k))(here[j :: len(blocks)])
+        jax.vmap(lambda k, block=block: block.make(c, init, k))(here[j :: len(blocks)])
         for j, block in enumerate(blocks)
       ]
       self.segments.append(nnx.List(stacked))
+    sizes = c.pattern[0].attention.sizes(c.dim) | {"R": c.relative.buckets if c.relative else 0}
+    key = jax.random.fold_in(key, 2**32 - 1)  # A branch beside those of the layers.
+    bias_RKG = init.weight(key, "RKG", sizes, fan_in="D") if c.relative else None
+    self.relative_bias_RKG = bias_RKG
 
-  def __call__(self, x_BTD, tokens: Tokens, key=None, cache: Cache | None = None):
-    """All layers in turn. Returns the output (B, T, D) and the extended cache, if there is one."""
+  def __call__(
+    self, x_BTD, tokens: Tokens, key=None, cache: Cache | None = None, memory: Memory | None = None
+  ):
+    """All layers in turn. Returns the output (B, T, D) and the extended cache, if there is one.
+
+    A `memory` is for blocks that attend to one (models/encoder_decoder.py).
+    """
     keys = None if key is None else jax.random.split(key, self.c.layers)
     rates = jnp.linspace(0, self.c.drop_path, self.c.layers) if self.c.drop_path else None
     if cache is not None:
@@ -209,6 +257,7 @@ class Transformer(nnx.Module):
         cache.positions_BS, tokens.positions, cache.length, axis=1
       )
       cache = dataclasses.replace(cache, positions_BS=positions_BS)
+    bias_KGP = self._bias(x_BTD.shape[1], cache)
     pairs = []
     for i, (_, repeats) in enumerate(self.c.segments()):
       blocks = self.segments[i]
@@ -216,10 +265,13 @@ class Transformer(nnx.Module):
       shape, rest = (repeats, len(blocks)), (keys, rates)
       here = jax.tree.map(lambda a, n=n, shape=shape: a[:n].reshape(shape), rest)
       keys, rates = jax.tree.map(lambda a, n=n: a[n:], rest)
-      layers = (list(blocks), *here, cache and cache.pairs[i])
+      remembered = memory and memory.pairs and memory.pairs[i]
+      layers = (list(blocks), *here, cache and cache.pairs[i], remembered)
       unroll = min(self.c.unroll, repeats)
       apply = self._remat(unroll == repeats)
-      body = functools.partial(_repeat, apply=apply, tokens=tokens, cache=cache)
+      # What every layer is given.
+      given = {"tokens": tokens, "cache": cache, "bias_KGP": bias_KGP, "memory": memory}
+      body = functools.partial(_repeat, apply=apply, **given)
       x_BTD, (pair, found) = jax.lax.scan(body, x_BTD, layers, unroll=unroll)
       pairs.append(pair)
       with taps.named("segments", i):
@@ -228,6 +280,21 @@ class Transformer(nnx.Module):
       length = cache.length + x_BTD.shape[1]
       cache = dataclasses.replace(cache, pairs=pairs, length=length)
     return x_BTD, cache
+
+  def _bias(self, T: int, cache: Cache | None) -> jax.Array | None:
+    """The relative bias of T queries, which follow what the cache holds; None without one.
+
+    Distances are those of columns: the tokens of a document stand side by side, and between others
+    nothing is seen. So one vector serves all rows.
+    """
+    if self.relative_bias_RKG is None or self.c.relative is None:
+      return None
+    S, start = (T, 0) if cache is None else (cache.positions_BS.shape[1], cache.length)
+    after_P = jnp.arange(T + S - 1) - (T - 1) - start
+    bucket_P = bucket(self.c.relative, after_P, causal=self.c.pattern[0].attention.causal)
+    table_RKG = sharding.use(self.relative_bias_RKG)
+    bias_PKG = table_RKG.at[bucket_P].get(out_sharding=sharding.act("PKG"))
+    return jnp.transpose(bias_PKG, (1, 2, 0))
 
   def _remat(self, unrolled: bool):
     apply = lambda block, *args: taps.collected(block)(*args)
@@ -249,9 +316,9 @@ class Transformer(nnx.Module):
     return Cache(pairs=pairs, positions_BS=positions_BS, length=jnp.zeros((), jnp.int32))
 
 
-def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None):
+def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None, bias_KGP, memory):
   """One repeat of a pattern: the body of the scan."""
-  blocks, keys, rates, pairs = layer
+  blocks, keys, rates, pairs, remembered = layer
   extended, found = [], {}
   for j, block in enumerate(blocks):
     layer_cache = None
@@ -259,8 +326,11 @@ def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None):
       k_BSKH, v_BSKH = pairs[j]
       layer_cache = LayerCache(k_BSKH, v_BSKH, Tokens(cache.positions_BS), cache.length)
     key, rate = jax.tree.map(lambda a, j=j: a[j], (keys, rates))
+    given = (x_BTD, tokens, key, layer_cache, rate, bias_KGP)
+    if memory is not None:
+      given += (dataclasses.replace(memory, pairs=remembered and remembered[j]),)
     with jax.named_scope(f"block{j}"):
-      (x_BTD, layer_cache), tapped = apply(block, x_BTD, tokens, key, layer_cache, rate)
+      (x_BTD, layer_cache), tapped = apply(block, *given)
     found |= taps.under(j, tapped)
     extended.append(layer_cache and (layer_cache.k_BSKH, layer_cache.v_BSKH))
   return x_BTD, (extended, found)

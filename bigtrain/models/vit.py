@@ -5,21 +5,51 @@ token before them, where there is one), Q the one query of the pooling, D model,
 G queries per kv head, H head, C classes (of an image: channels).
 """
 
-from typing import Literal
+import dataclasses
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigtrain import sharding
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens, attend
+from bigtrain.models.activation import ActivationName
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Initializer
+from bigtrain.models.norm import NormConfig
 from bigtrain.models.transformer import Transformer, TransformerConfig
 from bigtrain.precision import Dtype, compute_dtype, project
+from bigtrain.width import readout
 
+SMOKE_SIDE = 8  # Patches along each side of an image at most, with --smoke.
 WAVELENGTH = 10_000.0  # The longest of the fixed positions, over 2 pi patches (arXiv:2205.01580).
+
+
+@config
+class AttentionPoolConfig:
+  """One learned query attends to all patches; a network follows (arXiv:2106.04560)."""
+
+  heads: int
+  hidden: int  # Units of the network.
+  activation: ActivationName = "gelu"  # Of the network.
+  bias: bool = True  # On every product.
+
+  def attention(self) -> AttentionConfig:
+    return AttentionConfig(heads=self.heads, causal=False, bias=self.bias, out_bias=self.bias)
+
+  def feed_forward(self) -> FeedForwardConfig:
+    return FeedForwardConfig(hidden=self.hidden, activation=self.activation, bias=self.bias)
+
+  def check(self) -> None:
+    self.feed_forward().check()
+
+  def flops(self, dim: int, length: int) -> float:
+    """Training FLOPs on one image of `length` patches; the query is of one token."""
+    return 6.0 * dim * (2 * dim * (1 + length) + 2 * self.hidden) + 12.0 * dim * length
 
 
 @config
@@ -31,8 +61,8 @@ class ViTConfig(TransformerConfig, ModelConfig):
   patch: int  # Pixels of height and width.
   classes: int = 1000
   # What the classes are read from: a `token` of its own (the original), the `mean` of the patches
-  # (arXiv:2205.01580), or a `map` that attends to them (arXiv:2106.04560).
-  pool: Literal["token", "mean", "map"] = "token"
+  # (arXiv:2205.01580), or what a query finds in them.
+  pool: Literal["token", "mean"] | AttentionPoolConfig = "token"
   position: Literal["learned", "sincos"] = (
     "learned"  # `sincos`: fixed waves along rows and columns.
   )
@@ -48,9 +78,38 @@ class ViTConfig(TransformerConfig, ModelConfig):
     """Positions of the transformer, T."""
     return self.patches() + (self.pool == "token")
 
+  def n_classes(self) -> int:
+    return self.classes
+
+  def check_inputs(self, shape: tuple[int, ...]) -> None:
+    height, width, channels = shape if len(shape) == 3 else (0, 0, 0)
+    if (height, width, channels) != (self.image, self.image, self.channels):
+      remedy = "give ImageData, whose examples are (height, width, channels)"
+      if height == width > 0:
+        remedy = f"set --model.image {height} and --model.channels {channels}, or the data's"
+      raise Refused(
+        f"the model takes images of {self.image}x{self.image} pixels and {self.channels} channels, "
+        f"not {tuple(shape)}; {remedy}"
+      )
+
+  def smoke(self) -> Self:
+    """Coarser patches: the images stay those of the data, and attention sees few of them."""
+    fit = (n for n in range(self.patch, self.image) if self.image % n == 0)
+    few = (n for n in fit if self.image // n <= SMOKE_SIDE)
+    return dataclasses.replace(self, patch=next(few, self.image))
+
   def flops(self, length: int = 1) -> float:
     embed = self.patches() * self.patch**2 * self.channels
-    return TransformerConfig.flops(self, self.tokens()) + 6.0 * self.dim * (embed + self.classes)
+    flops = TransformerConfig.flops(self, self.tokens()) + 6.0 * self.dim * (embed + self.classes)
+    if isinstance(self.pool, AttentionPoolConfig):
+      flops += self.pool.flops(self.dim, self.tokens())
+    return flops
+
+  def dims(self) -> dict[str, tuple[str, int]]:
+    dims = TransformerConfig.dims(self)
+    if isinstance(self.pool, AttentionPoolConfig):
+      dims |= {"pool.heads": ("K", self.pool.heads), "pool.hidden": ("F", self.pool.hidden)}
+    return dims
 
   def check(self) -> None:
     TransformerConfig.check(self)
@@ -65,6 +124,8 @@ class ViTConfig(TransformerConfig, ModelConfig):
       )
     if self.position == "sincos" and self.dim % 4:
       raise Refused(f"model: sincos positions need a dim divisible by 4, not {self.dim}")
+    if isinstance(self.pool, AttentionPoolConfig):
+      self.pool.attention().check_dim(self.dim)
     blocks = (*self.first, *self.pattern)
     if any(block.attention.causal for block in blocks):
       raise Refused(
@@ -75,7 +136,7 @@ class ViTConfig(TransformerConfig, ModelConfig):
 class ViT(nnx.Module):
   def __init__(self, c: ViTConfig, key: jax.Array):
     self.c = c
-    init = Initializer(c.init, c.layers)
+    init = Initializer(c.init, c.layers, c.width())
     ke, kc, kp, kt, km, kh = jax.random.split(key, 6)
     sizes = {"P": c.patch**2 * c.channels, "D": c.dim, "T": c.tokens(), "C": c.classes, "Q": 1}
     self.patch_PD = init.weight(ke, "PD", sizes, fan_in="P")
@@ -85,7 +146,8 @@ class ViT(nnx.Module):
     self.position_TD = init.weight(kp, "TD", sizes, fan_in="D") if learned else None
     self.transformer = Transformer(c, kt)
     self.norm = c.norm.make(c.dim)
-    self.pool = AttentionPool(c, init, km) if c.pool == "map" else None
+    pool = c.pool if isinstance(c.pool, AttentionPoolConfig) else None
+    self.pool = AttentionPool(pool, c.dim, c.norm, init, km) if pool else None
     self.head_DC = init.weight(kh, "DC", sizes, fan_in="D")
     self.head_bias_C = init.constant("C", sizes)
 
@@ -99,7 +161,7 @@ class ViT(nnx.Module):
     Raises:
       Refused: the images are of another size than the model's.
     """
-    x_BD = self.pooled(images_BRSC, key)
+    x_BD = readout(self.pooled(images_BRSC, key), self.c.width())
     return project("BD,DC->BC", x_BD, self.head_DC, self.head_bias_C).astype(jnp.float32)
 
   def pooled(self, images_BRSC: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -109,20 +171,17 @@ class ViT(nnx.Module):
       x_BTD = sharding.dropout(self._embedded(images_BRSC), self.c.dropout, kd)
     B, T, _ = x_BTD.shape
     none_B = jnp.zeros((B, 1), jnp.int32, out_sharding=sharding.act("BT"))
-    x_BTD, _ = self.transformer(x_BTD, Tokens(none_B + jnp.arange(T)), kt)
+    with taps.named("transformer"):
+      x_BTD, _ = self.transformer(x_BTD, Tokens(none_B + jnp.arange(T)), kt)
     x_BTD = self.norm(x_BTD)
-    with jax.named_scope("pool"):
+    with jax.named_scope("pool"), taps.named("pool"):
       if self.pool is not None:
         return self.pool(x_BTD)
       return x_BTD[:, 0] if self.c.pool == "token" else x_BTD.mean(1)
 
   def _embedded(self, images_BRSC: jax.Array) -> jax.Array:
     c, dtype = self.c, compute_dtype(self.c.dtype)
-    if images_BRSC.shape[1:] != (c.image, c.image, c.channels):
-      raise Refused(
-        f"the model takes images of {c.image}x{c.image} pixels and {c.channels} channels, not "
-        f"{images_BRSC.shape[1:]}; set --model.image and --model.channels, or the data's size"
-      )
+    c.check_inputs(images_BRSC.shape[1:])
     x_BTP = patches(images_BRSC, c.patch).astype(dtype)
     x_BTD = project("BTP,PD->BTD", x_BTP, self.patch_PD, self.patch_bias_D)
     if self.position_TD is not None:
@@ -139,15 +198,16 @@ class ViT(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-  """One learned query attends to all patches; a network follows (Lee 2018, arXiv:1810.00825)."""
+  """Lee 2018, arXiv:1810.00825, with one query."""
 
-  def __init__(self, c: ViTConfig, init: Initializer, key: jax.Array):
-    block = c.pattern[-1]
+  def __init__(
+    self, c: AttentionPoolConfig, dim: int, norm: NormConfig, init: Initializer, key: jax.Array
+  ):
     ka, kq, kf = jax.random.split(key, 3)
-    self.query_QD = init.weight(kq, "QD", {"Q": 1, "D": c.dim}, fan_in="D")
-    self.attention = block.attention.make(c.dim, init, ka)
-    self.norm = c.norm.make(c.dim)
-    self.feed_forward = block.feed_forward.make(c.dim, init, kf)
+    self.query_QD = init.weight(kq, "QD", {"Q": 1, "D": dim}, fan_in="D")
+    self.attention = c.attention().make(dim, init, ka)
+    self.norm = norm.make(dim)
+    self.feed_forward = c.feed_forward().make(dim, init, kf)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """What the query found, (B, D)."""
@@ -158,7 +218,7 @@ class AttentionPool(nnx.Module):
     k_BSKH = project("BSD,DKH->BSKH", x_BTD, a.k_DKH, a.k_bias_KH)
     v_BSKH = project("BSD,DKH->BSKH", x_BTD, a.v_DKH, a.v_bias_KH)
     all_BTS = jnp.ones((B, 1, T), bool, out_sharding=sharding.act("BTS"))
-    y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, all_BTS)
+    y_BTKGH = attend(q_BTKGH * a.score_scale, k_BSKH, v_BSKH, all_BTS)
     x_BTD = project("BTKGH,KGHD->BTD", y_BTKGH, a.o_KGHD, a.o_bias_D)
     return (x_BTD + self.feed_forward(self.norm(x_BTD)))[:, 0]
 

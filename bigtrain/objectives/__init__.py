@@ -7,5 +7,6 @@ different numbers of tokens add up exactly; whoever holds the global sums divide
 from bigtrain.objectives.causal_lm import CausalLM
 from bigtrain.objectives.masked_lm import MaskedLM
 from bigtrain.objectives.output import Output
+from bigtrain.objectives.span_corruption import SpanCorruption
 
-__all__ = ["CausalLM", "MaskedLM", "Output"]
+__all__ = ["CausalLM", "MaskedLM", "Output", "SpanCorruption"]

@@ -43,7 +43,7 @@ class CausalLM(ObjectiveConfig):
       raise Refused(f"label_smoothing is {self.label_smoothing}; it is a share, from 0 to below 1")
 
   def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Output:
-    x_BTD = model.hidden(batch["tokens"], batch["positions"], batch["segments"], key)
+    x_BTD = self.hidden(model, batch, key)
     weights_BT = batch["weights"]
     with jax.named_scope("loss"):
       loss, sums = cross_entropy(
@@ -70,6 +70,10 @@ class CausalLM(ObjectiveConfig):
       metrics["bits_per_byte"] = (sums["nll"] / math.log(2), n_bytes)
       metrics["nats_per_byte"] = (sums["nll"], n_bytes)
     return Output(loss, weight, metrics)
+
+  def hidden(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+    """What the output table is multiplied with to predict the targets, (B, T, D)."""
+    return model.hidden(batch["tokens"], batch["positions"], batch["segments"], key)
 
   def derived(self, means: dict[str, float]) -> dict[str, float]:
     return {"perplexity": math.exp(min(means["loss"], 700.0))}  # Above, a float overflows.

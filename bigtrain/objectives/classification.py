@@ -24,7 +24,8 @@ class Classification(ObjectiveConfig):
   """The categorical cross-entropy of `batch["labels"]`, weighted by `batch["weights"]`.
 
   The model offers `logits(inputs, key) -> logits_BC`: it takes `batch["inputs"]`, (B, ...) float32,
-  and returns a score for each class, float32; a key means training (dropout), None evaluation.
+  or the batch itself where that has other inputs, such as tokens, and returns a score for each
+  class, float32; a key means training (dropout), None evaluation.
 
   Metrics: `loss` (nats, without smoothing, so that runs compare), `accuracy`, and `top5_accuracy`
   where there are more than 5 classes. Of a mixture of two rows each is the mean over both labels,
@@ -47,8 +48,11 @@ class Classification(ObjectiveConfig):
         raise Refused(f"{name} is {alpha}; it is the parameter of a Beta distribution, or 0: off")
 
   def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Output:
-    inputs, labels_B, weights_B, share_B = batch["inputs"], batch["labels"], batch["weights"], None
+    inputs: Any = batch.get("inputs", batch)
+    labels_B, weights_B, share_B = batch["labels"], batch["weights"], None
     if key is not None and (self.mixup or self.cutmix):
+      if inputs is batch:
+        raise Refused("mixup and cutmix mix numbers, not tokens; set both to 0")
       key, mixing = jax.random.split(key)
       inputs, share_B = self._mix(inputs, weights_B, mixing)
     logits_BC = model.logits(inputs, key)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigtrain import taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
@@ -43,7 +44,8 @@ class MaskedLM(ObjectiveConfig):
         f"{model.c.next_sentence}: give both the same"
       )
     rows = (batch[name] for name in ("tokens", "positions", "segments", "token_types"))
-    x_BTD = model.encoder(*rows, key)
+    with taps.named("encoder"):
+      x_BTD = model.encoder(*rows, key)
     table_VD, bias_V = model.output()
     weights_BT = batch["weights"]
     with jax.named_scope("loss"):

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigtrain.config import config
+from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_positive
 from bigtrain.optim.layout import Layout, map_layers
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Factor, Optimizer
 from bigtrain.optim.schedule import Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay
+from bigtrain.width import Width
 
 
 @config
@@ -40,6 +41,11 @@ class Adafactor(Optimizer):
 
     factors = scale_by_factors(self.decay, self.eps)
     return optax.chain(factors, optax.stateless(shorten), optax.stateless(stretch))
+
+  def width_rule(self, width: Width) -> Factor:
+    if self.least is not None:
+      raise Refused("optimizer: with Mup, Adafactor's least must be None: rates follow the weights")
+    return lambda path, w: width.of_signs(path)
 
   def check(self) -> None:
     Optimizer.check(self)

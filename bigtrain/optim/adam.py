@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from bigtrain.config import Refused, config
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Factor, Optimizer
+from bigtrain.width import Width
 
 
 @config
@@ -20,6 +21,9 @@ class Adam(Optimizer):
 
   def direction(self) -> optax.GradientTransformation:
     return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+  def width_rule(self, width: Width) -> Factor:
+    return lambda path, w: width.of_signs(path)
 
   def check(self) -> None:
     Optimizer.check(self)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigtrain.config import config
+from bigtrain.config import Refused, config
 from bigtrain.optim.adam import Adam
 from bigtrain.optim.layout import layout
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Factor, Optimizer
+from bigtrain.width import Width
 
 
 @config
@@ -19,8 +20,11 @@ class LAMB(Adam):
   eps: float = 1e-6  # Added to the root of the mean square.
   weight_decay: float = 0.01  # Before the direction is scaled.
 
-  def links(self, steps: int) -> list[optax.GradientTransformation | None]:
-    *before, rate, average = Optimizer.links(self, steps)
+  def width_rule(self, width: Width) -> Factor:
+    raise Refused("optimizer: LAMB has no rule for Mup: norms of weights set its rates; take AdamW")
+
+  def links(self, steps: int, width: Width | None) -> list[optax.GradientTransformation | None]:
+    *before, rate, average = Optimizer.links(self, steps, width)
     return [*before, scale_by_trust(self.no_decay), rate, average]
 
 

@@ -4,7 +4,8 @@ import optax
 
 from bigtrain.config import config
 from bigtrain.optim.adam import check_decay
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Factor, Optimizer
+from bigtrain.width import Width
 
 
 @config
@@ -19,6 +20,9 @@ class Lion(Optimizer):
 
   def direction(self) -> optax.GradientTransformation:
     return optax.scale_by_lion(self.b1, self.b2)
+
+  def width_rule(self, width: Width) -> Factor:
+    return lambda path, w: width.of_signs(path)
 
   def check(self) -> None:
     Optimizer.check(self)

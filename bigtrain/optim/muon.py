@@ -9,7 +9,8 @@ import optax
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
 from bigtrain.optim.layout import Layout, is_matrix, map_layers, matrices_by, spread
-from bigtrain.optim.optimizer import Optimizer, check_pattern
+from bigtrain.optim.optimizer import Factor, Optimizer, check_pattern
+from bigtrain.width import Width
 
 # Of x, x x' x and (x x')^2 x: steepest at 0, and every singular value ends between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -46,6 +47,22 @@ class Muon(Optimizer):
   def factor(self, path, w) -> float:
     own = 1.0 if is_matrix(path, w, self.spared) else self.adam_lr / self.lr
     return own * Optimizer.factor(self, path, w)
+
+  def width_rule(self, width: Width) -> Factor:
+    """Hidden weights want updates of one spectral norm at any width (arXiv:2310.17813)."""
+
+    def rule(path, w) -> float:
+      if not is_matrix(path, w, self.spared):
+        return width.of_signs(path)
+      if not width.is_hidden(path):
+        name = jax.tree_util.keystr(path)
+        raise Refused(
+          f"optimizer: only one side of {name} grows with the width, and Muon with Mup has no rule "
+          f"for it; name it in `spared`"
+        )
+      return 1.0 if self.scale == "spectral" else width.ratio**-0.5
+
+    return rule
 
   def _orthogonal(self, layout: Layout, x: jax.Array) -> jax.Array:
     rows, columns = layout.sides(x)
@@ -92,10 +109,11 @@ def newton_schulz(x_LRC: jax.Array, iterations: int) -> jax.Array:
 def _factor(gram_LRR: jax.Array, iterations: int) -> jax.Array:
   """What so many iterations multiply a matrix by, whose Gram matrix this is."""
   a, b, c = COEFFICIENTS
-  factor_LRR = identity_RR = jnp.eye(gram_LRR.shape[1], dtype=gram_LRR.dtype)
-  for i in range(iterations):
-    if i > 0:
-      gram_LRR = p_LRR @ gram_LRR @ p_LRR
-    p_LRR = a * identity_RR + b * gram_LRR + c * gram_LRR @ gram_LRR
-    factor_LRR = p_LRR if i == 0 else p_LRR @ factor_LRR
+  identity_RR = jnp.eye(gram_LRR.shape[1], dtype=gram_LRR.dtype)
+  polynomial = lambda g_LRR: a * identity_RR + b * g_LRR + c * g_LRR @ g_LRR
+  factor_LRR = p_LRR = polynomial(gram_LRR)
+  for _ in range(iterations - 1):
+    gram_LRR = p_LRR @ gram_LRR @ p_LRR
+    p_LRR = polynomial(gram_LRR)
+    factor_LRR = p_LRR @ factor_LRR
   return factor_LRR

@@ -16,11 +16,17 @@ from bigtrain.experiment import OptimizerConfig
 from bigtrain.optim import clip
 from bigtrain.optim.average import track_average
 from bigtrain.optim.schedule import Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay
+from bigtrain.width import Width
+
+Factor = Callable[..., float]  # Of the parameter `w` at a key path: (path, w) -> factor.
 
 
 @config
 class Optimizer(OptimizerConfig):
-  """weights -= rate * (direction of the clipped gradient + weight_decay * weights)."""
+  """weights -= rate * (direction of the clipped gradient + weight_decay * weights).
+
+  In a wider model (Mup) the direction, but not the decay, has a factor of its own: `width_rule`.
+  """
 
   lr: float  # Peak learning rate.
   schedule: Constant | Cosine | InverseSqrt | Linear | WarmupStableDecay = Cosine()
@@ -41,10 +47,17 @@ class Optimizer(OptimizerConfig):
   def direction(self) -> optax.GradientTransformation:
     """What the optimizer makes of the gradient, before decay and learning rate."""
 
-  def make(self, steps: int) -> optax.GradientTransformation:
-    return optax.chain(*filter(None, self.links(steps)))
+  def width_rule(self, width: Width) -> Factor:
+    """What the direction of a parameter is multiplied by in a model of that width."""
+    raise Refused(
+      f"optimizer: there is no rule for {type(self).__name__} with Mup; take AdamW, Lion, SGD or "
+      f"Muon, or give a class of your own a `width_rule`"
+    )
 
-  def links(self, steps: int) -> list[optax.GradientTransformation | None]:
+  def make(self, steps: int, width: Width | None = None) -> optax.GradientTransformation:
+    return optax.chain(*filter(None, self.links(steps, width)))
+
+  def links(self, steps: int, width: Width | None) -> list[optax.GradientTransformation | None]:
     """What an update goes through in turn, from the gradient on; None is left out."""
     direction = self.direction()
     if not isinstance(direction, optax.GradientTransformation):
@@ -54,10 +67,17 @@ class Optimizer(OptimizerConfig):
       None if self.clip_unit is None else clip.by_unit(self.clip_unit),
       None if self.clip is None else clip.by_global_norm(self.clip),
       direction,
+      None if width is None else self._scale_by_width(width),
       decay_weights(self.weight_decay, self.no_decay) if self.weight_decay else None,
       scale_by_rates(self.learning_rate(steps), self.factor, [name for name, _ in self.rates]),
       None if self.average is None else track_average(self.average),
     ]
+
+  def _scale_by_width(self, width: Width) -> optax.GradientTransformation:
+    for name in ("clip_value", "clip_unit"):
+      if getattr(self, name) is not None:
+        raise Refused(f"optimizer: {name} does not hold in a wider model (Mup); take `clip` alone")
+    return scale_by_factors(self.width_rule(width))
 
   def learning_rate(self, steps: int) -> optax.Schedule:
     return self.schedule.make(self.lr, steps)
@@ -109,15 +129,25 @@ def decay_weights(rate: float, spared: str | None) -> optax.GradientTransformati
   return optax.stateless(update)
 
 
+def scale_by_factors(factor: Factor) -> optax.GradientTransformation:
+  """Times the factor of each parameter."""
+
+  def scaled(path, u):
+    own = factor(path, u)
+    return u if own == 1.0 else own * u
+
+  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
 def scale_by_rates(
-  rate: optax.Schedule, factor: Callable[..., float], patterns: list[str]
+  rate: optax.Schedule, factor: Factor, patterns: list[str]
 ) -> optax.GradientTransformation:
   """Times the learning rate, and times the factor of each parameter, downhill.
 
   Raises:
     Refused: when it meets parameters, if one of `patterns` is found in no path of them.
   """
-  common = optax.scale_by_learning_rate(rate)
+  common, own = optax.scale_by_learning_rate(rate), scale_by_factors(factor)
 
   def init(params):
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
@@ -130,11 +160,6 @@ def scale_by_rates(
 
   def update(updates, state, params=None):
     updates, state = common.update(updates, state, params)
-
-    def scaled(path, u):
-      own = factor(path, u)
-      return u if own == 1.0 else own * u
-
-    return jax.tree_util.tree_map_with_path(scaled, updates), state
+    return own.update(updates, optax.EmptyState())[0], state
 
   return optax.GradientTransformation(init, update)

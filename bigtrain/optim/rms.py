@@ -4,7 +4,8 @@ import optax
 
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Factor, Optimizer
+from bigtrain.width import Width
 
 
 @config
@@ -16,6 +17,11 @@ class Adagrad(Optimizer):
 
   def direction(self) -> optax.GradientTransformation:
     return optax.scale_by_rss(self.start, self.eps)
+
+  def width_rule(self, width: Width) -> Factor:
+    if self.start:
+      raise Refused("optimizer: with Mup, Adagrad's start must be 0: gradients fall with the width")
+    return lambda path, w: width.of_signs(path)
 
   def check(self) -> None:
     Optimizer.check(self)
@@ -35,6 +41,9 @@ class RMSProp(Optimizer):
   def direction(self) -> optax.GradientTransformation:
     scaled = optax.scale_by_rms(self.decay, self.eps, eps_in_sqrt=False)
     return optax.chain(scaled, optax.trace(self.momentum)) if self.momentum else scaled
+
+  def width_rule(self, width: Width) -> Factor:
+    return lambda path, w: width.of_signs(path)
 
   def check(self) -> None:
     Optimizer.check(self)

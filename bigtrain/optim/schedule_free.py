@@ -5,8 +5,9 @@ import optax
 
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Factor, Optimizer
 from bigtrain.optim.schedule import Constant
+from bigtrain.width import Width
 
 
 @config
@@ -27,11 +28,14 @@ class ScheduleFreeAdamW(Optimizer):
   def direction(self) -> optax.GradientTransformation:
     return optax.scale_by_rms(self.b2, self.eps, eps_in_sqrt=False, bias_correction=True)
 
-  def make(self, steps: int) -> optax.GradientTransformation:
+  def width_rule(self, width: Width) -> Factor:
+    return lambda path, w: width.of_signs(path)
+
+  def make(self, steps: int, width: Width | None = None) -> optax.GradientTransformation:
     rate = self.learning_rate(steps)
     # optax counts from 1 here, and in the schedule of the steps that it averages from 0.
     averaging = lambda count: jnp.asarray(rate(count - 1))
-    return optax.contrib.schedule_free(Optimizer.make(self, steps), averaging, self.b1)
+    return optax.contrib.schedule_free(Optimizer.make(self, steps, width), averaging, self.b1)
 
   def check(self) -> None:
     Optimizer.check(self)

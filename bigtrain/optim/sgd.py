@@ -3,7 +3,8 @@
 import optax
 
 from bigtrain.config import Refused, config
-from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.optimizer import Factor, Optimizer
+from bigtrain.width import Width
 
 
 @config
@@ -17,6 +18,9 @@ class SGD(Optimizer):
     if not self.momentum:
       return optax.identity()
     return optax.trace(self.momentum, self.nesterov)
+
+  def width_rule(self, width: Width) -> Factor:
+    return lambda path, w: width.of_gradients(path)
 
   def check(self) -> None:
     Optimizer.check(self)

@@ -10,7 +10,8 @@ from jax import P
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
 from bigtrain.optim.layout import Layout, layout, map_layers, matrices_by, spread
-from bigtrain.optim.optimizer import Optimizer, check_pattern
+from bigtrain.optim.optimizer import Factor, Optimizer, check_pattern
+from bigtrain.width import Width
 
 
 @config
@@ -31,6 +32,12 @@ class SOAP(Optimizer):
   def direction(self) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
     return matrices_by(scale_by_soap(self), adam, self.spared)
+
+  def width_rule(self, width: Width) -> Factor:
+    raise Refused(
+      "optimizer: SOAP has no rule for Mup: its updates lie between Adam's and Muon's, as the rank "
+      "of the gradient has it; take AdamW or Muon"
+    )
 
   def check(self) -> None:
     Optimizer.check(self)

@@ -95,7 +95,7 @@ def test_the_whole_set_is_refused_until_it_is_fetched_and_then_used(published, c
     validate(toys.experiment(data=data))
   assert data.smoke().source == FashionMNISTSubset()  # Another set, so that the code can be tried.
   features = FeatureData(source=FashionMNIST())
-  assert (features.smoke().features(), features.smoke().classes()) == (784, 10)
+  assert (features.smoke().input_shape(), features.smoke().n_classes()) == ((784,), 10)
   assert cli.main(["data", "fetch", "fashion_mnist"]) == Exit.DONE
   validate(toys.experiment(data=data))
   assert data.make(0).about().startswith("Fashion-MNIST: ")

@@ -17,6 +17,9 @@ from bigtrain.data.augment import (
 from bigtrain.data.datasets import Digits, FashionMNISTSubset, Synthetic
 from bigtrain.data.examples import Opened, Source
 from bigtrain.data.features import FeatureData
+from bigtrain.data.labelled_text import LabelledText
+from bigtrain.data.text_classes import Novels
+from bigtrain.data.tokenizers import BPE
 from bigtrain.data.vision import ImageData
 from bigtrain.validate import validate
 from tests import toys
@@ -25,6 +28,10 @@ from tests.fields import batch_bytes, changed, leaves, second_values
 AUGMENT = (RandomResizedCrop(), HorizontalFlip(), PadCrop(), RandAugment(), RandomErasing())
 IMAGES = ImageData(source=FashionMNISTSubset(), size=28, channels=1, augment=AUGMENT)
 FEATURES = FeatureData(source=Synthetic(examples=60, held_out=13, features=5, classes=3))
+
+TEXT = LabelledText(
+  source=Novels(words=600), tokenizer=BPE(vocab=300, special=("[CLS]", "[SEP]")), seq=24
+)
 
 
 @pytest.fixture
@@ -45,7 +52,7 @@ def numbers(n, seed=0, classes=3):
   return np.random.default_rng(seed).normal(size=(n, 4)), np.arange(n) % classes
 
 
-@pytest.mark.parametrize("config", [IMAGES, FEATURES])
+@pytest.mark.parametrize("config", [IMAGES, FEATURES, TEXT])
 def test_a_batch_is_the_same_whatever_the_slices_it_is_read_in(config):
   data, again = config.make(3), config.make(3)
   whole = data.batch(50, 24)
@@ -54,10 +61,11 @@ def test_a_batch_is_the_same_whatever_the_slices_it_is_read_in(config):
     for name, values in whole.items():
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
   # Another size of batch changes no example: only the position counts.
-  np.testing.assert_array_equal(data.batch(57, 3)["inputs"], whole["inputs"][7:10])
+  for name, values in data.batch(57, 3).items():
+    np.testing.assert_array_equal(values, whole[name][7:10])
 
 
-@pytest.mark.parametrize("config", [IMAGES, FEATURES])
+@pytest.mark.parametrize("config", [IMAGES, FEATURES, TEXT])
 def test_a_batch_has_the_shapes_that_spec_promises_without_data(config):
   spec = config.make(0).spec(6)
   for batch in (config.make(0).batch(0, 6), config.make(0).eval_batch(0, 6)):
@@ -153,6 +161,13 @@ def test_a_class_without_examples_is_refused(saved):
   # Labels that count from 1: the last class is out of range, the first one empty.
   with pytest.raises(Refused, match="no training example of class 0"):
     FeatureData(source=saved(inputs, labels + 1, classes=3)).make(0).examples()
+
+
+def test_training_examples_that_are_all_held_out_too_are_refused_as_such(saved):
+  inputs, labels = numbers(30)
+  held_out = saved(inputs, labels, "held_out").train
+  with pytest.raises(Refused, match=r"has no example to train on; kept out.*30 x is also held out"):
+    FeatureData(source=saved(inputs, labels, validation=held_out)).make(0).examples()
 
 
 def test_features_are_standardized_by_the_training_examples_alone(saved):

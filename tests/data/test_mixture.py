@@ -7,6 +7,9 @@ import pytest
 
 from bigtrain.config import Refused
 from bigtrain.data.mixture import BLOCK, Mixture, Source, places
+from bigtrain.data.sources import Files
+from bigtrain.data.text import TextData
+from bigtrain.data.tokenizers import BPE, Bytes
 from bigtrain.experiment import Logging
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
@@ -124,6 +127,19 @@ def test_sources_of_other_row_lengths_are_refused():
   c.sources[1].data.seq = 7
   with pytest.raises(Refused, match="sources differ in row length"):
     validate(packed.experiment(data=c))
+
+
+def test_sources_whose_tokenizers_learn_from_other_texts_are_refused(tmp_path):
+  def texts(tokenizer):
+    here = [tmp_path / f"{name}.txt" for name in "ab"]
+    for path in here:
+      path.write_text("It is.")
+    sources = [TextData(source=Files(pattern=str(p)), tokenizer=tokenizer) for p in here]
+    return Mixture(sources=tuple(Source(name=f"{i}", data=d) for i, d in enumerate(sources)))
+
+  with pytest.raises(Refused, match="sources have different tokenizers"):
+    texts(BPE(vocab=300)).check()
+  texts(Bytes()).check()
 
 
 def test_the_losses_of_all_sources_add_up_to_the_whole_and_are_evaluated(tmp_path):

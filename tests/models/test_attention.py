@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigtrain.kernels.attention import Tokens, attend, visible
+from bigtrain.kernels.attention import Tokens, attend, by_column, visible
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.initial import Initializer, Normal
 from bigtrain.models.norm import RMSNormConfig
@@ -146,3 +146,21 @@ def test_a_single_head_keeps_its_sharding():
     q, k = shape("BTKGH", 8, 6, 1, 1, 4), shape("BSKH", 8, 6, 1, 4)
     mask = jax.ShapeDtypeStruct((8, 6, 6), bool, sharding=place("BTS"))
     assert jax.eval_shape(attend, q, k, k, mask).sharding.spec == act("BTKGH")
+
+
+def test_a_bias_is_added_by_the_distance_of_columns():
+  T, S, K, G = 4, 6, 2, 3
+  bias = normal(K, G, T + S - 1)
+  found = np.asarray(by_column(jnp.asarray(bias), T))
+  assert found.shape == (K, G, T, S)
+  for t in range(T):
+    for s in range(S):
+      np.testing.assert_array_equal(found[:, :, t, s], bias[:, :, s - t + T - 1])
+  q, k, v = normal(2, T, K, G, 8), normal(2, S, K, 8, seed=2), normal(2, S, K, 8, seed=3)
+  mask = np.random.default_rng(4).random((2, T, S)) < 0.7
+  mask[:, :, 0] = True
+  out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, bias_KGP=jnp.asarray(bias))
+  score = np.einsum("btkgh,bskh->bkgts", np.float64(q), k) + found
+  exp = np.exp(score) * mask[:, None, None]
+  expected = np.einsum("bkgts,bskh->btkgh", exp / exp.sum(-1, keepdims=True), v)
+  np.testing.assert_allclose(out, expected, atol=1e-5)

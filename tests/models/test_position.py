@@ -4,15 +4,19 @@ import cmath
 import math
 
 import numpy as np
+import pytest
 
 from bigtrain.models.position import (
   Llama3Scaling,
+  RelativeBuckets,
   Rotary,
   Sinusoidal,
+  bucket,
   frequencies,
   rotate,
   sinusoid,
 )
+from tests import golden
 from tests.models.build import normal
 
 
@@ -63,3 +67,34 @@ def test_sinusoids_equal_their_formula():
   found = sinusoid(Sinusoidal(wavelength=100.0), positions, 6)[0]
   angle = positions[0][:, None] * 100.0 ** (-2 * np.arange(3) / 6)
   np.testing.assert_allclose(found, np.concatenate([np.sin(angle), np.cos(angle)], -1), atol=1e-5)
+
+
+def buckets_reference(after, n, distance, causal):
+  """Section 2.1 of the paper, in whole numbers: no logarithm is rounded.
+
+  The far bucket k of a side begins where away / exact >= (distance / exact) ** (k / far).
+  """
+  side = n if causal else n // 2
+  exact = side // 2
+  far = side - exact
+  found = []
+  for d in after.tolist():
+    away = max(-d, 0) if causal else abs(d)
+    bucket = away
+    if away >= exact:
+      reached = [k for k in range(far) if away**far * exact**k >= distance**k * exact**far]
+      bucket = exact + max(reached)
+    found.append(bucket + (side if d > 0 and not causal else 0))
+  return found
+
+
+@pytest.mark.parametrize(
+  ("name", "n", "distance"), [("published", 32, 128), ("tiny", 8, 20), ("odd", 24, 100)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_buckets_are_those_of_the_paper_and_of_the_reference(name, n, distance, causal):
+  after = np.arange(-300, 301)
+  found = np.asarray(bucket(RelativeBuckets(buckets=n, distance=distance), after, causal=causal))
+  side = "causal" if causal else "both"
+  np.testing.assert_array_equal(found, golden.read("t5")[f"buckets_{name}_{side}"])
+  assert found.tolist() == buckets_reference(after, n, distance, causal)

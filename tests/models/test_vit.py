@@ -15,7 +15,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models import presets
 from bigtrain.models.count import count_parameters
 from bigtrain.models.norm import LayerNormConfig
-from bigtrain.models.vit import patches, waves
+from bigtrain.models.vit import AttentionPoolConfig, patches, waves
 from tests import golden
 from tests.models.build import filled, normal
 
@@ -29,6 +29,9 @@ PUBLISHED = {
   "l/16": 304_326_632,
   "g/14": 1_012_611_432,
 }
+
+
+POOL = AttentionPoolConfig(heads=3, hidden=40)
 
 
 def tiny(**fields):
@@ -99,7 +102,7 @@ def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
   np.testing.assert_allclose(waves(4, 12)[row * 4 + column], np.concatenate(expected), atol=1e-6)
 
 
-@pytest.mark.parametrize("pool", ["mean", "map"])
+@pytest.mark.parametrize("pool", ["mean", POOL])
 @pytest.mark.parametrize("position", ["learned", "sincos"])
 def test_patches_have_places_and_images_of_a_batch_do_not_meet(pool, position):
   model = filled(tiny(pool=pool, position=position).make)
@@ -111,7 +114,7 @@ def test_patches_have_places_and_images_of_a_batch_do_not_meet(pool, position):
 
 
 def test_attention_pooling_equals_its_formula():
-  pool = filled(tiny(pool="map").make).pool
+  pool = filled(tiny(pool=POOL).make).pool
   a, x_BTD = pool.attention, normal(2, 9, 24)
   w = lambda p: np.float64(p[...])
   q_KH = np.einsum("d,dkgh->kh", w(pool.query_QD)[0], w(a.q_DKGH)) + w(a.q_bias_KGH)[:, 0]
@@ -122,6 +125,19 @@ def test_attention_pooling_equals_its_formula():
   y_BD = np.einsum("bkh,khd->bd", y_BKH, w(a.o_KGHD)[:, 0]) + w(a.o_bias_D)
   expected = y_BD + pool.feed_forward(pool.norm(jnp.float32(y_BD)[:, None]))[:, 0]
   np.testing.assert_allclose(pool(x_BTD), expected, atol=1e-4)
+
+
+def test_a_network_of_no_units_behind_attention_pooling_is_refused():
+  with pytest.raises(Refused, match="hidden is 0"):
+    AttentionPoolConfig(heads=3, hidden=0).check()
+
+
+def test_the_products_of_attention_pooling_count_as_its_weights_on_what_they_see():
+  T, dim, hidden = 9, 24, 40
+  whole, mean = (tiny(pool=pool).flops() for pool in (POOL, "mean"))
+  # The query's product and the output's are of one token, those of keys and values of all.
+  products = 2 * dim**2 + 2 * T * dim**2 + 2 * dim * hidden
+  assert whole - mean == 6 * products + 2 * 6 * T * dim
 
 
 def test_stochastic_depth_drops_whole_branches_by_example_and_more_of_them_with_depth():
@@ -154,6 +170,7 @@ def test_stochastic_depth_drops_whole_branches_by_example_and_more_of_them_with_
     ({"image": 13}, "take images of 12 or 16"),
     ({"dim": 18, "position": "sincos"}, "divisible by 4, not 18"),
     ({"classes": 0}, "classes is 0"),
+    ({"pool": AttentionPoolConfig(heads=5, hidden=40)}, "dim 24 is not divisible by 5 heads"),
     ({"drop_path": 1.0}, "drop_path is 1.0"),
   ],
 )

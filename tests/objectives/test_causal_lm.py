@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,16 +88,15 @@ def test_outputs_of_unequal_microbatches_add_up_to_the_whole_batch():
   whole = objective(m, batch, None)
   halves = [jax.tree.map(lambda a, s=s: a[s], batch) for s in (slice(0, 3), slice(3, B))]
   added = jax.tree.map(jnp.add, *(objective(m, half, None) for half in halves))
-  for a, b in zip(jax.tree.leaves(added), jax.tree.leaves(whole), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-6)
+  chex.assert_trees_all_close(added, whole, rtol=1e-6, atol=0)
 
 
 def test_rows_of_weight_zero_change_nothing():
   m, batch = model(), make_batch()
   batch["weights"][5:] = 0
   kept = jax.tree.map(lambda a: a[:5], batch)
-  for a, b in zip(*(jax.tree.leaves(CausalLM()(m, b, None)) for b in (batch, kept)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-6)
+  whole, part = (CausalLM()(m, b, None) for b in (batch, kept))
+  chex.assert_trees_all_close(whole, part, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("loss_chunk", [None, 7])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,11 +167,10 @@ def test_a_mesh_changes_neither_values_nor_gradients(mesh):
 
     return jax.grad(loss, has_aux=True)(w_IC)
 
-  wanted = jax.tree.leaves(run(w_IC, images()))
+  wanted = run(w_IC, images())
   with jax.set_mesh(mesh.make()):
     got = run(w_IC, jax.device_put(images(), sharding.batch_sharding()))
-  for a, b in zip(jax.device_get(jax.tree.leaves(got)), wanted, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  chex.assert_trees_all_close(jax.device_get(got), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_impossible_values_are_refused_by_name():

@@ -6,6 +6,7 @@ Dims: B batch, T position, V vocabulary, C class.
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,8 +159,7 @@ def test_parts_of_a_batch_add_up_and_padding_rows_count_nothing():
   halves = [objective(model, data.batch(0, 6, s), None) for s in (slice(0, 2), slice(2, 6))]
   padded = {k: np.concatenate([v, np.zeros_like(v[:2])]) for k, v in data.batch(0, 6).items()}
   for other in (jax.tree.map(jnp.add, *halves), objective(model, padded, None)):
-    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
-      np.testing.assert_allclose(a, b, rtol=2e-5)
+    chex.assert_trees_all_close(other, whole, rtol=2e-5, atol=0)
 
 
 def test_a_run_of_pairs_trains_evaluates_and_counts_its_tokens(tmp_path):

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,8 +195,7 @@ def test_on_a_mesh_the_state_is_sharded_as_the_weights_and_the_weights_are_the_s
     for tree in (moments.mu, moments.nu, averaged(state, model)):
       assert [jax.typeof(a) for a in jax.tree.leaves(tree)] == specs
   for a, b in ((wanted, model), (averaged(wanted_state, wanted), averaged(state, model))):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(jax.device_get(b)), strict=True):
-      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(a, jax.device_get(b), rtol=1e-5, atol=1e-6)
 
 
 def test_the_recorded_rate_is_the_one_that_is_used():

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+import chex
 import jax
-import numpy as np
 import optax
 import pytest
 
@@ -68,7 +68,7 @@ def test_a_run_learns_and_goes_on_from_a_checkpoint_exactly(name, decoder, tmp_p
     state = store.restore(2, jax.tree.map(like, states[2]))
   for _ in range(2):
     state = follow(state, gradient(state["model"])[0])
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(states[4]))
+  chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(states[4]))
 
 
 def check_shardings(state):

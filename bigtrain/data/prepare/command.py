@@ -1,0 +1,74 @@
+"""`bigtrain data prepare CONFIG.py[:function] --out DIR [overrides]`."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+
+from bigtrain.annotations import check_types
+from bigtrain.config import Refused, config
+from bigtrain.console import human, say
+from bigtrain.exit_codes import Exit
+from bigtrain.flags import parse
+
+EXAMPLE = "bigtrain data prepare experiments/data/austen.py --out prepared/austen"
+
+
+@config
+class PrepareFlags:
+  """Where the result goes."""
+
+  out: str = ""  # The folder; prepared/<file>[-<function>] unless given.
+
+
+def command(arguments: list[str]) -> None:
+  """Prepares text, or goes on with a folder that was begun."""
+  from bigtrain.data.prepare.recipe import Prepare
+  from bigtrain.data.prepare.run import prepare
+  from bigtrain.load import load
+
+  target = arguments[0] if arguments else ""
+  about = "Flags of the command and fields of the config; `CONFIG.py --help` lists its own."
+  if target in ("-h", "--help"):
+    parse([PrepareFlags()], arguments, "bigtrain data prepare CONFIG.py[:function]", about)
+  if not target or target.startswith("-"):
+    raise Refused(f"bigtrain data prepare takes CONFIG.py[:function] first: {EXAMPLE}")
+  recipe, source = load(target, Prepare)
+  check_types(recipe)
+  prog = f"bigtrain data prepare {target}"
+  flags, recipe = parse([PrepareFlags(), recipe], arguments[1:], prog, about)
+  out = flags.out or source.run_dir().replace("runs/", "prepared/", 1)
+  with leaving(f"bigtrain data prepare {shlex.join(arguments)}"):
+    manifest = prepare(recipe, out, source.file)
+  if manifest is not None:
+    splits = manifest["splits"]
+    counts = ", ".join(f"{human(splits[s]['documents'])} {s}" for s in splits)
+    say(f"{counts} documents in {out}; look at {out}/report.html")
+
+
+@contextlib.contextmanager
+def leaving(again: str) -> Iterator[None]:
+  """In here, Ctrl-C and SIGTERM end the process at once, with a word on how to go on.
+
+  Nothing is closed: what is on disk survives a kill at any moment.
+  """
+  own, shown = (
+    os.getpid(),
+    "\x1b[?25h\n" if sys.stderr.isatty() else "",
+  )  # The cursor, which bars hide.
+
+  def stop(number: int, frame) -> None:
+    if os.getpid() == own:  # Not a fork of it.
+      os.write(2, f"{shown}bigtrain: stopped; the same command goes on: {again}\n".encode())
+    os._exit(Exit.LEFT)
+
+  # Python's tracker of resources clears up after this process, and need not warn of it.
+  os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+  before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
