@@ -17,7 +17,7 @@ from bigtrain.models.transformer import BlockConfig
 from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.muon import Muon
-from bigtrain.optim.schedule import Cosine, Linear
+from bigtrain.optim.schedule import Linear
 
 STEPS = 300  # Of 16 rows of 128 tokens: half of the novels.
 
@@ -38,7 +38,7 @@ def base() -> Experiment:
     remat="none",  # There is memory enough, and
     unroll=4,  # four layers compile fast enough as they are.
   )
-  optimizer = AdamW(lr=4e-3, schedule=Cosine(warmup=30, final=0.0), weight_decay=0.1)
+  optimizer = AdamW(lr=5.5e-3, schedule=Linear(warmup=60, final=0.0), weight_decay=0.1)
   return Experiment(
     model=model,
     data=TextData(tokenizer=BPE(vocab=2048), seq=128),
@@ -46,7 +46,7 @@ def base() -> Experiment:
     optimizer=optimizer,
     steps=STEPS,
     batch=16,
-    evaluation=Evaluation(every=50, batch=63),
+    evaluation=Evaluation(every=25, batch=63),
     checkpoints=Checkpoints(every=200),
   )
 
@@ -58,9 +58,14 @@ def record() -> Experiment:
   block.attention.qk_norm = RMSNormConfig()  # Higher rates stay stable.
   block.feed_forward = FeedForwardConfig(hidden=512, activation="relu2")  # arXiv:2109.08668.
   e.model.shift = True
-  e.model.init = Normal(
-    std=0.05, residual="zero"
-  )  # Blocks start as the identity (arXiv:2203.03466).
-  e.optimizer = Muon(lr=0.02, adam_lr=0.03, schedule=Linear(warmup=0), weight_decay=0.0)
-  e.steps = round(0.52 * STEPS)
+  e.model.init = Normal(std=0.05, residual="zero")  # Blocks start as the identity.
+  e.optimizer = Muon(
+    lr=0.02,
+    momentum=0.9,  # A run this short has no time for longer memories.
+    adam_lr=0.045,  # The embedding wants a higher rate than AdamW stands for all weights,
+    b1=0.65,  # and less momentum with it.
+    schedule=Linear(warmup=0, final=0.0),
+    weight_decay=0.0,
+  )
+  e.steps = 140
   return e

@@ -4,7 +4,7 @@
   uv run python tools/benchmarks/speedrun.py seeds     # Baseline and record, three seeds each.
   uv run python tools/benchmarks/speedrun.py ablation  # The record without each of its parts.
   uv run python tools/benchmarks/speedrun.py times     # Seconds a step of both, side by side.
-  uv run --extra docs python tools/benchmarks/speedrun.py report   # Tables, and a plot.
+  uv run python tools/benchmarks/speedrun.py report    # Tables, and a plot.
 
 Each run is `bigtrain.train` on an experiment of that file, with the whole held-out split evaluated;
 its result is a line of OUT/results.jsonl. What is there already is not run again, so a command that
@@ -32,7 +32,8 @@ from bigtrain.optim.schedule import Cosine, Linear
 from bigtrain.program import Program, enable_compilation_cache
 
 ROOT = Path(__file__).parents[2]
-PLOT = ROOT / "docs" / "images" / "speedrun.png"
+STUDY = ROOT / "experiments" / "speedrun.py"
+PLOT = ROOT / "docs" / "images" / "speedrun.svg"
 SEEDS = (0, 1, 2)
 LIMIT = 0.55  # Of the baseline's steps, and of its time.
 
@@ -78,14 +79,42 @@ SWEEP = (
   *(Tuning(lr, init="0.05") for lr in (2e-3, 8e-3)),
   *(Tuning(4e-3, warmup, init="0.05") for warmup in (10, 60, 100)),
   *(Tuning(lr, 60, "linear", init="0.05") for lr in (3e-3, 4e-3, 5.5e-3, 8e-3)),
-  *(Tuning(5.5e-3, 100, "linear", init="0.05") for _ in range(1)),
+  *(Tuning(5.5e-3, warmup, "linear", init="0.05") for warmup in (100, 30)),
+  Tuning(5.5e-3, 60, "cosine", init="0.05"),
+  *(Tuning(5.5e-3, 60, "linear", decay, "0.05") for decay in (0.0, 0.3)),
+  *(Tuning(5.5e-3, 60, "linear", init=init) for init in ("0.035", "0.07")),
+  *(Tuning(5.5e-3, 60, "linear", init="0.05", b2=b2) for b2 in (0.9, 0.98)),
+  Tuning(5.5e-3, 60, "linear", init="0.05", clip=None),
 )
-ABLATION: dict[str, Callable[[Any], None]] = {}
+BEST = Tuning(5.5e-3, 60, "linear", init="0.05")
+
+
+def plain_optimizer(e: Any) -> None:
+  e.optimizer = functions(STUDY)["base"]().optimizer
+  e.optimizer.schedule.warmup //= 2
+
+
+def gated(e: Any) -> None:
+  e.model.pattern[0].feed_forward = functions(STUDY)["base"]().model.pattern[0].feed_forward
+
+
+# What the record is without one of its parts.
+ABLATION: dict[str, Callable[[Any], Any]] = {
+  "Muon: AdamW as tuned, half the warm-up": plain_optimizer,
+  "shift": lambda e: setattr(e.model, "shift", False),
+  "norms of queries and keys": lambda e: setattr(e.model.pattern[0].attention, "qk_norm", None),
+  "squared ReLU: SwiGLU": gated,
+  "blocks that start as the identity": lambda e: setattr(e.model, "init", Normal(std=0.05)),
+  "less momentum: 0.95, and 0.9 of Adam": lambda e: (
+    setattr(e.optimizer, "momentum", 0.95),
+    setattr(e.optimizer, "b1", 0.9),
+  ),
+}
 
 
 def studies(name: str) -> list[tuple[str, int, Callable[[], Any]]]:
   """(name, seed, experiment) of every run of a study."""
-  made = functions(ROOT / "experiments" / "speedrun.py")
+  made = functions(STUDY)
   if name == "seeds":
     return [(which, seed, made[which]) for which in ("base", "record") for seed in SEEDS]
   changes = {str(cell): cell.apply for cell in SWEEP} if name == "sweep" else ABLATION
@@ -152,7 +181,7 @@ def study(c: Settings) -> None:
 
 def times(c: Settings) -> None:
   """Seconds a step of both, in alternating blocks, so that noise of the machine meets both."""
-  made = functions(ROOT / "experiments" / "speedrun.py")
+  made = functions(STUDY)
   steps: dict[str, Any] = {}
   for name in ("base", "record"):
     e: Experiment = made[name]()
@@ -204,27 +233,46 @@ def report(c: Settings) -> None:
       f"\n{kind}: a step takes {ratio:.3f} of the baseline's (quartiles {low:.3f}, {high:.3f});"
     )
     print(f"steps {share:.3f}, time {share * ratio:.3f}, limit {LIMIT}")
-  print("\n| without | loss | steps' worth |\n|---|---|---|")
+  print("\n| without | loss | more |\n|---|---|---|")
   for name in ABLATION:
     for row in of("ablation", name):
       print(f"| {name} | {last(row):.4f} | {last(row) - last(record[0]):+.4f} |")
-  draw(base, record, target)
+  PLOT.write_text(picture({"base": base, "record": record}, target))
 
 
-def draw(base, record, target: float) -> None:
-  import matplotlib.pyplot as plt
+# The picture: steps to the right, loss upwards.
+WIDTH, HEIGHT, EDGE, LOW, HIGH = 480, 300, 50, 3.9, 6.1
+COLOURS = {"base": "#888888", "record": "#0b6bb0"}
 
-  figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-  for name, rows, colour in (("base: AdamW, tuned", base, "C7"), ("record", record, "C0")):
-    for row in rows:
-      ax.plot(*zip(*row["curve"], strict=True), colour, lw=1, marker=".", label=name)
-      name = None
-  ax.axhline(target, color="black", lw=0.8, ls=":", label="target")
-  end = base[0]["steps"]
-  ax.axvline(LIMIT * end, color="black", lw=0.8, ls="--", label=f"{LIMIT:.0%} of the steps")
-  ax.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, end))
-  ax.legend(frameon=False)
-  figure.savefig(PLOT, dpi=110)
+
+def picture(runs: dict[str, list[dict]], target: float) -> str:
+  """The SVG: held-out loss of every run."""
+  end = runs["base"][0]["steps"]
+  x = lambda step: EDGE + WIDTH * step / end
+  y = lambda loss: EDGE / 2 + HEIGHT * (HIGH - min(loss, HIGH)) / (HIGH - LOW)
+
+  def text(at_x, at_y, said, colour="#000000", anchor="middle") -> str:
+    place = f'x="{at_x:.0f}" y="{at_y:.0f}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{colour}">{said}</text>'
+
+  def line(points, colour, more="") -> str:
+    path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" {more}/>'
+
+  parts = []
+  for loss in (4.0, 4.5, 5.0, 5.5, 6.0):
+    parts += [line([(0, loss), (end, loss)], "#dddddd"), text(EDGE - 20, y(loss) + 4, loss)]
+  parts += [text(x(step), EDGE / 2 + HEIGHT + 18, step) for step in range(0, end + 1, 50)]
+  parts.append(text(x(end / 2), EDGE / 2 + HEIGHT + 38, "steps; held-out loss, nats a token"))
+  parts.append(line([(0, target), (end, target)], "#000000", 'stroke-dasharray="2 3"'))
+  for name, rows in runs.items():
+    parts += [line(row["curve"], COLOURS[name]) for row in rows]
+    step, loss = rows[0]["curve"][0]
+    parts.append(text(x(step) + 12, y(loss) - 4, name, COLOURS[name], "start"))
+  size = f"0 0 {WIDTH + 2 * EDGE} {HEIGHT + 2 * EDGE}"
+  head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif"'
+  body = [f'{head} font-size="12">', '<rect width="100%" height="100%" fill="#fff"/>']
+  return "\n".join([*body, *parts, "</svg>"]) + "\n"
 
 
 def main(c: Settings) -> None:
