@@ -196,6 +196,7 @@ UNUSED = {
     "FanIn.residual": "a plain dense network has no residual branch to scale",
     "Adam.no_decay": "no weight decays in Adam",
   },
+  "speedrun.py": {"Muon.no_decay": "no weight decays in the record"},
   "t5.py": {"Adafactor.no_decay": "T5's weights do not decay"},
   "vanishing_gradients.py": {
     "FanIn.residual": "a plain dense network has no residual branch to scale",

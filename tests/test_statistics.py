@@ -26,12 +26,19 @@ from tests.test_parity_classification import MODELS
 
 
 def experiment(**fields):
-  """A first block and two repeats of two; without dropout, whose key differs by microbatch."""
+  """A first block and two repeats of two, on plain embeddings; without dropout, whose key differs
+  by microbatch."""
   block = BlockConfig(
     attention=AttentionConfig(heads=2, bias=True),
     feed_forward=FeedForwardConfig(hidden=16, activation="relu", bias=True),
   )
-  model = {"first": (block,), "pattern": (block, block), "layers": 5, "dropout": 0.0}
+  model = {
+    "first": (block,),
+    "pattern": (block, block),
+    "layers": 5,
+    "dropout": 0.0,
+    "shift": False,
+  }
   fields = {
     "optimizer": SGD(lr=0.1, schedule=Constant(warmup=0), momentum=0.0),
     "batch": 16,

@@ -137,8 +137,7 @@ class LanguageModel(nnx.Module):
     kd, kt = (None, None) if key is None else jax.random.split(key)
     with jax.named_scope("embed"):
       x_BTD = lookup(self.embed_VD, tokens_BT, dtype)
-      if self.shift_scale_D is not None:
-        x_BTD, cache = self._shifted(x_BTD, tokens, cache)
+      x_BTD, cache = self._shifted(x_BTD, tokens, cache)
       if self.position_TD is not None:
         x_BTD += lookup(self.position_TD, tokens.positions, dtype)
       elif isinstance(self.c.position, Sinusoidal):
@@ -150,6 +149,8 @@ class LanguageModel(nnx.Module):
 
   def _shifted(self, x_BTD, tokens: Tokens, cache: Cache | None) -> tuple[jax.Array, Any]:
     """Embeddings with their share of the one before; a cache keeps the last for what follows."""
+    if self.shift_scale_D is None:
+      return x_BTD, cache
     before_B1D = jnp.zeros_like(x_BTD[:, :1])
     if cache is not None:
       before_B1D, cache = cache.embed_B1D, dataclasses.replace(cache, embed_B1D=x_BTD[:, -1:])
