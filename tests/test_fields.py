@@ -10,6 +10,7 @@ from bigtrain import load
 from bigtrain.config import configs
 from bigtrain.data.tokenizers import BPE
 from bigtrain.experiment import Evaluation
+from bigtrain.models.mlp import MLPConfig
 from bigtrain.sharding import Mesh
 from bigtrain.smoke import shrink
 from bigtrain.validate import padded
@@ -190,19 +191,8 @@ EXEMPT = {
   "Experiment.new_weights": "parts of a model that weights_from fills; test_weights.py has it",
   "Evaluation.batch": "every example counts once, whatever the batch: only memory and speed differ",
 }
-# What the branch that an experiment takes has no use for, and why.
-UNUSED = {
-  "mlp.py": {
-    "FanIn.residual": "a plain dense network has no residual branch to scale",
-    "Adam.no_decay": "no weight decays in Adam",
-  },
-  "speedrun.py": {"Muon.no_decay": "no weight decays in the record"},
-  "t5.py": {"Adafactor.no_decay": "T5's weights do not decay"},
-  "vanishing_gradients.py": {
-    "FanIn.residual": "a plain dense network has no residual branch to scale",
-    "Adam.no_decay": "no weight decays in Adam",
-  },
-}
+# What a model has no use for, and why.
+UNUSED = {MLPConfig: {"FanIn.residual": "a plain dense network has no residual branch to scale"}}
 # Why a leaf has one valid value only.
 ONE_VALUE = {
   "model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention",
@@ -214,9 +204,10 @@ def small(function, **mesh):
   """A study small enough to trace and run, with batch and vocabulary that every mesh divides."""
   e = shrink(function())
   e.batch, e.evaluation.batch, e.mesh = 32, 32, Mesh(**mesh)
-  # Every interval and limit comes to bear in these steps.
+  # Every interval and limit comes to bear in these steps, and what it exempts from weight decay.
   e.steps, e.evaluation.every, e.evaluation.prompts = 5, 2, ("It",)
   e.checkpoints.every, e.checkpoints.keep, e.logging.every = 1, 2, 1
+  e.optimizer.weight_decay = e.optimizer.weight_decay or 0.1
   if isinstance(tokenizer := getattr(e.data, "tokenizer", None), BPE):
     tokenizer.vocab = 300  # The model's, the next multiple of 128, has room for a second value.
   if (tokens := e.data.vocabulary()) is not None:
@@ -233,7 +224,7 @@ def test_every_field_of_every_experiment_changes_what_a_run_does():
   for path in EXPERIMENTS:
     for name, function in load.functions(path).items():
       lines = [f"{path.name}:{name} {line}" for line in looks.dead(small(function))]
-      unused = UNUSED.get(path.name, {})
+      unused = UNUSED.get(type(function().model), {})
       dead += [line for line in lines if not any(f"({field})" in line for field in unused)]
       dead += looks.dead(small(function, data=-1, fsdp=1))
   assert not dead, "\n".join(dead)
