@@ -6,9 +6,9 @@ import shlex
 import time
 from typing import TYPE_CHECKING
 
-from bigtrain.config import Refused
 from bigtrain.console import duration, human, unless_quick
 from bigtrain.data.feed import Sizes
+from bigtrain.generate import samples
 from bigtrain.models.count import count_parameters
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ class Console(Writer):
     self._fact("loss", f"{self.last['train']['loss']:.4f} at the last step")
     self._fact("held out", "  ".join(_metrics(self.last.get("eval", {}))))
     self._fact("next", f"bigtrain evaluate {shlex.quote(path)}")
-    with contextlib.suppress(Refused):  # Without text there is nothing to sample.
-      assert self.run.data.tokenizer
+    if samples(self.run.weights):
       prompt = next(iter(self.run.experiment.evaluation.prompts), "It was")
       self._fact("", f"bigtrain sample {shlex.quote(path)} --prompt {shlex.quote(prompt)}")
 

@@ -32,6 +32,8 @@ class Bigram(ModelConfig):
 
 
 class BigramModel(nnx.Module):
+  continues = True  # As a decoder does, its prompt.
+
   def __init__(self, c: Bigram, key):
     self.c = c
     sizes = {"V": c.vocab, "D": c.dim}

@@ -17,6 +17,7 @@ from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.language_model import LanguageModelConfig
+from bigtrain.models.mlp import MLPConfig
 from bigtrain.models.position import Learned, Rotary
 from bigtrain.models.transformer import BlockConfig
 
@@ -187,6 +188,12 @@ def test_what_cannot_be_sampled_is_refused_before_any_work(
   monkeypatch.setattr(room, "_sample", None)
   with pytest.raises(Refused, match=message):
     generate(model(), [np.array(p, np.int32) for p in prompts], length, sampling)
+
+
+def test_a_classifier_is_told_apart_from_what_generates_text():
+  c = MLPConfig(inputs=2, hidden=(3,), classes=2)
+  with pytest.raises(Refused, match="no text can be sampled from a MLP"):
+    generate_text(c.make(jax.random.key(0)), ByteTokenizer(), ["It"], 3, GREEDY)
 
 
 def test_every_position_of_the_model_can_be_used():

@@ -15,7 +15,8 @@ from bigtrain.optim.schedule import Constant
 from bigtrain.parts import Part
 from bigtrain.train import train
 from bigtrain.writers import Console, TensorBoard, default_writers
-from tests import packed, runs
+from tests import classes, packed, runs
+from tests.test_parity_classification import MODELS
 
 pytestmark = pytest.mark.usefixtures("prepared")
 
@@ -81,6 +82,12 @@ def test_the_tail_says_how_it_ended_and_what_to_do_next(shown):
     f"  next      bigtrain evaluate {run_dir}",
     f"            bigtrain sample {run_dir} --prompt 'It was'",
   ]
+
+
+def test_sampling_is_no_next_step_of_a_model_without_text(tmp_path, capsys):
+  train(classes.experiment(MODELS["mlp"], steps=1), tmp_path / "run")
+  assert "bigtrain evaluate" in (err := capsys.readouterr().err)
+  assert "bigtrain sample" not in err
 
 
 def test_a_resumed_run_says_from_where_it_goes_on(shown):
