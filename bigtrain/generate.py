@@ -75,14 +75,9 @@ def check_text(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], lengt
   _check(model, _encoded(model, tokenizer, prompts), length)
 
 
-def samples(model: object) -> bool:
-  """Whether text can be sampled from the model: not of classifiers and bare encoders."""
-  return hasattr(model, "continues")
-
-
 def _encoded(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
   """The ids of each prompt, after end-of-text or, for an encoder, before it."""
-  if not samples(model):
+  if not hasattr(model, "continues"):  # A classifier, or a bare encoder.
     raise Refused(f"no text can be sampled from a {type(model).__name__}")
   end, texts = [np.int32(tokenizer.eot)], tokenizer.encode_batch(list(prompts))
   return [np.concatenate([end, x] if model.continues else [x, end]) for x in texts]

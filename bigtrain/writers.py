@@ -6,9 +6,9 @@ import shlex
 import time
 from typing import TYPE_CHECKING
 
+from bigtrain.config import Refused
 from bigtrain.console import duration, human, unless_quick
 from bigtrain.data.feed import Sizes
-from bigtrain.generate import samples
 from bigtrain.models.count import count_parameters
 
 if TYPE_CHECKING:
@@ -126,9 +126,18 @@ class Console(Writer):
     self._fact("loss", f"{self.last['train']['loss']:.4f} at the last step")
     self._fact("held out", "  ".join(_metrics(self.last.get("eval", {}))))
     self._fact("next", f"bigtrain evaluate {shlex.quote(path)}")
-    if samples(self.run.weights):
-      prompt = next(iter(self.run.experiment.evaluation.prompts), "It was")
-      self._fact("", f"bigtrain sample {shlex.quote(path)} --prompt {shlex.quote(prompt)}")
+    self._fact("", self._sampling(path))
+
+  def _sampling(self, path: str) -> str:
+    """The command that samples from the run; nothing where it would be refused."""
+    from bigtrain.generate import check_text
+
+    prompt = next(iter(self.run.experiment.evaluation.prompts), "It was")
+    try:
+      check_text(self.run.weights, self.run.tokenizer, [prompt], 1)
+    except Refused:
+      return ""
+    return f"bigtrain sample {shlex.quote(path)} --prompt {shlex.quote(prompt)}"
 
   def _fact(self, name: str, text: str) -> None:
     if text:

@@ -16,6 +16,7 @@ from bigtrain.parts import Part
 from bigtrain.train import train
 from bigtrain.writers import Console, TensorBoard, default_writers
 from tests import classes, packed, runs
+from tests.bigram import Bigram
 from tests.test_parity_classification import MODELS
 
 pytestmark = pytest.mark.usefixtures("prepared")
@@ -84,8 +85,18 @@ def test_the_tail_says_how_it_ended_and_what_to_do_next(shown):
   ]
 
 
-def test_sampling_is_no_next_step_of_a_model_without_text(tmp_path, capsys):
-  train(classes.experiment(MODELS["mlp"], steps=1), tmp_path / "run")
+def of_tokens_alone(steps):
+  """A model that could be sampled, on data that have no tokenizer."""
+  e = packed.experiment(steps=steps)
+  e.model = Bigram(vocab=packed.V)
+  return e
+
+
+@pytest.mark.parametrize(
+  "make", [lambda steps: classes.experiment(MODELS["mlp"], steps=steps), of_tokens_alone]
+)
+def test_sampling_is_no_next_step_of_a_run_without_text(make, tmp_path, capsys):
+  train(make(steps=1), tmp_path / "run")
   assert "bigtrain evaluate" in (err := capsys.readouterr().err)
   assert "bigtrain sample" not in err
 
