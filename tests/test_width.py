@@ -1,4 +1,4 @@
-"""muP: a wide model moves as its base does, by the factors of the paper's table.
+"""muP: a wide model moves and computes as its base does.
 
 Dims: B batch, T position, V vocabulary.
 """
@@ -26,7 +26,6 @@ from tests import packed
 from tests.models.build import filled
 from tests.widths import (
   AT_BASE,
-  FAST,
   T,
   V,
   blocks,
@@ -55,14 +54,14 @@ def movements(c, optimizer, monkeypatch, steps=4):
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return nll.mean(), kept | {"logits": logits}
 
+  @jax.jit
   def step(model, state):
     gradient, outputs = jax.grad(loss, has_aux=True)(model)
     updates, state = tx.update(gradient, state, model)
     return optax.apply_updates(model, updates), state, outputs
 
-  model = jax.jit(c.make).lower(key := jax.random.key(0)).compile(compiler_options=FAST)(key)
+  model = jax.jit(c.make)(jax.random.key(0))
   state = jax.jit(tx.init)(model)
-  step = jax.jit(step).lower(model, state).compile(compiler_options=FAST)
   seen = []
   for _ in range(steps + 1):
     model, state, outputs = step(model, state)
@@ -113,7 +112,7 @@ def test_at_the_base_everything_is_the_standard_parametrisation_bit_by_bit():
   for e in (standard, base):
     program, batch = Program(e, None), e.data.make(0).batch(0, 8)
     state = program.compile_init()(jax.random.key(0))
-    step = jax.jit(program.step).lower(state, batch).compile(compiler_options=FAST)
+    step = jax.jit(program.step)
     state, first = step(state, batch)
     state, second = step(state, batch)
     runs.append(jax.device_get([jax.tree.leaves(state.model), first, second]))

@@ -31,7 +31,7 @@ from bigtrain.optim.soap import SOAP
 from bigtrain.validate import validate
 from tests import packed
 from tests.models.build import filled
-from tests.widths import AT_BASE, FAST, decoder, dense, mup
+from tests.widths import AT_BASE, decoder, dense, mup
 
 # The table: (deviation of the first weights, factor of Adam's rate, of SGD's), for a model of
 # ratio m whose heads are h times as wide. A bias or a scale has no deviation.
@@ -94,8 +94,7 @@ def named(tree):
 
 def test_first_weights_have_the_deviations_of_the_table():
   (c := whole(256)).check()
-  make = jax.jit(c.make).lower(key := jax.random.key(0)).compile(compiler_options=FAST)
-  found = named(make(key))
+  found = named(jax.jit(c.make)(jax.random.key(0)))
   assert found.keys() == TABLE_8.keys()
   for name, (deviation, _, _) in TABLE_8.items():
     assert found[name].std() == pytest.approx(deviation, rel=0.03), name
@@ -106,12 +105,12 @@ def first_updates(*optimizers):
   c = whole(16)
   model, gradient = filled(c.make), filled(c.make, scale=1e-3, seed=1)
 
+  @jax.jit
   def all_of_them(model, gradient):
     transformations = [o.make(1, width) for o in optimizers for width in (c.width(), None)]
     return [tx.update(gradient, tx.init(model), model)[0] for tx in transformations]
 
-  found = jax.jit(all_of_them).lower(model, gradient).compile(compiler_options=FAST)
-  return [named(updates) for updates in found(model, gradient)]
+  return [named(updates) for updates in all_of_them(model, gradient)]
 
 
 RULES = {

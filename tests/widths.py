@@ -17,7 +17,6 @@ from bigtrain.models.vit import ViTConfig
 
 V, T, BASE, HEAD = 32, 8, 64, 32
 AT_BASE = FanIn(residual="scaled")
-FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 def blocks(dim, head_dim=None, hidden=None, **attention):
