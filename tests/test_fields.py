@@ -204,7 +204,7 @@ def small(function, **mesh):
   """A study small enough to trace and run, with batch and vocabulary that every mesh divides."""
   e = shrink(function())
   e.batch, e.evaluation.batch, e.mesh = 32, 32, Mesh(**mesh)
-  # Every interval and limit comes to bear in these steps, and what it exempts from weight decay.
+  # Every interval, limit and exemption from weight decay comes to bear in these steps.
   e.steps, e.evaluation.every, e.evaluation.prompts = 5, 2, ("It",)
   e.checkpoints.every, e.checkpoints.keep, e.logging.every = 1, 2, 1
   e.optimizer.weight_decay = e.optimizer.weight_decay or 0.1
@@ -223,8 +223,9 @@ def test_every_field_of_every_experiment_changes_what_a_run_does():
   dead = []
   for path in EXPERIMENTS:
     for name, function in load.functions(path).items():
-      lines = [f"{path.name}:{name} {line}" for line in looks.dead(small(function))]
-      unused = UNUSED.get(type(function().model), {})
+      e = small(function)
+      lines = [f"{path.name}:{name} {line}" for line in looks.dead(e)]
+      unused = UNUSED.get(type(e.model), {})
       dead += [line for line in lines if not any(f"({field})" in line for field in unused)]
       dead += looks.dead(small(function, data=-1, fsdp=1))
   assert not dead, "\n".join(dead)
