@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from bigtrain.config import Refused
   from bigtrain.experiment import Checkpoints, Evaluation, Experiment, Logging
+  from bigtrain.mesh import Mesh
   from bigtrain.run import load_run
-  from bigtrain.sharding import Mesh
   from bigtrain.train import train
 
 __all__ = [

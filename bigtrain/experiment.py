@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from bigtrain.config import Refused, config
-from bigtrain.sharding import Mesh
+from bigtrain.mesh import Mesh
 
 if TYPE_CHECKING:
   import jax

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bigtrain import sharding
+from bigtrain.mesh import platform
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -20,7 +21,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 def compute_dtype(name: Dtype) -> jnp.dtype:
   """`auto` is float32 on CPU, where bfloat16 is emulated, and bfloat16 on accelerators."""
   if name == "auto":
-    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    name = "float32" if platform() == "cpu" else "bfloat16"
   return jnp.dtype(name)
 
 
@@ -41,7 +42,7 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
   n = sum(d in w_dims for d in x_dims)
   rows, inner, columns = x_dims[:-n], w_dims[:n], w_dims[n:]
   assert x_dims[-n:] == inner and rows + columns == out, dims
-  w = sharding.use(w, x.dtype)
+  w = sharding.use(w, w_dims, x.dtype, over=sharding.split_over(x, len(rows)))
   if all(map(sharding.mergeable, (rows, inner, columns))):
     shape = (*x.shape[:-n], *w.shape[n:])
     x_NC, w_CM = _matrix(x, rows, inner), _matrix(w, inner, columns)

@@ -16,10 +16,10 @@ from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Data, Experiment
+from bigtrain.mesh import Mesh
 from bigtrain.optim.average import averaged
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run_directory import RunDirectory
-from bigtrain.sharding import Mesh
 from bigtrain.state import State, combine
 from bigtrain.validate import check_mesh
 

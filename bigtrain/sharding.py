@@ -1,80 +1,51 @@
-"""Which mesh axis each dimension letter is sharded over: the only place that names mesh axes.
+"""Which mesh axis each dimension letter is sharded over, and how parameters are gathered.
 
-Axes: `data` (replicas, also across slices), `fsdp` (batch and parameters), `tensor` (heads, hidden,
-vocabulary). An axis of size 1 costs nothing, so one table serves every topology. Without a mesh
-every helper does nothing, and the same model code runs in a notebook on one device.
+Layers know letters, not axes. An axis of size 1 costs nothing, so one table serves every topology.
+Without a mesh every helper does nothing, and the same code runs in a notebook on one device.
 
 Letters: B batch, T query position, S key position, D model, K kv heads, G queries per kv head,
-H head, F hidden, V vocabulary. A letter that is in no table is not sharded.
+H head, F hidden, V vocabulary, E expert. A letter that is in no table is not sharded.
 """
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from bigtrain.config import Refused, config
+from bigtrain.mesh import AXES
 
-AXES = ("data", "fsdp", "tensor")
-WEIGHT = {"D": "fsdp", "K": "tensor", "F": "tensor", "V": "tensor"}
-ACTIVATION = {"B": ("data", "fsdp"), "K": "tensor", "F": "tensor", "V": "tensor"}
-GATHERED = ("fsdp",)  # Weights are stored sharded over these axes and gathered where they are used.
-
-
-@config
-class Mesh:
-  """How many devices each mesh axis spans. At most one axis may be -1: what the others leave."""
-
-  data: int = 1  # Replicas of the parameters.
-  fsdp: int = -1  # Shards of the batch, the parameters and the optimizer state.
-  tensor: int = 1  # Shards of heads, hidden units and vocabulary.
-
-  def shape(self, devices: int) -> dict[str, int]:
-    """The size of every axis on that many devices.
-
-    Raises:
-      Refused: the axes do not multiply to `devices`, or more than one is -1.
-    """
-    sizes = {axis: getattr(self, axis) for axis in AXES}
-    said = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-      raise Refused(f"mesh ({said}): sizes are positive, and one axis at most is -1 (what is left)")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-      sizes[free[0]] = devices // fixed
-    if math.prod(sizes.values()) != devices:
-      others = "the other axes" if free else "--mesh.fsdp -1 and the other axes"
-      cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
-      raise Refused(
-        f"mesh wants {'a multiple of ' if free else ''}{fixed} devices ({said}) but {devices} "
-        f"{'is' if devices == 1 else 'are'} attached; set {others} to a divisor of {devices} to "
-        f"use what is there{f', or JAX_NUM_CPU_DEVICES={fixed} to try it on CPU' if cpu else ''}"
-      )
-    return sizes
-
-  def make(self) -> jax.sharding.Mesh:
-    """The mesh over all attached devices, every axis explicit."""
-    sizes = self.shape(jax.device_count())
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+# Parameters are stored sharded over these axes and gathered where they are used.
+GATHERED = ("fsdp", "expert", "context")
+SPLIT = ("tensor", "sequence")  # One or the other: see mesh.AXES.
+WEIGHT = {"E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
+ACTIVATION = {
+  "B": ("slices", "data", "fsdp", "expert"),
+  "E": ("expert",),
+  "K": SPLIT,
+  "F": SPLIT,
+  "V": SPLIT,
+  "T": ("context", "sequence"),
+  "S": ("context", "sequence"),
+}
 
 
-def spec(table: dict, dims: str) -> P | None:
+def spec(table: dict[str, tuple[str, ...]], dims: str) -> P | None:
   """The partition spec of an array with these dimension letters; None without a mesh.
 
-  Only explicit axes are named: an island's manual axes drop out.
+  An axis shards one dim. Of those that want it the one that comes first in the table gets it: heads
+  before positions. Only explicit axes are named: an island's manual axes drop out.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return None
-
-  def explicit(axes) -> tuple[str, ...] | None:
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return tuple(a for a in axes if a in mesh.explicit_axes) or None
-
-  return P(*(explicit(table.get(d)) for d in dims))
+  free, found = set(mesh.explicit_axes), {}
+  for letter in sorted(set(dims) & table.keys(), key=list(table).index):
+    found[letter] = tuple(a for a in table[letter] if a in free and mesh.shape[a] > 1)
+    free -= set(found[letter])
+  return P(*(found.get(letter) or None for letter in dims))
 
 
 def weight(dims: str) -> P | None:
@@ -97,11 +68,12 @@ def spread(w) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return w
-  shards = math.prod(mesh.shape[axis] for axis in GATHERED)
+  over = tuple(axis for axis in GATHERED if mesh.shape[axis] > 1)
+  shards = math.prod(mesh.shape[axis] for axis in over)
   fits = [i for i, size in enumerate(w.shape) if size % shards == 0]
   place = [None] * w.ndim
   if fits:
-    place[max(fits, key=lambda i: w.shape[i])] = GATHERED
+    place[max(fits, key=lambda i: w.shape[i])] = over or None
   return jax.sharding.reshard(w, P(*place))
 
 
@@ -117,8 +89,7 @@ def merged(*groups: str) -> P | None:
 
 def axes(letter: str) -> tuple[str, ...]:
   """The mesh axes over which activations shard this dimension letter."""
-  axes = ACTIVATION.get(letter) or ()
-  return (axes,) if isinstance(axes, str) else axes
+  return ACTIVATION.get(letter, ())
 
 
 def batch_sharding() -> NamedSharding | None:
@@ -133,32 +104,85 @@ def axis_size(letter: str) -> int:
   return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in axes(letter))
 
 
-def use(w, dtype=None) -> jax.Array:
-  """A stored parameter, cast to the compute dtype and then all-gathered over fsdp.
+def use(w, dims: str, dtype=None, over: Iterable[str] = ()) -> jax.Array:
+  """A stored parameter with these dimension letters, cast and then all-gathered.
 
-  The cast comes first, so that the gather moves the smaller type. The gradient is summed back onto
-  the shards in that type, then cast to the parameter's.
+  The cast comes first, so that the gather moves the smaller type. Inside an island it gathers over
+  the axes that are manual, and the gradient is scattered back.
+
+  Args:
+    w: the parameter.
+    dims: its letters.
+    dtype: the compute dtype; None for its own.
+    over: the axes that split the rows it is multiplied with, or the indices it is looked up by
+      (`split_over`). Each device has a part of the gradient, and these parts are summed as they
+      should be: a reduce-scatter over each axis that was gathered, then a sum over the others, the
+      slowest last. Without any, as of a scale, the gradient is whole on every device.
   """
   w = w[...].astype(dtype or w.dtype)
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return w
-  return jax.sharding.reshard(w, P(*(_without_gathered(a) for a in jax.typeof(w).sharding.spec)))
+  for dim, letter in enumerate(dims):
+    for axis in reversed(_gathered(letter, mesh.manual_axes)):
+      w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
+  return gathered(w, GATHERED, over)
+
+
+def _gathered(letter: str, axes) -> list[str]:
+  return [axis for axis in WEIGHT.get(letter, ()) if axis in GATHERED and axis in axes]
+
+
+def split_over(x, dims: int | None = None) -> frozenset[str]:
+  """The explicit axes that shard any of the first `dims` dims of an array; None for all of them."""
+  partitions = jax.typeof(x).sharding.spec.partitions
+  return frozenset(axis for axes in partitions[:dims] for axis in _tuple(axes))
+
+
+def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
+  """An array with none of its dims sharded over `axes`, all-gathered axis by axis.
+
+  Its gradient is the sum of a part that each device has along the axes `over`.
+  """
+  spec = jax.typeof(x).sharding.spec
+  whole = [tuple(a for a in _tuple(dim) if a not in axes) or None for dim in spec]
+  mesh = jax.sharding.get_abstract_mesh()
+  over = [axis for axis in AXES if axis in over and mesh.shape[axis] > 1]
+  if not over:
+    return jax.sharding.reshard(x, P(*whole))
+
+  def gather(x):
+    moved = {axis for dim in spec for axis in _tuple(dim) if axis in axes}
+    for axis in over:  # In the backward pass these come in reverse, and after the gathers.
+      if axis not in moved:
+        x = jax.lax.pcast(x, axis, to="reduced")
+    for i, dim in enumerate(spec):
+      for axis in reversed([a for a in _tuple(dim) if a in moved]):
+        to = "reduced" if axis in over else "invarying"
+        x = jax.lax.all_gather(x, axis, axis=i, tiled=True, to=to)
+    return x
+
+  out = P(*whole, reduced=frozenset(over) | spec.reduced)
+  return jax.shard_map(gather, in_specs=spec, out_specs=out)(x)
 
 
 def shared(x_BTD) -> jax.Array:
-  """An activation that enters several products whose columns `tensor` splits.
+  """An activation that enters several products whose columns `tensor` splits, with all positions.
 
   What these send back is added on each device before it is summed over the axis: one all-reduce
-  serves them all.
+  serves them all, or, where the axis shards the positions too, one reduce-scatter.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  split = frozenset(a for a in axes("F") if a in mesh.explicit_axes and mesh.shape[a] > 1)
-  return jax.sharding.reshard(x_BTD, P(*(act("BTD") or ()), reduced=split)) if split else x_BTD
+  split = frozenset(a for a in SPLIT if a in mesh.explicit_axes and mesh.shape[a] > 1)
+  if not split:
+    return x_BTD
+  if "sequence" in split_over(x_BTD):
+    return gathered(x_BTD, SPLIT, split)
+  return jax.sharding.reshard(x_BTD, P(*(act("BTD") or ()), reduced=split))
 
 
-def _without_gathered(axes):
-  axes = (axes,) if isinstance(axes, str) else axes or ()
-  return tuple(a for a in axes if a not in GATHERED) or None
+def _tuple(axes) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Array:

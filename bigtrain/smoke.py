@@ -9,8 +9,8 @@ import dataclasses
 
 from bigtrain.config import configs
 from bigtrain.experiment import Experiment
+from bigtrain.mesh import Mesh
 from bigtrain.optim.schedule import Schedule
-from bigtrain.sharding import Mesh
 from bigtrain.validate import padded
 
 STEPS = 20

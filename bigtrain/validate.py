@@ -6,7 +6,7 @@ What concerns one object is that object's own `check`; here is what concerns sev
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ import jax
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, configs
 from bigtrain.experiment import Experiment
+from bigtrain.mesh import AXES, USUAL
 from bigtrain.optim.schedule import Schedule
-from bigtrain.sharding import ACTIVATION, AXES, WEIGHT
+from bigtrain.sharding import ACTIVATION, WEIGHT
 
 LEAST = {
   "steps": 0,
@@ -235,24 +236,27 @@ def _check_batches(e: Experiment, shape: dict[str, int]) -> None:
 
 def _check_dims(e: Experiment, shape: dict[str, int]) -> None:
   for field, (letter, size) in e.model.dims().items():
-    for axes in (_mesh_axes(WEIGHT, letter), _mesh_axes(ACTIVATION, letter)):
+    for table in (WEIGHT, ACTIVATION):
+      axes = [axis for axis in table.get(letter, ()) if shape[axis] > 1]
       shards = math.prod(shape[axis] for axis in axes)
       if size % shards:
         # A vocabulary can only grow: the tokenizer's tokens are all needed.
         near = padded(size) if letter == "V" else _multiples_near(size, shards)
         raise Refused(
           f"model.{field} {size} is not divisible by {shards}, the mesh's {_axes(axes, shape)}; "
-          f"use {near}, or a smaller --mesh.{axes[-1]}"
+          f"use {near}, or a smaller --mesh.{_field(axes[-1])}"
         )
 
 
-def _mesh_axes(table: Mapping[str, str | tuple[str, ...]], letter: str) -> tuple[str, ...]:
-  axes = table.get(letter, ())
-  return (axes,) if isinstance(axes, str) else axes
+def _axes(axes: Iterable[str], shape: dict[str, int]) -> str:
+  """Those of them that span more than one device, or the usual ones."""
+  named = [axis for axis in AXES if axis in axes and (shape[axis] > 1 or axis in USUAL)]
+  return ", ".join(f"{_field(axis)}={shape[axis]}" for axis in named)
 
 
-def _axes(axes: tuple[str, ...], shape: dict[str, int]) -> str:
-  return ", ".join(f"{axis}={shape[axis]}" for axis in AXES if axis in axes)
+def _field(axis: str) -> str:
+  """The field of Mesh that sets an axis."""
+  return "tensor" if axis == "sequence" else axis
 
 
 def _multiples_near(value: int, unit: int) -> str:

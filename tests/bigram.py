@@ -43,8 +43,9 @@ class BigramModel(nnx.Module):
     x_BTD = lookup(self.embed_VD, tokens_BT, jnp.float32)
     return sharding.dropout(x_BTD, self.c.dropout, key)
 
-  def output_VD(self):
-    return sharding.use(self.embed_VD)
+  def output_VD(self, x_BTD):
+    return sharding.use(self.embed_VD, "VD", over=sharding.split_over(x_BTD, 2))
 
   def __call__(self, tokens_BT):
-    return jnp.einsum("btd,vd->btv", self.hidden(tokens_BT), self.output_VD())
+    x_BTD = self.hidden(tokens_BT)
+    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(x_BTD))

@@ -10,10 +10,10 @@ import numpy as np
 
 from bigtrain.config import config
 from bigtrain.experiment import Data, DataConfig, Evaluation, Experiment, Logging, ModelConfig
+from bigtrain.mesh import Mesh
 from bigtrain.objectives.classification import Classification
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
-from bigtrain.sharding import Mesh
 
 B, R, S, CHANNELS, C = 16, 8, 8, 2, 7
 

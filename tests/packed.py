@@ -17,6 +17,7 @@ from bigtrain import sharding
 from bigtrain.config import config
 from bigtrain.data.feed import put
 from bigtrain.experiment import Data, DataConfig, Evaluation, Experiment, Logging
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.language_model import LanguageModelConfig
@@ -27,7 +28,6 @@ from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
 from bigtrain.program import Program
-from bigtrain.sharding import Mesh
 from bigtrain.state import State
 
 B, T, V, D, F, LAYERS = 8, 11, 80, 32, 112, 2

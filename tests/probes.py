@@ -12,6 +12,7 @@ from bigtrain.config import Refused
 from bigtrain.data.sources import Files
 from bigtrain.data.text import TextData
 from bigtrain.experiment import Experiment
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.language_model import LanguageModelConfig
@@ -20,7 +21,6 @@ from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Constant
 from bigtrain.program import Program
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from tests.fields import batch_bytes, jaxpr
 

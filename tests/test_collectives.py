@@ -11,8 +11,8 @@ import pytest
 from jax import P
 
 from bigtrain import sharding
+from bigtrain.mesh import Mesh
 from bigtrain.optim import optimizer
-from bigtrain.sharding import Mesh
 from tests import packed
 from tests.collectives import Collective, collectives
 from tests.packed import B, D, F, G, H, K, T, V
@@ -27,20 +27,21 @@ def implied(mesh: Mesh) -> Counter[Collective]:
 
   - fsdp gathers each weight of a block in the forward pass, and once more in the backward pass,
     which computes the block again; the table it gathers once.
-  - data and fsdp add up the gradient of each weight; of the table twice, where it is read and
-    where it makes the logits.
+  - fsdp scatters the sum of each weight's gradient, of which data then adds up shards; of the table
+    twice, where it is read and where it makes the logits.
   - tensor adds up activations: two in a block's forward pass, one of them again when that is
     repeated, and two in its backward pass; and those of the embedding and before the logits.
   """
   t = mesh.tensor
-  batch = tuple(axis for axis in ("data", "fsdp") if getattr(mesh, axis) > 1)
   weights = [D * K * G * H // t] * 2 + [D * K * H // t] * 2 + [D * F // t] * 3
   table = V * D // t
+  shards = [n // mesh.fsdp for n in [*weights, table, table]]
   found = Counter()
   if mesh.fsdp > 1:
     found.update(Collective("all-gather", ("fsdp",), n) for n in [*weights, *weights, table])
-  if batch:
-    found.update(Collective("all-reduce", batch, n) for n in [*weights, table, table])
+    found.update(Collective("reduce-scatter", ("fsdp",), n) for n in shards)
+  if mesh.data > 1:
+    found.update(Collective("all-reduce", ("data",), n) for n in shards)
   if t > 1:
     activation = B * T * D // (mesh.data * mesh.fsdp)
     found[Collective("all-reduce", ("tensor",), activation)] = 2 + 1 + 2 + 1 + 1

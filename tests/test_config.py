@@ -315,7 +315,7 @@ def test_public_names_stay_what_they_are_after_their_room_is_imported():
   package = type(bigtrain)("a_package_like_bigtrain")
   package.train = room  # What importing the room does.
   assert package.train() == "trained"
-  assert bigtrain.Experiment is Experiment and bigtrain.Mesh is bigtrain.sharding.Mesh
+  assert bigtrain.Experiment is Experiment and bigtrain.Mesh is bigtrain.mesh.Mesh
   assert dataclasses.is_dataclass(bigtrain.Logging)
   with pytest.raises(AttributeError, match="trian"):
     bigtrain.trian  # noqa: B018

@@ -11,6 +11,7 @@ from bigtrain.config import Refused
 from bigtrain.data.text import TextData
 from bigtrain.evaluate import Evaluator
 from bigtrain.experiment import Evaluation, ObjectiveConfig
+from bigtrain.mesh import Mesh
 from bigtrain.models.position import Learned
 from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
@@ -18,7 +19,6 @@ from bigtrain.optim.average import averaged
 from bigtrain.program import Program
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from tests import packed
 

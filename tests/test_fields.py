@@ -10,8 +10,8 @@ from bigtrain import load
 from bigtrain.config import configs
 from bigtrain.data.tokenizers import BPE
 from bigtrain.experiment import Evaluation
+from bigtrain.mesh import Mesh
 from bigtrain.models.mlp import MLPConfig
-from bigtrain.sharding import Mesh
 from bigtrain.smoke import shrink
 from bigtrain.validate import padded
 from tests import toys

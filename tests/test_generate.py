@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bigtrain import generate as room
-from bigtrain import sharding
 from bigtrain.config import Refused
 from bigtrain.data.spans import Spans
 from bigtrain.data.tokenizers import ByteTokenizer
 from bigtrain.generate import Sampling, draw, generate, generate_text
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
@@ -75,7 +75,7 @@ def test_a_prompt_alone_continues_as_beside_a_longer_one():
 def test_a_mesh_changes_no_token():
   sampling = Sampling(top_k=20, top_p=0.9)
   plain = generate(model(), PROMPTS, N, sampling)
-  with jax.set_mesh(jax.make_mesh((2, 2, 2), sharding.AXES)):
+  with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
     on_mesh = generate(built(), PROMPTS, N, sampling)
   assert [a.tolist() for a in on_mesh] == [a.tolist() for a in plain]
 

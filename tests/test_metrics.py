@@ -10,6 +10,7 @@ import pytest
 from bigtrain import metrics
 from bigtrain.evaluate import Evaluating
 from bigtrain.experiment import Evaluation, Logging
+from bigtrain.mesh import Mesh
 from bigtrain.metrics import Recorder, peak_flops
 from bigtrain.models import presets
 from bigtrain.models.count import count_parameters
@@ -19,7 +20,6 @@ from bigtrain.optim.sgd import SGD
 from bigtrain.parts import Part
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from tests import packed
 

@@ -9,12 +9,12 @@ import pytest
 
 from bigtrain.config import Refused
 from bigtrain.load import load
+from bigtrain.mesh import Mesh
 from bigtrain.models.initial import Mup
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
 from bigtrain.optim.sgd import SGD
 from bigtrain.program import Program
-from bigtrain.sharding import Mesh
 from bigtrain.validate import validate
 from tests import packed
 

@@ -2,13 +2,13 @@
 
 import pytest
 
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.models.norm import LayerNormConfig
 from bigtrain.models.transformer import BlockConfig
 from bigtrain.models.vit import AttentionPoolConfig, ViTConfig
-from bigtrain.sharding import Mesh
 from bigtrain.validate import validate
 from tests import classes, packed
 

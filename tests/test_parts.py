@@ -9,11 +9,11 @@ import pytest
 from bigtrain.config import Refused
 from bigtrain.evaluate import Evaluating
 from bigtrain.experiment import Checkpoints
+from bigtrain.mesh import Mesh
 from bigtrain.metrics import Recorder
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
 from bigtrain.parts import Part, Profiler, Saver, Signals, default_parts
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from tests import packed
 

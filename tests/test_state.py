@@ -13,10 +13,10 @@ import bigtrain
 from bigtrain import sharding
 from bigtrain.config import config
 from bigtrain.experiment import ModelConfig, ObjectiveConfig
+from bigtrain.mesh import Mesh
 from bigtrain.objectives import Output
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
-from bigtrain.sharding import Mesh
 from bigtrain.state import combine, partition
 from bigtrain.train import train
 from tests import packed

@@ -8,6 +8,7 @@ import pytest
 from bigtrain import sharding, taps
 from bigtrain.experiment import Logging
 from bigtrain.kernels.attention import Tokens
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.position import lookup
@@ -15,7 +16,6 @@ from bigtrain.models.transformer import BlockConfig
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
 from bigtrain.program import Program
-from bigtrain.sharding import Mesh
 from bigtrain.state import combine
 from bigtrain.statistics import by_layer, sizes
 from bigtrain.train import train

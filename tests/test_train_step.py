@@ -11,12 +11,12 @@ import pytest
 from bigtrain.config import config
 from bigtrain.data.stages import Stages
 from bigtrain.experiment import ObjectiveConfig
+from bigtrain.mesh import Mesh
 from bigtrain.objectives import Output
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
 from bigtrain.program import Program
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from tests import packed
 

@@ -15,6 +15,7 @@ from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import TokenizerFile
 from bigtrain.experiment import Evaluation
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder import EncoderConfig, TextClassifierConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
@@ -23,7 +24,6 @@ from bigtrain.models.transformer import BlockConfig
 from bigtrain.models.vit import ViTConfig
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine, InverseSqrt
-from bigtrain.sharding import Mesh
 from bigtrain.smoke import shrink
 from bigtrain.validate import remarks, validate
 from tests import toys

@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 from bigtrain import weights
 from bigtrain.checkpoint import flatten
 from bigtrain.config import Refused
+from bigtrain.mesh import Mesh
 from bigtrain.models.encoder import TextClassifierConfig
 from bigtrain.program import Program
 from bigtrain.run_directory import RunDirectory
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from bigtrain.validate import validate
 from tests import golden, packed

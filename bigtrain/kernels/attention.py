@@ -5,6 +5,7 @@ them, H head, P distance: of a query and a key, T + S - 1 of them.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +25,44 @@ class Tokens:
   segments: jax.Array | None = None  # (B, T) int32: the document in the row; None where all is one.
 
 
-def visible(query: Tokens, key: Tokens, *, causal: bool, window: int | None) -> jax.Array:
-  """Which keys each query attends to, (B, T, S) bool: its own document, itself and before."""
+class Form(NamedTuple):
+  """Which keys of its document a query sees, and what becomes of a score."""
+
+  causal: bool  # It sees itself and what is before it.
+  window: int | None = None  # Positions seen, itself included; None for all.
+  softcap: float | None = None  # Scores are squashed to c * tanh(score / c) (arXiv:2408.00118).
+
+
+def visible(query: Tokens, key: Tokens, form: Form) -> jax.Array:
+  """Which keys each query attends to, (B, T, S) bool: of its own document, by the form."""
   distance_BTS = query.positions[:, :, None] - key.positions[:, None, :]
   mask_BTS = jnp.broadcast_to(key.positions[:, None, :] >= 0, distance_BTS.shape)
-  if causal:
+  if form.causal:
     mask_BTS &= distance_BTS >= 0
-  if window is not None:
-    mask_BTS &= jnp.abs(distance_BTS) < window
+  if form.window is not None:
+    mask_BTS &= jnp.abs(distance_BTS) < form.window
   if query.segments is not None and key.segments is not None:
     mask_BTS &= query.segments[:, :, None] == key.segments[:, None, :]
   return mask_BTS
 
 
 def attend(
-  q_BTKGH, k_BSKH, v_BSKH, mask_BTS, *, bias_KGP=None, softcap=None, dropout=0.0, key=None
+  q_BTKGH,
+  k_BSKH,
+  v_BSKH,
+  queries: Tokens,
+  keys: Tokens,
+  form: Form,
+  *,
+  bias_KGP=None,
+  dropout=0.0,
+  key=None,
 ) -> jax.Array:
   """Softmax attention; scores and softmax in float32. Returns (B, T, K, G, H) in the dtype of `v`.
 
-  Queries come scaled. With `softcap` c, scores are squashed to c * tanh(score / c) (Gemma 2,
-  arXiv:2408.00118). `bias_KGP` is then added by distance: entry p to the score of column s for the
-  query in column t = s - p + T - 1. It is a vector for each head, so that a kernel that goes
-  through the scores block by block needs no array of their size.
+  Queries come scaled. `bias_KGP` is added by distance, after a soft cap: entry p to the score of
+  column s for the query in column t = s - p + T - 1. It is a vector for each head, so that a kernel
+  that goes through the scores block by block needs no array of their size.
 
   Heads move in front of positions first, and the queries that share a kv head become one dim:
   batched products of plain matrices are nearly three times as fast on CPU, the softmax's gradient
@@ -56,14 +73,15 @@ def attend(
   shaped = lambda x, dims, shape: jnp.reshape(x, shape, out_sharding=sharding.act(dims))
   q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
   q_BKNH = shaped(q_BKGTH, "BKNH", (B, K, G * T, H))
+  mask_BTS = visible(queries, keys, form)
   k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
   mask_BGTS = jnp.broadcast_to(mask_BTS[:, None], (B, G, *mask_BTS.shape[1:]))
   mask_BNS = shaped(mask_BGTS, "BNS", (B, G * T, mask_BTS.shape[-1]))
   score_BKNS = jnp.einsum(
     "bknh,bksh->bkns", q_BKNH, k_BKSH, preferred_element_type=raised(q_BKNH.dtype)
   )
-  if softcap is not None:
-    score_BKNS = softcap * jnp.tanh(score_BKNS / softcap)
+  if (cap := form.softcap) is not None:
+    score_BKNS = cap * jnp.tanh(score_BKNS / cap)
   if bias_KGP is not None:
     score_BKNS += shaped(by_column(bias_KGP, T), "KNS", score_BKNS.shape[1:])
   score_BKNS = jnp.where(mask_BNS[:, None], score_BKNS, MASKED)

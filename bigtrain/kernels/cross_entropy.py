@@ -38,7 +38,8 @@ def cross_entropy(
 
   Args:
     x_BTD: final hidden states in the compute dtype, D whole.
-    table_VD: output table in the compute dtype, D whole.
+    table_VD: output table in the compute dtype, D whole; `sharding.use` types it so that its
+      gradient need not be summed here.
     targets_BT: int32 below V.
     weights_BT: float32 factors of the tokens' losses. They receive no gradient.
     chunk: most tokens a device takes at once, with float32 logits. None: all of them at once, with
@@ -68,7 +69,13 @@ def _forward(settings, *arrays):
 
 
 def _backward(_, gradients, cotangents):
-  scale = lambda gradient: (cotangents[0] * gradient).astype(gradient.dtype)
+
+  def scale(gradient):
+    factor, parts = cotangents[0], jax.typeof(gradient).sharding.spec.unreduced
+    if parts:
+      factor = jax.sharding.reshard(factor, P(reduced=parts))
+    return (factor * gradient).astype(gradient.dtype)
+
   return *jax.tree.map(scale, gradients), None, None
 
 
@@ -82,8 +89,13 @@ def _island(settings, differentiate: bool, *arrays) -> Any:
   if not manual:  # No mesh, or already inside an island: those do not nest.
     return local(*arrays)
   specs = tuple(jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays))
-  out_specs = (P(), P(), specs[3], *specs[: 3 * differentiate])
+  gradients = tuple(jax.tree.map(_of_gradient, specs[: 3 * differentiate]))
+  out_specs = (P(), P(), specs[3], *gradients)
   return jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names=manual)(*arrays)
+
+
+def _of_gradient(spec: P) -> P:
+  return spec.update(reduced=frozenset(), unreduced=spec.reduced)
 
 
 def _local(settings, differentiate, x_BTD, table_VD, bias_V, targets_BT, weights_BT):
@@ -185,6 +197,10 @@ def _vocabulary_axes(table_VD) -> tuple[str, ...]:
 
 
 def _typed_as(gradient, primal):
-  """Sums a gradient, in the primal's dtype, over the devices that share the primal."""
-  gradient = gradient.astype(primal.dtype)
-  return jax.lax.psum(gradient, (*(_varying(gradient) - _varying(primal)),))
+  """Sums a gradient, in the primal's dtype, over the devices that share the primal.
+
+  Where the primal is typed as reduced, that sum is left to what gathered it.
+  """
+  gradient, later = gradient.astype(primal.dtype), jax.typeof(primal).mat.reduced
+  gradient = jax.lax.psum(gradient, (*(_varying(gradient) - _varying(primal) - later),))
+  return jax.lax.pcast(gradient, (*later,), to="unreduced")

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
-from bigtrain.kernels.attention import Tokens, attend, visible
+from bigtrain.kernels.attention import Form, Tokens, attend
 from bigtrain.models.initial import Initializer
 from bigtrain.models.norm import NormConfig
 from bigtrain.models.position import Rotary, rotate
@@ -42,6 +42,26 @@ class AttentionConfig:
     kv_heads = self.kv_heads or self.heads
     head_dim = self.head_dim or dim // self.heads
     return {"D": dim, "K": kv_heads, "G": self.heads // kv_heads, "H": head_dim}
+
+  def form(self) -> Form:
+    """What of it concerns scores."""
+    return Form(causal=self.causal, window=self.window, softcap=self.softcap)
+
+  def dims(self) -> dict[str, tuple[str, int]]:
+    """As in ModelConfig: what the mesh must divide."""
+    name = "heads" if self.kv_heads is None else "kv_heads"
+    return {name: ("K", self.kv_heads or self.heads)}
+
+  def flops(self, dim: int, length: int) -> float:
+    """Training FLOPs of one row: 6 a weight and token, and attention's two products.
+
+    A causal query sees half of the row on average; a window that is shorter limits that.
+    """
+    s = self.sizes(dim)
+    heads = s["K"] * s["G"]
+    weights = dim * s["H"] * (2 * heads + 2 * s["K"])
+    seen = min(length / 2 if self.causal else length, self.window or length)
+    return length * (6 * weights + 12 * heads * s["H"] * seen)
 
   def check(self) -> None:
     for name in ("heads", "kv_heads", "head_dim", "window", "softcap"):
@@ -109,20 +129,20 @@ class Attention(nnx.Module):
     if cache is not None:
       cache = cache.extended(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
-    mask_BTS = visible(tokens, keys, causal=self.c.causal, window=self.c.window)
-    return self._attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, key, bias_KGP), cache
+    form = self.c.form()
+    return self._attend(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, key, bias_KGP), cache
 
   def across(self, x_BTD, tokens: Tokens, memory: Memory, key=None) -> jax.Array:
     """Attends to a memory: to what is of the same document there. Returns (B, T, D)."""
     k_BSKH, v_BSKH = memory.pairs or self.keys_values(sharding.shared(memory.x_BSD), memory.tokens)
-    mask_BTS = visible(tokens, memory.tokens, causal=False, window=None)
-    return self._attend(self._queries(x_BTD, tokens), k_BSKH, v_BSKH, mask_BTS, key)
+    q_BTKGH, form = self._queries(x_BTD, tokens), Form(causal=False, softcap=self.c.softcap)
+    return self._attend(q_BTKGH, k_BSKH, v_BSKH, tokens, memory.tokens, form, key)
 
-  def _attend(self, q_BTKGH, k_BSKH, v_BSKH, mask_BTS, key, bias_KGP=None) -> jax.Array:
-    c = self.c
-    q_BTKGH = q_BTKGH * self.score_scale if c.scaled else q_BTKGH
-    extras = {"bias_KGP": bias_KGP, "softcap": c.softcap, "dropout": c.dropout, "key": key}
-    y_BTKGH = checkpoint_name(attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, **extras), "attention")
+  def _attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, form: Form, key, bias_KGP=None):
+    q_BTKGH = q_BTKGH * self.score_scale if self.c.scaled else q_BTKGH
+    extras = {"bias_KGP": bias_KGP, "dropout": self.c.dropout, "key": key}
+    y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
+    y_BTKGH = checkpoint_name(y_BTKGH, "attention")
     return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)
 
   def _queries(self, x_BTD, tokens: Tokens) -> jax.Array:

@@ -154,10 +154,9 @@ class MaskedLanguageModel(nnx.Module):
   ) -> jax.Array:
     """Logits (B, T, V) float32 of the token at each position; arguments as in Encoder."""
     x_BTD = self.encoder(tokens_BT, positions_BT, segments_BT, types_BT, key)
-    table_VD, bias_V = self.output()
-    logits_BTV = jnp.einsum(
-      "btd,vd->btv", self.predictions(x_BTD), table_VD, preferred_element_type=jnp.float32
-    )
+    x_BTM = self.predictions(x_BTD)
+    table_VD, bias_V = self.output(x_BTM)
+    logits_BTV = jnp.einsum("btm,vm->btv", x_BTM, table_VD, preferred_element_type=jnp.float32)
     return logits_BTV + bias_V
 
   def predictions(self, x_BTD) -> jax.Array:
@@ -165,11 +164,12 @@ class MaskedLanguageModel(nnx.Module):
     x_BTM = project("BTD,DM->BTM", x_BTD, self.transform_DM, self.transform_bias_M)
     return self.transform_norm(jax.nn.gelu(x_BTM, approximate=False))
 
-  def output(self) -> tuple[jax.Array, jax.Array]:
-    """The output table (V, D), gathered and in the compute dtype, and its bias (V,) float32."""
-    dtype = compute_dtype(self.c.encoder.dtype)
-    table_VD = readout(sharding.use(self.encoder.embed_VD, dtype), self.c.width())
-    return table_VD, self.output_bias_V[...]
+  def output(self, x_BTM) -> tuple[jax.Array, jax.Array]:
+    """The table that predictions are multiplied with, gathered and in the compute dtype, and its
+    bias (V,) float32."""
+    dtype, over = compute_dtype(self.c.encoder.dtype), sharding.split_over(x_BTM, 2)
+    table_VD = readout(self.encoder.embed_VD[...], self.c.width())
+    return sharding.use(table_VD, "VD", dtype, over), self.output_bias_V[...]
 
   def next_sentence(self, x_BTD) -> jax.Array:
     """Logits (B, 2) float32 that a row's second text is another one, or follows its first (1)."""

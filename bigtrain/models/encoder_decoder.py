@@ -230,12 +230,13 @@ class EncoderDecoder(nnx.Module):
   def logits(self, x_BTD) -> jax.Array:
     """Logits (B, T, V) float32 of what `hidden` returns."""
     wide = raised(x_BTD.dtype)
-    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(), preferred_element_type=wide)
+    return jnp.einsum("btd,vd->btv", x_BTD, self.output_VD(x_BTD), preferred_element_type=wide)
 
-  def output_VD(self) -> jax.Array:
-    """The table whose products with the hidden state are the logits: gathered, compute dtype."""
+  def output_VD(self, x_BTD) -> jax.Array:
+    """The table whose products with a hidden state are its logits: gathered, compute dtype."""
     table_VD = self.embed_VD if self.output_table_VD is None else self.output_table_VD
-    return sharding.use(table_VD, compute_dtype(self.c.dtype))
+    over = sharding.split_over(x_BTD, 2)
+    return sharding.use(table_VD, "VD", compute_dtype(self.c.dtype), over)
 
   def _decode(self, inputs_BT, target: Tokens, key, cache, memory: Memory) -> tuple[Any, Any]:
     with taps.named("decoder"):

@@ -30,6 +30,14 @@ class FeedForwardConfig:
     if not 0 <= self.dropout < 1:
       raise Refused(f"feed_forward: dropout is {self.dropout}; it is a rate, from 0 to below 1")
 
+  def dims(self) -> dict[str, tuple[str, int]]:
+    """As in ModelConfig: what the mesh must divide."""
+    return {"hidden": ("F", self.hidden)}
+
+  def flops(self, dim: int, length: int) -> float:
+    """Training FLOPs of one row: 6 a weight and token."""
+    return 6 * length * dim * self.hidden * (3 if self.gated else 2)
+
   def make(self, dim: int, init: Initializer, key: jax.Array) -> "FeedForward":
     return FeedForward(self, dim, init, key)
 

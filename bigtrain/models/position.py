@@ -118,4 +118,5 @@ def sinusoid(c: Sinusoidal, positions_BT: jax.Array, dim: int) -> jax.Array:
 
 def lookup(table_VD: nnx.Param, ids_BT: jax.Array, dtype) -> jax.Array:
   """Rows of a stored table, (B, T, D) in `dtype`."""
-  return sharding.use(table_VD, dtype).at[ids_BT].get(out_sharding=sharding.act("BTD"))
+  table_VD = sharding.use(table_VD, "VD", dtype, over=sharding.split_over(ids_BT))
+  return table_VD.at[ids_BT].get(out_sharding=sharding.act("BTD"))

@@ -76,10 +76,9 @@ class TransformerConfig:
     dims = {"dim": ("D", self.dim)}
     for name, blocks in (("first", self.first), ("pattern", self.pattern)):
       for i, block in enumerate(blocks):
-        attention = block.attention
-        heads = "heads" if attention.kv_heads is None else "kv_heads"
-        dims[f"{name}.{i}.attention.{heads}"] = ("K", attention.kv_heads or attention.heads)
-        dims[f"{name}.{i}.feed_forward.hidden"] = ("F", block.feed_forward.hidden)
+        parts = {"attention": block.attention, "feed_forward": block.feed_forward}
+        for part, c in parts.items():
+          dims |= {f"{name}.{i}.{part}.{field}": of for field, of in c.dims().items()}
     return dims
 
   def width(self) -> Width | None:
@@ -89,21 +88,11 @@ class TransformerConfig:
     return self.init.width(self.dim, self.pattern[0].attention.sizes(self.dim)["H"])
 
   def flops(self, length: int = 1) -> float:
-    """Training FLOPs of the blocks on one row: 6 a weight and token, and attention's two products.
-
-    A causal query sees half of the row on average; a window that is shorter limits that.
-    """
-    total = 0.0
-    for blocks, repeats in self.segments():
-      for block in blocks:
-        a, f = block.attention, block.feed_forward
-        s = a.sizes(self.dim)
-        heads, head_dim = s["K"] * s["G"], s["H"]
-        weights = self.dim * head_dim * (2 * heads + 2 * s["K"])
-        weights += self.dim * f.hidden * (3 if f.gated else 2)
-        seen = min(length / 2 if a.causal else length, a.window or length)
-        total += repeats * length * (6 * weights + 12 * heads * head_dim * seen)
-    return total
+    """Training FLOPs of the blocks on one row."""
+    of = lambda block: sum(
+      part.flops(self.dim, length) for part in (block.attention, block.feed_forward)
+    )
+    return sum(repeats * sum(map(of, blocks)) for blocks, repeats in self.segments())
 
   def check(self) -> None:
     if self.dim < 1:
@@ -292,7 +281,7 @@ class Transformer(nnx.Module):
     S, start = (T, 0) if cache is None else (cache.positions_BS.shape[1], cache.length)
     after_P = jnp.arange(T + S - 1) - (T - 1) - start
     bucket_P = bucket(self.c.relative, after_P, causal=self.c.pattern[0].attention.causal)
-    table_RKG = sharding.use(self.relative_bias_RKG)
+    table_RKG = sharding.use(self.relative_bias_RKG, "RKG")
     bias_PKG = table_RKG.at[bucket_P].get(out_sharding=sharding.act("PKG"))
     return jnp.transpose(bias_PKG, (1, 2, 0))
 

@@ -185,14 +185,14 @@ class ViT(nnx.Module):
     x_BTP = patches(images_BRSC, c.patch).astype(dtype)
     x_BTD = project("BTP,PD->BTD", x_BTP, self.patch_PD, self.patch_bias_D)
     if self.position_TD is not None:
-      position_TD = sharding.use(self.position_TD, dtype)
+      position_TD = sharding.use(self.position_TD, "TD", dtype)
     else:
       position_TD = waves(c.image // c.patch, c.dim).astype(dtype)
     if self.class_QD is not None:
       # The token's place, whose fixed position is 0, comes first.
       before = c.tokens() - len(position_TD)
       position_TD = jnp.pad(position_TD, ((before, 0), (0, 0)))
-      position_TD = position_TD.at[0].add(sharding.use(self.class_QD, dtype)[0])
+      position_TD = position_TD.at[0].add(sharding.use(self.class_QD, "QD", dtype)[0])
       x_BTD = jnp.pad(x_BTD, ((0, 0), (1, 0), (0, 0)))
     return x_BTD + position_TD
 
@@ -213,12 +213,13 @@ class AttentionPool(nnx.Module):
     """What the query found, (B, D)."""
     a, (B, T, D) = self.attention, x_BTD.shape
     query_BTD = jnp.zeros((B, 1, D), x_BTD.dtype, out_sharding=sharding.act("BTD"))
-    query_BTD += sharding.use(self.query_QD, x_BTD.dtype)
+    query_BTD += sharding.use(self.query_QD, "QD", x_BTD.dtype)
     q_BTKGH = project("BTD,DKGH->BTKGH", query_BTD, a.q_DKGH, a.q_bias_KGH)
     k_BSKH = project("BSD,DKH->BSKH", x_BTD, a.k_DKH, a.k_bias_KH)
     v_BSKH = project("BSD,DKH->BSKH", x_BTD, a.v_DKH, a.v_bias_KH)
-    all_BTS = jnp.ones((B, 1, T), bool, out_sharding=sharding.act("BTS"))
-    y_BTKGH = attend(q_BTKGH * a.score_scale, k_BSKH, v_BSKH, all_BTS)
+    at = lambda n: Tokens(jnp.zeros((B, n), jnp.int32, out_sharding=sharding.act("BT")))
+    form = a.c.form()
+    y_BTKGH = attend(q_BTKGH * a.score_scale, k_BSKH, v_BSKH, at(1), at(T), form)
     x_BTD = project("BTKGH,KGHD->BTD", y_BTKGH, a.o_KGHD, a.o_bias_D)
     return (x_BTD + self.feed_forward(self.norm(x_BTD)))[:, 0]
 

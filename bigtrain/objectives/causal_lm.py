@@ -19,9 +19,9 @@ class CausalLM(ObjectiveConfig):
   """Predicts each token of `batch["targets"]`, weighted by `batch["weights"]`.
 
   The model offers `hidden(tokens_BT, positions_BT, segments_BT, key) -> x_BTD` and
-  `output_VD() -> table_VD`. Metrics: `loss` (nats a token, without smoothing and z-loss, so that
-  runs compare), `loss/<source>` where the data is a mixture, `accuracy`, `z_loss` where it is on,
-  `bits_per_byte` and `nats_per_byte` where the batch has `bytes`; of an evaluation also
+  `output_VD(x_BTD) -> table_VD`. Metrics: `loss` (nats a token, without smoothing and z-loss, so
+  that runs compare), `loss/<source>` where the data is a mixture, `accuracy`, `z_loss` where it is
+  on, `bits_per_byte` and `nats_per_byte` where the batch has `bytes`; of an evaluation also
   `perplexity`.
   """
 
@@ -48,7 +48,7 @@ class CausalLM(ObjectiveConfig):
     with jax.named_scope("loss"):
       loss, sums = cross_entropy(
         x_BTD,
-        model.output_VD(),
+        model.output_VD(x_BTD),
         batch["targets"],
         weights_BT,
         chunk=self.loss_chunk,

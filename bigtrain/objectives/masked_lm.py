@@ -46,11 +46,12 @@ class MaskedLM(ObjectiveConfig):
     rows = (batch[name] for name in ("tokens", "positions", "segments", "token_types"))
     with taps.named("encoder"):
       x_BTD = model.encoder(*rows, key)
-    table_VD, bias_V = model.output()
+    x_BTM = model.predictions(x_BTD)
+    table_VD, bias_V = model.output(x_BTM)
     weights_BT = batch["weights"]
     with jax.named_scope("loss"):
       loss, sums = cross_entropy(
-        model.predictions(x_BTD),
+        x_BTM,
         table_VD,
         batch["targets"],
         weights_BT,

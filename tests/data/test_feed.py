@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bigtrain.config import Refused
 from bigtrain.data.feed import Feed, Sizes, needed_rows, put
 from bigtrain.experiment import Data
-from bigtrain.sharding import Mesh
+from bigtrain.mesh import Mesh
 
 pytestmark = pytest.mark.smoke
 

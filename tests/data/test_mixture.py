@@ -11,9 +11,9 @@ from bigtrain.data.sources import Files
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import BPE, Bytes
 from bigtrain.experiment import Logging
+from bigtrain.mesh import Mesh
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from bigtrain.validate import validate
 from tests import packed

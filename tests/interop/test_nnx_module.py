@@ -10,11 +10,11 @@ from flax import nnx
 import bigtrain
 from bigtrain.config import config
 from bigtrain.interop.nnx_module import NNXModule, WithNNXModule
+from bigtrain.mesh import Mesh
 from bigtrain.objectives.classification import Classification
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
 from bigtrain.program import Program
-from bigtrain.sharding import Mesh
 from bigtrain.state import combine
 from bigtrain.train import train
 from tests import classes, packed

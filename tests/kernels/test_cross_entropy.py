@@ -11,6 +11,7 @@ from jax import P
 
 from bigtrain import sharding
 from bigtrain.kernels.cross_entropy import cross_entropy
+from bigtrain.mesh import Mesh
 
 pytestmark = pytest.mark.smoke
 
@@ -72,7 +73,8 @@ def on_mesh(args):
 
 
 def mesh_of(shape):
-  return jax.set_mesh(jax.make_mesh(shape, sharding.AXES))
+  data, fsdp, tensor = shape
+  return jax.set_mesh(Mesh(data=data, fsdp=fsdp, tensor=tensor).make())
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7, 16, 1000])  # Of 48 tokens.

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigtrain.kernels.attention import Tokens, attend, by_column, visible
+from bigtrain.kernels.attention import Form, Tokens, attend, by_column, visible
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.initial import Initializer, Normal
 from bigtrain.models.norm import RMSNormConfig
-from bigtrain.sharding import Mesh, act
+from bigtrain.sharding import act
 from tests.models.build import filled, normal, row
 
 D = 24
@@ -99,15 +100,15 @@ def test_packed_documents_do_not_see_each_other():
 
 def test_masks_are_those_written_by_hand():
   segments = row(6, segments=[1, 1, 2, 2, 2, 3])
-  see = lambda tokens, **how: np.asarray(visible(tokens, tokens, **how))[0]
-  assert np.array_equal(see(row(6), causal=True, window=None), CAUSAL)
-  assert np.array_equal(see(row(6), causal=True, window=2), BAND)
-  assert np.array_equal(see(row(6), causal=False, window=2), BAND | BAND.T)
-  assert np.array_equal(see(segments, causal=True, window=None), PACKED)
-  assert np.array_equal(see(segments, causal=True, window=2), PACKED & BAND)
+  see = lambda tokens, *form: np.asarray(visible(tokens, tokens, Form(*form)))[0]
+  assert np.array_equal(see(row(6), True, None), CAUSAL)
+  assert np.array_equal(see(row(6), True, 2), BAND)
+  assert np.array_equal(see(row(6), False, 2), BAND | BAND.T)
+  assert np.array_equal(see(segments, True, None), PACKED)
+  assert np.array_equal(see(segments, True, 2), PACKED & BAND)
   padded = Tokens(np.array([[-1, -1, 0, 1, 2, 3]]))
-  assert np.array_equal(see(padded, causal=True, window=None)[2:, 2:], CAUSAL[2:, 2:])
-  assert not see(padded, causal=True, window=None)[:, :2].any()
+  assert np.array_equal(see(padded, True, None)[2:, 2:], CAUSAL[2:, 2:])
+  assert not see(padded, True, None)[:, :2].any()
 
 
 def test_grouped_queries_equal_repeated_key_value_heads():
@@ -123,16 +124,17 @@ def test_grouped_queries_equal_repeated_key_value_heads():
 
 def test_a_query_that_sees_nothing_is_finite_in_value_and_gradient():
   q, k, v = normal(1, 3, 2, 1, 4), normal(1, 3, 2, 4, seed=2), normal(1, 3, 2, 4, seed=3)
-  nothing = np.zeros((1, 3, 3), bool)
-  total = lambda *x: attend(*x, nothing).sum()
+  empty = Tokens(np.full((1, 3), -1))
+  total = lambda *x: attend(*x, empty, empty, Form(causal=False)).sum()
   value, grads = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
   assert all(np.isfinite(x).all() for x in (value, *grads))
 
 
 def test_dropped_attention_keeps_its_mean():
   q, k = np.zeros((8, 16, 2, 1, 4), np.float32), np.zeros((8, 16, 2, 4), np.float32)
-  v, mask = np.ones_like(k), np.ones((8, 16, 16), bool)
-  out = jax.jit(lambda key: attend(q, k, v, mask, dropout=0.25, key=key))(jax.random.key(3))
+  v, tokens, form = np.ones_like(k), Tokens(np.zeros((8, 16), np.int32)), Form(causal=False)
+  drop = lambda key: attend(q, k, v, tokens, tokens, form, dropout=0.25, key=key)
+  out = jax.jit(drop)(jax.random.key(3))
   # Each of 256 sums of 16 weights of 1/16, kept with 3/4 and scaled by 4/3.
   assert abs(float(out.mean()) - 1) < 4 * np.sqrt(1 / 3 / 16 / 256)
   assert abs(float(out.std()) - np.sqrt(1 / 3 / 16)) < 0.03
@@ -144,8 +146,9 @@ def test_a_single_head_keeps_its_sharding():
     place = lambda dims: jax.sharding.NamedSharding(jax.sharding.get_mesh(), act(dims))
     shape = lambda dims, *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place(dims))
     q, k = shape("BTKGH", 8, 6, 1, 1, 4), shape("BSKH", 8, 6, 1, 4)
-    mask = jax.ShapeDtypeStruct((8, 6, 6), bool, sharding=place("BTS"))
-    assert jax.eval_shape(attend, q, k, k, mask).sharding.spec == act("BTKGH")
+    tokens = Tokens(jax.ShapeDtypeStruct((8, 6), jnp.int32, sharding=place("BT")))
+    run = lambda q, k, tokens: attend(q, k, k, tokens, tokens, Form(causal=True))
+    assert jax.eval_shape(run, q, k, tokens).sharding.spec == act("BTKGH")
 
 
 def test_a_bias_is_added_by_the_distance_of_columns():
@@ -157,9 +160,11 @@ def test_a_bias_is_added_by_the_distance_of_columns():
     for s in range(S):
       np.testing.assert_array_equal(found[:, :, t, s], bias[:, :, s - t + T - 1])
   q, k, v = normal(2, T, K, G, 8), normal(2, S, K, 8, seed=2), normal(2, S, K, 8, seed=3)
-  mask = np.random.default_rng(4).random((2, T, S)) < 0.7
-  mask[:, :, 0] = True
-  out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, bias_KGP=jnp.asarray(bias))
+  at = lambda segments: Tokens(np.zeros((2, len(segments)), np.int32), np.array([segments] * 2))
+  queries, keys = at([1, 2, 1, 2]), at([2, 1, 2, 1, 1, 2])
+  mask = queries.segments[:, :, None] == keys.segments[:, None]
+  arrays = map(jnp.asarray, (q, k, v))
+  out = attend(*arrays, queries, keys, Form(causal=False), bias_KGP=jnp.asarray(bias))
   score = np.einsum("btkgh,bskh->bkgts", np.float64(q), k) + found
   exp = np.exp(score) * mask[:, None, None]
   expected = np.einsum("bkgts,bskh->btkgh", exp / exp.sum(-1, keepdims=True), v)

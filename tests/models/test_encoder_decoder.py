@@ -14,10 +14,10 @@ from bigtrain.config import Refused
 from bigtrain.generate import Sampling, generate
 from bigtrain.interop.huggingface import load_weights
 from bigtrain.kernels.attention import Tokens
+from bigtrain.mesh import Mesh
 from bigtrain.models import presets
 from bigtrain.models.count import count_parameters
 from bigtrain.models.position import RelativeBuckets, Rotary
-from bigtrain.sharding import AXES
 from tests import golden
 from tests.models.build import filled
 
@@ -130,7 +130,7 @@ def test_a_mesh_changes_no_token_that_is_sampled():
   model, _, rows = loaded()
   prompts, sampling = [rows["tokens"][0, :9], rows["tokens"][1, :30]], Sampling(top_k=20)
   plain = generate(model, prompts, 8, sampling)
-  with jax.set_mesh(jax.make_mesh((2, 2, 2), AXES)):
+  with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
     abstract = jax.eval_shape(lambda: config().make(jax.random.key(0)))
     place = lambda x, like: jax.device_put(x, jax.sharding.NamedSharding(mesh, like.sharding.spec))
     mesh = jax.sharding.get_mesh()

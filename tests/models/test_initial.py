@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigtrain.mesh import Mesh
 from bigtrain.models import presets
 from bigtrain.models.initial import FanIn, Initializer, Normal
-from bigtrain.sharding import Mesh
 
 LAYERS = 8
 

@@ -93,7 +93,7 @@ def test_logits_are_float32_and_activations_of_the_compute_dtype():
   shape = lambda f: jax.eval_shape(lambda: f(c.make(jax.random.key(0)), jnp.asarray(tokens())))
   assert shape(lambda model, tokens: model.hidden(tokens)).dtype == jnp.bfloat16
   assert shape(lambda model, tokens: model(tokens)).dtype == jnp.float32
-  assert shape(lambda model, tokens: model.output_VD()).dtype == jnp.bfloat16
+  assert shape(lambda model, tokens: model.output_VD(model.hidden(tokens))).dtype == jnp.bfloat16
 
 
 def test_what_the_mesh_must_divide_is_told_by_letter():

@@ -10,6 +10,7 @@ import pytest
 
 from bigtrain import sharding
 from bigtrain.config import Refused
+from bigtrain.mesh import Mesh
 from bigtrain.objectives import CausalLM
 
 B, T, D, V = 8, 6, 4, 10
@@ -26,7 +27,7 @@ class Bigram:
   def hidden(self, tokens_BT, positions_BT, segments_BT, key):
     return self.embed_VD.at[tokens_BT].get(out_sharding=sharding.act("BTD"))
 
-  def output_VD(self):
+  def output_VD(self, x_BTD):
     return self.table_VD
 
 
@@ -112,7 +113,7 @@ def test_a_mesh_changes_neither_values_nor_gradients(loss_chunk):
 
   m, batch = model(), make_batch()
   wanted = jax.tree.leaves(run(m, batch))
-  with jax.set_mesh(jax.make_mesh((2, 2, 2), sharding.AXES)):
+  with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
     m = Bigram(m.embed_VD, jax.device_put(m.table_VD, sharding.act("VD")))
     got = jax.device_get(jax.tree.leaves(run(m, jax.device_put(batch, sharding.act("BT")))))
   for a, b in zip(got, wanted, strict=True):

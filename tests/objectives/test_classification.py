@@ -10,8 +10,8 @@ import pytest
 
 from bigtrain import sharding
 from bigtrain.config import Refused
+from bigtrain.mesh import Mesh
 from bigtrain.objectives.classification import Classification
-from bigtrain.sharding import Mesh
 
 B, R, S, C = 8, 6, 10, 7
 KEY = jax.random.key(3)

@@ -14,6 +14,7 @@ import pytest
 
 from bigtrain.config import Refused, config
 from bigtrain.experiment import DataConfig, Experiment
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder import EncoderConfig, MaskedLMConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
@@ -23,7 +24,6 @@ from bigtrain.models.transformer import BlockConfig
 from bigtrain.objectives import MaskedLM
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from bigtrain.validate import validate
 from tests import packed

@@ -13,6 +13,7 @@ import pytest
 from bigtrain.config import config
 from bigtrain.experiment import DataConfig, Experiment
 from bigtrain.kernels.attention import Tokens
+from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
@@ -23,7 +24,6 @@ from bigtrain.objectives import SpanCorruption
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
 from bigtrain.program import Program
-from bigtrain.sharding import Mesh
 from bigtrain.train import train
 from bigtrain.validate import validate
 from tests import packed

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigtrain.mesh import Mesh
 from bigtrain.optim.layout import Layout, layout, map_layers, spread
-from bigtrain.sharding import Mesh
 
 
 def of(name, *shape):

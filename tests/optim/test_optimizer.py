@@ -8,6 +8,7 @@ from flax import nnx
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
+from bigtrain.mesh import Mesh
 from bigtrain.optim.adafactor import Adafactor
 from bigtrain.optim.adam import AdEMAMix
 from bigtrain.optim.adamw import AdamW
@@ -187,7 +188,7 @@ def test_a_rate_for_a_group_that_no_parameter_is_in_is_refused():
 def test_on_a_mesh_the_state_is_sharded_as_the_weights_and_the_weights_are_the_same():
   optimizer = AdamW(lr=0.1, clip=0.5, average=0.9)
   wanted, _, wanted_state = run(optimizer)
-  with jax.set_mesh(jax.make_mesh((1, 4, 2), sharding.AXES)):
+  with jax.set_mesh(Mesh(fsdp=4, tensor=2).make()):
     model, _, state = run(optimizer)
     specs = [jax.typeof(w) for w in jax.tree.leaves(model)]
     assert sharding.P("fsdp", "tensor") in [t.sharding.spec for t in specs]

@@ -10,9 +10,10 @@ import pytest
 from bigtrain import Checkpoints
 from bigtrain.checkpoint import Store
 from bigtrain.data.feed import put
+from bigtrain.mesh import Mesh
 from bigtrain.program import Program
 from bigtrain.run_directory import RunDirectory
-from bigtrain.sharding import Mesh, batch_sharding
+from bigtrain.sharding import batch_sharding
 from tests import packed
 from tests.optim.test_updates import CASES
 

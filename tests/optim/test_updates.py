@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from bigtrain import sharding
+from bigtrain.mesh import Mesh
 from bigtrain.optim.adafactor import Adafactor
 from bigtrain.optim.adam import Adam, AdEMAMix, NAdam
 from bigtrain.optim.adamw import AdamW
@@ -23,7 +24,6 @@ from bigtrain.optim.schedule import Constant
 from bigtrain.optim.schedule_free import ScheduleFreeAdamW
 from bigtrain.optim.sgd import SGD
 from bigtrain.optim.soap import SOAP
-from bigtrain.sharding import Mesh
 from tests.optim import references
 
 # Rates are exact in float32, in which schedules are.

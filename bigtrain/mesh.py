@@ -1,0 +1,88 @@
+"""The mesh: how many devices each axis spans, and which devices these are."""
+
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from bigtrain.config import Refused, config
+
+# From the slowest network to the fastest: neighbours along a later axis are nearer to each other.
+# `sequence` is `tensor` under the name by which residual streams are sharded along it too.
+AXES = ("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor", "sequence")
+
+
+@config
+class Mesh:
+  """How many devices each mesh axis spans. At most one axis may be -1: what the others leave."""
+
+  data: int = 1  # Replicas of the parameters.
+  fsdp: int = -1  # Shards of the batch, the parameters and the optimizer state.
+  tensor: int = 1  # Shards of heads, hidden units and vocabulary.
+  context: int = 1  # Shards of the positions of each row; they share the parameters like fsdp.
+  expert: int = 1  # Shards of the experts; for all that is no expert they are more fsdp.
+  pipeline: int = 1  # Stages: shards of the layers.
+  slices: int = 1  # Replicas across the slow network between slices, outside `data`.
+  sequence: bool = False  # `tensor` also shards the positions of the residual stream.
+
+  def shape(self, devices: int) -> dict[str, int]:
+    """The size of every axis on that many devices.
+
+    Raises:
+      Refused: the axes do not multiply to `devices`, or more than one is -1.
+    """
+    sizes = {axis: getattr(self, axis) for axis in AXES[:-1]}
+    said = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1 or axis in USUAL)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+      raise Refused(f"mesh ({said}): sizes are positive, and one axis at most is -1 (what is left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+      sizes[free[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+      others = "the other axes" if free else "--mesh.fsdp -1 and the other axes"
+      cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+      raise Refused(
+        f"mesh wants {'a multiple of ' if free else ''}{fixed} devices ({said}) but {devices} "
+        f"{'is' if devices == 1 else 'are'} attached; set {others} to a divisor of {devices} to "
+        f"use what is there{f', or JAX_NUM_CPU_DEVICES={fixed} to try it on CPU' if cpu else ''}"
+      )
+    sizes["sequence"] = 1
+    if self.sequence:
+      sizes["tensor"], sizes["sequence"] = 1, sizes["tensor"]
+    return sizes
+
+  def make(self, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh over these devices (all that are attached), every axis explicit.
+
+    Raises:
+      Refused: `slices` are not those of the hardware.
+    """
+    devices = devices or jax.devices()
+    sizes = self.shape(len(devices))
+    there = len({getattr(device, "slice_index", None) for device in devices})
+    if there > 1 and sizes["slices"] != there:
+      raise Refused(f"these devices are {there} slices; set --mesh.slices {there}")
+    if there == 1:  # Also where a network that is not slow stands for the one between slices.
+      return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
+    within, across = dict(sizes, slices=1), dict.fromkeys(sizes, 1) | {"slices": there}
+    grid = mesh_utils.create_hybrid_device_mesh(
+      tuple(within.values()), tuple(across.values()), devices
+    )
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    return jax.sharding.Mesh(np.asarray(grid), tuple(sizes), axis_types=explicit)
+
+
+USUAL = ("data", "fsdp", "tensor")  # Named in messages even where they span one device.
+
+
+def platform() -> str:
+  """Of the devices that a program is traced for: "cpu", "tpu" or "gpu".
+
+  They are the mesh's, which may be of a topology that is not attached; without a mesh, jax's own.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.abstract_device is None:
+    return jax.default_backend()
+  return mesh.abstract_device.platform
