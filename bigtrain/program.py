@@ -116,7 +116,7 @@ class Program:
 
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""
-    tree, mesh = jax.eval_shape(self.init, jax.random.key(0)), self.mesh
+    tree, mesh = jax.eval_shape(lambda: self.init(jax.random.key(0))), self.mesh
     if mesh is None:
       return tree
     spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # Tracing gives constants none.
