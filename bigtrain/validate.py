@@ -60,6 +60,7 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     functools.partial(_check_rows, experiment),
     functools.partial(_check_classes, experiment),
     functools.partial(_check_inputs, experiment),
+    functools.partial(experiment.model.check_objective, experiment.objective),
     functools.partial(_check_width, experiment),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
