@@ -71,8 +71,6 @@ def train(
     directory.begin(experiment, source, allow_changes=allow_changes)
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
-    for remark in remarks(experiment):
-      run.say(remark)
     with console.bars(not quiet), run.in_mesh(), run.open():
       loop(run)
   return run
@@ -87,6 +85,10 @@ def loop(run: Run) -> None:
     run.state = begin(run, program)
     run.say(f"{run.directory.path} has done its {experiment.steps} steps; nothing is left to do")
     return
+  if not step and experiment.weights_from is not None:
+    weights.check_source(experiment.weights_from)
+  for remark in remarks(experiment):
+    run.say(remark)
   for writer in run.writers:
     writer.start(step)
   with run.away("data"):

@@ -151,7 +151,7 @@ def test_a_leaf_that_is_missing_or_of_another_shape_is_refused_by_name(tmp_path)
   with pytest.raises(Refused, match=r"checkpoint .*/3 has no model.upp_DF; did you mean 'model"):
     checkpoint.newest(path, want("upp_DF", (4, 8), np.float32))
   with pytest.raises(
-    Refused, match=r"\[4,8\], not float32\[4,9\]; .* undo that change, or .*--dir"
+    Refused, match=r"\[4,8\], not float32\[4,9\]; .* undo that change, or .*another run directory"
   ):
     checkpoint.newest(path, want("up_DF", (4, 9), np.float32))
   with pytest.raises(Refused, match=r"model.up_DF as float32\[4,8\], not int32\[4,8\]"):

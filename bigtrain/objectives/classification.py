@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
+from bigtrain.hints import to_set
 from bigtrain.objectives.output import Output
 
 TOP = 5  # Guesses of the second metric.
@@ -109,7 +110,7 @@ def _outside_box(images_BRSC: jax.Array, area_B: jax.Array, key) -> jax.Array:
   if images_BRSC.ndim != 4:
     raise Refused(
       f"cutmix is for images, (B, height, width, channels), not inputs of shape "
-      f"{images_BRSC.shape}; set --objective.cutmix 0"
+      f"{images_BRSC.shape}; set {to_set('objective.cutmix', 0)}"
     )
   B, R, S, _ = images_BRSC.shape
 
