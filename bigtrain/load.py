@@ -80,8 +80,8 @@ def named(target: str) -> str:
 
 
 def near_runs(target: str) -> str:
-  """The runs beside a directory that is not there."""
-  runs = [str(file.parent) for file in sorted(Path(target).parent.glob("*/config.json"))]
+  """The runs that have begun to train, beside a directory that is not there."""
+  runs = [str(file.parent) for file in Path(target).parent.glob("*/metrics.jsonl")]
   return nearest(target, runs)
 
 

@@ -134,6 +134,7 @@ def test_what_is_no_experiment_is_named_and_the_runs_that_there_are(run):
   Path("README.md").touch()
   assert "README.md is no .py file, as experiments are; there" in run("train", "README.md").err
   load.write(toys.experiment(), "runs/study")
+  Path("runs/study/metrics.jsonl").touch()
   for command in ("train", "evaluate"):
     said = run(command, "runs/stdy").err
     assert "there is no run directory runs/stdy; did you mean 'runs/study'?" in said

@@ -310,7 +310,7 @@ def test_shrinking_says_what_it_takes_in_the_place_of_files_that_are_not_there(t
   (line,) = capsys.readouterr().err.splitlines()
   assert line == (
     f"bigtrain: data.sources.1.data.source: no files match {tmp_path}/b/*.jsonl: {tmp_path}/ has no"
-    " b; did you mean 'a.txt'?; --smoke takes Austen in its place"
+    " b; there is a.txt; --smoke takes Austen in its place"
   )
   large = Files(pattern=f"{tmp_path}/a.txt")
   (tmp_path / "a.txt").write_bytes(b" " * (2**24 + 1))
