@@ -139,6 +139,7 @@ def test_weights_of_no_run_are_refused_and_leave_nothing_in_the_way(trained, tmp
   experiment.weights_from = str(tmp_path / "nothing")
   with pytest.raises(Refused, match=r"weights_from: there is no directory .*nothing$"):
     train(experiment, tmp_path / "run", quiet=True)
+  assert not runs.events(tmp_path / "run", "data")  # Nothing was prepared.
   experiment.weights_from = str(trained.directory.path)
   experiment.steps = 5
   assert train(experiment, tmp_path / "run", quiet=True).state.step == 5

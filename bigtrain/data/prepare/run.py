@@ -163,7 +163,8 @@ def _work(recipe: Prepare, todo: list[Stage], out: pathlib.Path, total: int, bef
 
   console = Console(stderr=True)
   if not console.is_terminal:
-    say(f"preparing {len(recipe.files())} files in {out}, by {total} tasks")
+    n = len(recipe.files())
+    say(f"preparing {n} file{'s' * (n != 1)} in {out}, by {total} tasks")
     with Watch(todo, out, _lines(total)):
       recipe.engine.run(todo, out)
     return
