@@ -140,14 +140,14 @@ def train(arguments: list[str]) -> int | None:
   if target is None:
     about = (
       "Trains path.py[:function] (base unless given), or goes on with a run directory. "
-      "`bigtrain train EXPERIMENT --help` also lists every field of that experiment."
+      f"`{spelt('train EXPERIMENT --help')}` also lists every field of that experiment."
     )
-    parse([RunFlags()], arguments, "bigtrain train EXPERIMENT", about)
+    parse([RunFlags()], arguments, spelt("train EXPERIMENT"), about)
     return Exit.DONE
   from bigtrain.load import load
 
   experiment, source = load(target)
-  flags, experiment = override(experiment, arguments[1:], f"bigtrain train {target}")
+  flags, experiment = override(experiment, arguments[1:], spelt(f"train {target}"))
   from bigtrain.validate import validate
 
   validate(experiment)
@@ -270,7 +270,7 @@ def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str,
     raise Refused(f"bigtrain {command} takes a run, not its experiment: give {named(run_dir)}")
   about = inspect.getdoc(type(default)) or ""
   rest = arguments if run_dir is None else arguments[1:]
-  [chosen] = parse([default], rest, f"bigtrain {command} {run_dir or 'RUN'}", about)
+  [chosen] = parse([default], rest, spelt(f"{command} {run_dir or 'RUN'}"), about)
   return str(run_dir), chosen
 
 

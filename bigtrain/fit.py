@@ -12,7 +12,10 @@ from bigtrain.config import Refused
 from bigtrain.experiment import Data, Experiment
 
 # Whose code is not the user's.
-LIBRARIES = (Path(__file__).parent, *map(Path, sysconfig.get_paths().values()))
+LIBRARIES = (
+  Path(__file__).parent,
+  *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
 
 
 def check_fit(experiment: Experiment, data: Data) -> None:
@@ -49,7 +52,7 @@ def _is_of_libraries(error: Exception) -> bool:
 
 
 def _reason(error: Exception, there: list[str]) -> str:
-  if isinstance(error, KeyError):
+  if isinstance(error, KeyError) and error.args[0] not in there:
     return f"it reads `{error.args[0]}`, and the batches have {', '.join(there)}"
   if isinstance(error, AttributeError) and error.name:
     return f"it asks for `{error.name}`, which {type(error.obj).__name__} does not have"

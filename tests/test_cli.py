@@ -150,7 +150,6 @@ def test_what_is_no_experiment_is_named_and_the_runs_that_there_are(run):
   ],
 )
 def test_commands_are_spelt_as_they_have_to_be_typed(argv, said, run, monkeypatch):
-  monkeypatch.delenv("UV", raising=False)
   spoken = lambda: "".join(vars(run(*argv.split()))[name] for name in ("out", "err"))
   assert said.format("") in spoken()
   monkeypatch.setenv("UV", "/usr/bin/uv")

@@ -37,7 +37,6 @@ def shown(prepared, tmp_path_factory):
   """The directory and the lines of a run of 3 steps, and of its continuation to 4."""
   run_dir, lines = tmp_path_factory.mktemp("shown") / "run", []
   with pytest.MonkeyPatch.context() as patch:
-    patch.delenv("UV", raising=False)
     for steps in (3, 4):
       patch.setattr("sys.stderr", err := io.StringIO())
       train(experiment(steps), run_dir, allow_changes=True)

@@ -46,7 +46,7 @@ def command(arguments: list[str]) -> None:
   rest = list(arguments)
   name = rest.pop(0) if rest and not rest[0].startswith("-") else None
   about = f"{inspect.getdoc(Fetch)}\n\nNAME is one of: {', '.join(DATASETS)}."
-  [settings] = parse([Fetch()], rest, f"bigtrain data fetch {name or 'NAME'}", about)
+  [settings] = parse([Fetch()], rest, spelt(f"data fetch {name or 'NAME'}"), about)
   if name is None:
     raise Refused(
       "bigtrain data fetch takes the name of a dataset first: "

@@ -44,7 +44,7 @@ def command(arguments: list[str]) -> None:
     )
   recipe, source = load(target, Prepare)
   check_types(recipe)
-  prog = f"bigtrain data prepare {target}"
+  prog = spelt(f"data prepare {target}", extra="data")
   flags, recipe = parse([PrepareFlags(), recipe], arguments[1:], prog, about)
   out = flags.out or source.run_dir().replace("runs/", "prepared/", 1)
   with leaving():
