@@ -133,7 +133,7 @@ class Store:
     want, have, at = flatten(like), self.leaves(step), f"checkpoint {self.path / str(step)}"
     remedy = (
       "it is of another model or optimizer: undo that change, or begin without this checkpoint "
-      "(another --dir, no weights_from, or new_weights for what shall begin fresh)"
+      "(another run directory, no weights_from, or new_weights for what shall begin fresh)"
     )
     for name, leaf in want.items():
       if name not in have:

@@ -20,6 +20,8 @@ from bigtrain.config import Refused, config, nearest
 from bigtrain.exit_codes import Exit
 from bigtrain.failures import explained, unraisable
 from bigtrain.flags import parse
+from bigtrain.hints import command as spelt
+from bigtrain.hints import of_command
 
 if TYPE_CHECKING:
   from bigtrain.experiment import Experiment
@@ -47,11 +49,22 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
-  if argv is None:  # The process is this command's own.
+  own = argv is None  # Whether the process is this command's own.
+  if own:
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, _stop)
     sys.unraisablehook = unraisable
   name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+  try:
+    with of_command():
+      return _run(name, arguments)
+  finally:
+    if own:  # The exit code is known: a Ctrl-C while Python ends would give another.
+      signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+  """The exit code of a command; what is refused is said in one message."""
   try:
     if name in ("-h", "--help"):
       print(usage())
@@ -90,8 +103,8 @@ def usage() -> str:
       "",
       *(f"  {name:<10} {command.help}" for name, command in COMMANDS.items()),
       "",
-      "example:    bigtrain train experiments/quickstart.py --steps 100",
-      "help:       bigtrain COMMAND --help",
+      f"example:    {spelt('train experiments/quickstart.py --steps 100')}",
+      f"help:       {spelt('COMMAND --help')}",
       f"exit codes: {', '.join(f'{code.value} {code.name.lower()}' for code in Exit)}",
       "BIGTRAIN_TRACEBACK=1 shows the traceback of what was refused or failed.",
     ]
@@ -127,14 +140,14 @@ def train(arguments: list[str]) -> int | None:
   if target is None:
     about = (
       "Trains path.py[:function] (base unless given), or goes on with a run directory. "
-      "`bigtrain train EXPERIMENT --help` also lists every field of that experiment."
+      f"`{spelt('train EXPERIMENT --help')}` also lists every field of that experiment."
     )
-    parse([RunFlags()], arguments, "bigtrain train EXPERIMENT", about)
+    parse([RunFlags()], arguments, spelt("train EXPERIMENT"), about)
     return Exit.DONE
   from bigtrain.load import load
 
   experiment, source = load(target)
-  flags, experiment = override(experiment, arguments[1:], f"bigtrain train {target}")
+  flags, experiment = override(experiment, arguments[1:], spelt(f"train {target}"))
   from bigtrain.validate import validate
 
   validate(experiment)
@@ -251,9 +264,13 @@ def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str,
   """The run directory and the settings of a command about a run."""
   command = type(default).__name__.lower()
   run_dir = _target(arguments, command, "RUN", example)
+  if run_dir is not None and run_dir.partition(":")[0].endswith(".py"):
+    from bigtrain.load import named
+
+    raise Refused(f"bigtrain {command} takes a run, not its experiment: give {named(run_dir)}")
   about = inspect.getdoc(type(default)) or ""
   rest = arguments if run_dir is None else arguments[1:]
-  [chosen] = parse([default], rest, f"bigtrain {command} {run_dir or 'RUN'}", about)
+  [chosen] = parse([default], rest, spelt(f"{command} {run_dir or 'RUN'}"), about)
   return str(run_dir), chosen
 
 
@@ -263,7 +280,7 @@ def _target(arguments: list[str], command: str, name: str, example: str) -> str 
   if first in ("-h", "--help"):
     return None
   if not first or first.startswith("-"):
-    raise Refused(f"bigtrain {command} takes {name} first: bigtrain {command} {example}")
+    raise Refused(f"bigtrain {command} takes {name} first: {spelt(f'{command} {example}')}")
   return first
 
 

@@ -6,7 +6,7 @@ or objective is a @config class that fulfils one of the contracts below; nothing
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from bigtrain.config import Refused, config
 from bigtrain.mesh import Mesh
@@ -53,6 +53,9 @@ class ModelConfig(abc.ABC):
 
   def check_inputs(self, shape: tuple[int, ...]) -> None:
     """Refuses `inputs` of that shape, (height, width, channels) of an image, if it takes others."""
+
+  def check_objective(self, objective: "ObjectiveConfig") -> None:
+    """Refuses an objective that would call the model in another way than it wants."""
 
   def width(self) -> "Width | None":
     """How much wider this is than the model whose learning rate was tuned; None if it is that."""
@@ -199,6 +202,8 @@ class ObjectiveConfig(abc.ABC):
   """What is minimised."""
 
   __slots__ = ()
+
+  takes: ClassVar[str] = ""  # Which models and data, for who gave it others.
 
   @abc.abstractmethod
   def __call__(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 STORES = {"gcsfs": "gs://", "s3fs": "s3://", "adlfs": "az://"}
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # How XLA begins to say so, on every device.
 REMEDIES = (
-  "take a smaller --batch or --evaluation.batch, more --microbatches, shorter rows (data.seq), a "
-  "model that keeps less (model.remat), or shards on more devices (--mesh.fsdp)"
+  "take a smaller batch or evaluation.batch, more microbatches, shorter rows (data.seq), a model "
+  "that keeps less (model.remat), or shards on more devices (mesh.fsdp)"
 )
 
 

@@ -6,6 +6,7 @@ tyro prints the help. What is wrong with an argument becomes one message, like a
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -87,9 +88,14 @@ def _meant(name: str, flags: list[str], objects: dict[str, Any], prog: str) -> s
         f": {path} is {shortened(held)}, and only the experiment file sets it, by e.{path} = ..."
       )
   flags = sorted(flags, key=lambda flag: flag.count("."))
+  close = functools.partial(difflib.get_close_matches, name, n=1)
+  # One letter is wrong; or the place of a name that is right; or more.
   same = [flag for flag in flags if flag.split(".")[-1] == name.split(".")[-1]]
-  if near := same or difflib.get_close_matches(name, flags, n=1):
-    return f"; did you mean --{near[0]}?"
+  if near := close(flags, cutoff=0.85) or close(same) or same or close(flags):
+    where = name.rpartition(".")[0]
+    here = [flag.removeprefix(f"{where}.") for flag in flags if flag.startswith(f"{where}.")]
+    elsewhere = bool(here) and not near[0].startswith(f"{where}.")
+    return f"; did you mean --{near[0]}?" + f" {where} has {', '.join(here[:6])}" * elsewhere
   return f"; `{prog} --help` lists all"
 
 

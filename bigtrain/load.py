@@ -66,7 +66,23 @@ def load(target: str, kind: type[T] = Experiment) -> tuple[T, Source]:
     return experiment, Source(file, read_from=target)
   if path.is_dir():
     raise Refused(f"{target} is no run directory: it has no config.json{_near_files(path)}")
+  if path.is_file():
+    raise Refused(f"{path} is no .py file, as experiments are{_near_files(path)}")
+  if not path.suffix:
+    raise Refused(f"there is no run directory {target}{near_runs(target)}{_near_files(path)}")
   raise Refused(f"there is no experiment file {path}{_near_files(path)}")
+
+
+def named(target: str) -> str:
+  """The run directory of an experiment file, unless another is given."""
+  path, function = _split(target)
+  return Source(path, function or DEFAULT_FUNCTION).run_dir()
+
+
+def near_runs(target: str) -> str:
+  """The runs that have begun to train, beside a directory that is not there."""
+  runs = [str(file.parent) for file in Path(target).parent.glob("*/metrics.jsonl")]
+  return nearest(target, runs)
 
 
 def functions(path: Path) -> dict[str, Callable[[], Experiment]]:
@@ -96,6 +112,8 @@ def read(run_dir: str | os.PathLike, kind: type[T] = Experiment) -> tuple[T, Pat
   """The experiment of a run directory, and its copy of the experiment file if it has one."""
   path = epath.Path(run_dir) / "config.json"
   if not path.exists():
+    if not epath.Path(run_dir).exists():
+      raise Refused(f"there is no run directory {run_dir}{near_runs(os.fspath(run_dir))}")
     raise Refused(f"{run_dir} is no run directory: it has no config.json")
   try:
     text = path.read_text()

@@ -93,9 +93,8 @@ class Signals(Part):
       (before if callable(before) else signal.default_int_handler)(number, frame)
     self.received = signal.Signals(number).name
     # Not by print, which the signal may have interrupted.
-    os.write(
-      2, f"bigtrain: {self.received}: leaving after this step; Ctrl-C stops at once\n".encode()
-    )
+    told = f"bigtrain: {self.received}: leaving after this step; Ctrl-C again stops at once\n"
+    os.write(2, told.encode())
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)
 

@@ -13,7 +13,7 @@ import jax
 from bigtrain import checkpoint, console, load, processes
 from bigtrain.checkpoint import Store
 from bigtrain.columns import Columns, columns
-from bigtrain.config import Refused
+from bigtrain.config import Refused, nearest
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Data, Experiment
 from bigtrain.mesh import Mesh
@@ -130,6 +130,11 @@ class Run:
     """Continuations of a prompt, a list of texts; `sampling` are the fields of Sampling."""
     from bigtrain.generate import Sampling, generate_text
 
+    if samples < 1:
+      raise Refused(f"samples is {samples}; give 1 or more")
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    if unknown := sorted(sampling.keys() - set(known)):
+      raise Refused(f"sample has no setting {unknown[0]!r}{nearest(unknown[0], known)}")
     with self.in_mesh():
       return generate_text(
         self.weights, self.tokenizer, [prompt] * samples, tokens, Sampling(**sampling)

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from bigtrain import config, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
+from bigtrain.hints import either
 
 LOCK = "run.lock"
 PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -65,12 +66,12 @@ class RunDirectory:
         raise Refused(
           f"{self.path} holds a run of another config:\n  "
           + "\n  ".join(changes)
-          + "\ntake another directory with --dir, or go on with the new config: --allow_changes"
+          + f"\ntake another directory with {_dir()}, or go on with the new config: {_changes()}"
         )
     elif foreign := sorted(filter(_foreign, names)):
       raise Refused(
         f"{self.path} has no config.json but {', '.join(foreign[:5])}: "
-        "put that of the run back, or take another directory with --dir"
+        f"put that of the run back, or take another directory with {_dir()}"
       )
     if not self.writes:
       return
@@ -82,7 +83,7 @@ class RunDirectory:
     except OSError as error:
       raise Refused(
         f"cannot write the run directory {self.path}: {error.strerror or error}; "
-        "take another with --dir"
+        f"take another with {_dir()}"
       ) from error
 
   def check_data(self, digest: str | None) -> None:
@@ -92,7 +93,7 @@ class RunDirectory:
       if path.read_text() != found:
         raise Refused(
           f"the files of the data are not those that {self.path} was trained on: put them back, "
-          "take another directory with --dir, or go on with the new ones: --allow_changes"
+          f"take another directory with {_dir()}, or go on with the new ones: {_changes()}"
         )
     elif self.writes:
       _replace(path, found)
@@ -143,7 +144,7 @@ class RunDirectory:
       self._locked.acquire(timeout=0)
     except Timeout:
       raise Refused(
-        f"another process trains in {self.path}: wait for it, or take another with --dir"
+        f"another process trains in {self.path}: wait for it, or take another with {_dir()}"
       ) from None
 
   def close(self) -> None:
@@ -209,6 +210,14 @@ def environment() -> dict[str, Any]:
     "processes": jax.process_count(),
     "revision": revision(),
   }
+
+
+def _dir() -> str:
+  return either("dir", "run_dir")
+
+
+def _changes() -> str:
+  return either("allow_changes", "allow_changes=True")
 
 
 def _foreign(name: str) -> bool:

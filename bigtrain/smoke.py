@@ -7,8 +7,9 @@ a `smoke` of its own. The mesh becomes what is attached, for the experiment's ow
 import copy
 import dataclasses
 
-from bigtrain.config import configs
-from bigtrain.experiment import Experiment
+from bigtrain.config import Refused, configs, join
+from bigtrain.console import say
+from bigtrain.experiment import DataConfig, Experiment
 from bigtrain.mesh import Mesh
 from bigtrain.optim.schedule import Schedule
 from bigtrain.validate import padded
@@ -21,9 +22,13 @@ WIDTHS = {"dim": 64, "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "hea
 
 
 def shrink(experiment: Experiment) -> Experiment:
-  """A small copy of `experiment` that passes through every phase of a run."""
+  """A small copy of `experiment` that passes through every phase of a run.
+
+  Says what it takes in the place of files that are not there, or too large to try.
+  """
   e = copy.deepcopy(experiment)
   e.model, e.data = _capped(e.model).smoke(), _capped(e.data).smoke()
+  _say_replaced(experiment.data, e.data)
   known, needed = e.model.vocabulary(), e.data.vocabulary()
   if known is not None and needed is not None and not needed <= known <= padded(needed):
     for _, node in configs(e.model):
@@ -54,6 +59,19 @@ def shrink(experiment: Experiment) -> Experiment:
   e.checkpoints.keep_every = e.checkpoints.keep_every and min(e.checkpoints.keep_every, EVERY)
   e.logging.every, e.logging.layers_every = 1, min(e.logging.layers_every, EVERY)
   return e
+
+
+def _say_replaced(before: DataConfig, after: DataConfig) -> None:
+  """A line for each part of the data that is now of another kind."""
+  now = dict(configs(after))
+  for path, node in configs(before):
+    if type(node) is not (kind := type(now[path])):
+      why = "it is too large to try"
+      try:
+        node.check() if hasattr(node, "check") else node.size()
+      except Refused as error:
+        why = str(error)
+      say(f"{join('data', path)}: {why}; --smoke takes {kind.__name__} in its place")
 
 
 def _capped(root):

@@ -18,6 +18,7 @@ from bigtrain import console, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Experiment
+from bigtrain.fit import check_fit
 from bigtrain.parts import Part, default_parts
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run import Run
@@ -56,24 +57,20 @@ def train(
   experiment = copy.deepcopy(experiment)
   processes.initialize()
   validate(experiment, jax.device_count())
-  data = None
+  directory = RunDirectory(run_dir, writes=processes.is_first())
+  run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
+  with run.in_mesh():
+    check_fit(experiment, run.data)
   if experiment.epochs is not None:
-    data = experiment.data.make(experiment.seed)
-    examples = experiment.epochs * data.examples()
+    examples = experiment.epochs * run.data.examples()
     experiment.steps, experiment.epochs = math.ceil(examples / experiment.batch), None
     validate(experiment)
   processes.agree(config=dump(experiment))
   enable_compilation_cache()
-  directory = RunDirectory(run_dir, writes=processes.is_first())
   with contextlib.closing(directory):
     directory.begin(experiment, source, allow_changes=allow_changes)
-    run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
-    if data is not None:  # What it took to count the examples is not done again.
-      run.data = data
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
-    for remark in remarks(experiment):
-      run.say(remark)
     with console.bars(not quiet), run.in_mesh(), run.open():
       loop(run)
   return run
@@ -88,6 +85,10 @@ def loop(run: Run) -> None:
     run.state = begin(run, program)
     run.say(f"{run.directory.path} has done its {experiment.steps} steps; nothing is left to do")
     return
+  if not step and experiment.weights_from is not None:
+    weights.check_source(experiment.weights_from)
+  for remark in remarks(experiment):
+    run.say(remark)
   for writer in run.writers:
     writer.start(step)
   with run.away("data"):

@@ -14,12 +14,12 @@ import jax
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, configs
 from bigtrain.experiment import Experiment
+from bigtrain.hints import to_set
 from bigtrain.mesh import AXES, USUAL
 from bigtrain.optim.schedule import Schedule
 from bigtrain.sharding import ACTIVATION, WEIGHT
 
 LEAST = {
-  "steps": 0,
   "batch": 1,
   "microbatches": 1,
   "seed": 0,
@@ -60,6 +60,7 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     functools.partial(_check_rows, experiment),
     functools.partial(_check_classes, experiment),
     functools.partial(_check_inputs, experiment),
+    functools.partial(experiment.model.check_objective, experiment.objective),
     functools.partial(_check_width, experiment),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
@@ -71,10 +72,11 @@ def check_mesh(experiment: Experiment, devices: int) -> None:
   wide = [axis for axis, size in shape.items() if size > 1]
   if len(wide) > 1 and jax.process_count() > 1 and jax.default_backend() == "cpu":
     # Gloo opens a group under a lock, and two processes may open theirs in different order.
-    others = "".join(f" --mesh.{axis} 1" for axis in wide if axis != "fsdp")
+    ones = [to_set(f"mesh.{axis}", 1) for axis in wide if axis != "fsdp"]
+    axes = " and ".join([to_set("mesh.fsdp", devices), *ones])
     raise Refused(
       f"several processes on CPU can share one mesh axis, not {_axes(tuple(wide), shape)}: jax's "
-      f"transport there may wait for ever; set --mesh.fsdp {devices}{others}, or use one process"
+      f"transport there may wait for ever; set {axes}, or use one process"
     )
   _all(
     functools.partial(_check_batches, experiment, shape),
@@ -88,7 +90,8 @@ def remarks(experiment: Experiment) -> Iterator[str]:
     if isinstance(node, Schedule) and node.warmup > experiment.steps:
       yield (
         f"{path}.warmup is {node.warmup} steps but the run has {experiment.steps}: it never reaches"
-        f" its learning rate; set --{path}.warmup {max(experiment.steps // 10, 1)}, or more --steps"
+        f" its learning rate; set {to_set(f'{path}.warmup', max(experiment.steps // 10, 1))}, or "
+        "more steps"
       )
 
 
@@ -128,9 +131,12 @@ def _get(node: Any, path: str) -> Any:
 def _check_length(e: Experiment) -> None:
   if e.epochs is None:
     if e.steps < 1:
-      raise Refused("steps must be at least 1, or epochs given in their place")
+      given = f", not {e.steps}" * bool(e.steps)
+      raise Refused(f"steps must be at least 1{given}, or epochs given in their place")
   elif e.steps:
-    raise Refused(f"steps {e.steps} and epochs {e.epochs} are both given; add --epochs None")
+    raise Refused(
+      f"steps {e.steps} and epochs {e.epochs} are both given; set {to_set('epochs', None)}"
+    )
   elif e.epochs <= 0:
     raise Refused(f"epochs must be above 0, not {e.epochs}")
   elif e.batch_stages:
@@ -168,7 +174,7 @@ def _check_vocabulary(e: Experiment) -> None:
     field = next((name for name, (letter, _) in e.model.dims().items() if letter == "V"), "vocab")
     raise Refused(
       f"model.{field} is {known} but the tokenizer has {needed} tokens; "
-      f"set --model.{field} {needed}{also}"
+      f"set {to_set(f'model.{field}', needed)}{also}"
     )
 
 
@@ -190,8 +196,8 @@ def _check_classes(e: Experiment) -> None:
   known, needed = e.model.n_classes(), e.data.n_classes()
   if known is not None and needed is not None and known != needed:
     raise Refused(
-      f"model.classes is {known} but the data has {needed} classes; set --model.classes {needed}, "
-      f"or correct the data's source"
+      f"model.classes is {known} but the data has {needed} classes; set "
+      f"{to_set('model.classes', needed)}, or correct the data's source"
     )
 
 
@@ -244,7 +250,7 @@ def _check_dims(e: Experiment, shape: dict[str, int]) -> None:
         near = padded(size) if letter == "V" else _multiples_near(size, shards)
         raise Refused(
           f"model.{field} {size} is not divisible by {shards}, the mesh's {_axes(axes, shape)}; "
-          f"use {near}, or a smaller --mesh.{_field(axes[-1])}"
+          f"use {near}, or a smaller mesh.{_field(axes[-1])}"
         )
 
 

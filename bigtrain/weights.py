@@ -9,11 +9,25 @@ import jax
 from bigtrain import checkpoint
 from bigtrain.config import Refused, nearest
 from bigtrain.interop import huggingface
+from bigtrain.load import near_runs
 from bigtrain.run_directory import RunDirectory
 from bigtrain.state import State
 
+SUFFIX = ".safetensors"  # Of a file of weights; all else is a run directory.
 SHOWN = 4  # Names in a message.
 IsNew = Callable[[str], bool]  # Of a parameter's name.
+
+
+def check_source(source: str) -> None:
+  """Refuses a source of weights that is not there or is none."""
+  place = RunDirectory(source, writes=False)
+  if not place.path.exists():
+    kind = "file" if source.endswith(SUFFIX) else "directory"
+    near = near_runs(source) if kind == "directory" else ""
+    raise Refused(f"weights_from: there is no {kind} {source}{near}")
+  if not source.endswith(SUFFIX):
+    with checkpoint.newest_of(place.checkpoints):
+      pass
 
 
 def load(
@@ -41,7 +55,7 @@ def load(
     if not any(name.startswith(start) for name in names):
       raise Refused(f"new_weights: the model has no {start}{nearest(start, names)}")
   is_new = lambda name: name.startswith(tuple(new))
-  read = _of_file if source.endswith(".safetensors") else _of_run
+  read = _of_file if source.endswith(SUFFIX) else _of_run
   part, unused = read(source, part, is_new)
   told = {"begin fresh": list(filter(is_new, names)), "of it left out": unused}
   lines = [f"weights_from {source}: {_listed(v)} {k}" for k, v in told.items() if v]
@@ -61,7 +75,7 @@ def _of_run(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str,
 def _other_tokenizer(source: str, mine: str | None) -> list[str]:
   """What to know if the run had another tokenizer, whose numbers stand for other tokens."""
   kept = RunDirectory(source, writes=False).tokenizer
-  if mine is None or source.endswith(".safetensors") or not kept.exists():
+  if mine is None or source.endswith(SUFFIX) or not kept.exists():
     return []
   if json.loads(kept.read_text()) == json.loads(mine):
     return []

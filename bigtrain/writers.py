@@ -1,6 +1,7 @@
 """Writers: where a run's rows and texts go besides its directory."""
 
 import contextlib
+import math
 import os
 import shlex
 import time
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from bigtrain.config import Refused
 from bigtrain.console import duration, human, unless_quick
 from bigtrain.data.feed import Sizes
+from bigtrain.hints import command
 from bigtrain.models.count import count_parameters
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ class Console(Writer):
     self._fact("of which", ", ".join(aside))
     self._fact("loss", f"{self.last['train']['loss']:.4f} at the last step")
     self._fact("held out", "  ".join(_metrics(self.last.get("eval", {}))))
-    self._fact("next", f"bigtrain evaluate {shlex.quote(path)}")
+    self._fact("next", command(f"evaluate {shlex.quote(path)}"))
     self._fact("", self._sampling(path))
 
   def _sampling(self, path: str) -> str:
@@ -137,7 +139,7 @@ class Console(Writer):
       check_text(self.run.weights, self.run.tokenizer, [prompt], 1)
     except Refused:
       return ""
-    return f"bigtrain sample {shlex.quote(path)} --prompt {shlex.quote(prompt)}"
+    return command(f"sample {shlex.quote(path)} --prompt {shlex.quote(prompt)}")
 
   def _fact(self, name: str, text: str) -> None:
     if text:
@@ -158,7 +160,8 @@ class TensorBoard(Writer):
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
     assert self.writer is not None
     for name, value in values.items():
-      self.writer.add_scalar(name if kind == "eval" else f"{kind}/{name}", value, step)
+      if math.isfinite(value):  # Not of a source that no row of the step was from.
+        self.writer.add_scalar(name if kind == "eval" else f"{kind}/{name}", value, step)
 
   def text(self, step: int, prompt: str, text: str) -> None:
     assert self.writer is not None

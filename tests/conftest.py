@@ -7,6 +7,8 @@ import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+os.environ.pop("UV", None)  # Commands are spelt as without it (hints.py).
+
 import jax
 import pytest
 

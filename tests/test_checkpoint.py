@@ -137,8 +137,9 @@ def test_weights_start_another_run_with_a_fresh_optimizer(trained, tmp_path):
 def test_weights_of_no_run_are_refused_and_leave_nothing_in_the_way(trained, tmp_path):
   experiment = runs.base()
   experiment.weights_from = str(tmp_path / "nothing")
-  with pytest.raises(Refused, match="nothing has no checkpoint"):
+  with pytest.raises(Refused, match=r"weights_from: there is no directory .*nothing$"):
     train(experiment, tmp_path / "run", quiet=True)
+  assert not runs.events(tmp_path / "run", "data")  # Nothing was prepared.
   experiment.weights_from = str(trained.directory.path)
   experiment.steps = 5
   assert train(experiment, tmp_path / "run", quiet=True).state.step == 5
@@ -151,7 +152,7 @@ def test_a_leaf_that_is_missing_or_of_another_shape_is_refused_by_name(tmp_path)
   with pytest.raises(Refused, match=r"checkpoint .*/3 has no model.upp_DF; did you mean 'model"):
     checkpoint.newest(path, want("upp_DF", (4, 8), np.float32))
   with pytest.raises(
-    Refused, match=r"\[4,8\], not float32\[4,9\]; .* undo that change, or .*--dir"
+    Refused, match=r"\[4,8\], not float32\[4,9\]; .* undo that change, or .*another run directory"
   ):
     checkpoint.newest(path, want("up_DF", (4, 9), np.float32))
   with pytest.raises(Refused, match=r"model.up_DF as float32\[4,8\], not int32\[4,8\]"):

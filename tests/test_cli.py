@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain import cli
+from bigtrain import cli, load
 from bigtrain.config import dump
 from bigtrain.exit_codes import Exit
 from bigtrain.experiment import Experiment
+from bigtrain.flags import _meant
 from tests import toys
 
 STUDY = """
@@ -119,13 +120,54 @@ def test_a_wrong_flag_is_refused_in_one_line_that_names_the_right_one(run, argum
     ("train experiments/study.py:bse", "has no function 'bse'; did you mean 'base'?"),
     ("train experiments/study.py:wrong", "bigtrain: steps must be int, not '100' (str)"),
     ("train experiments/study.py --batch 32 --microbatches 0", "microbatches must be at least 1"),
-    ("train runs/none", "there is no experiment file runs/none; there is experiments/study.py"),
+    ("evaluate experiments/study.py:a", "takes a run, not its experiment: give runs/study-a"),
+    ("train runs/none", "there is no run directory runs/none; there is experiments/study.py"),
   ],
 )
 def test_what_is_refused_is_one_message_and_code_2(run, argv, expected):
   result = run(*argv.split())
   assert result.code == Exit.REFUSED and expected in result.err and result.call is None
   assert "Traceback" not in result.err
+
+
+def test_what_is_no_experiment_is_named_and_the_runs_that_there_are(run):
+  Path("README.md").touch()
+  assert "README.md is no .py file, as experiments are; there" in run("train", "README.md").err
+  load.write(toys.experiment(), "runs/study")
+  Path("runs/study/metrics.jsonl").touch()
+  for command in ("train", "evaluate"):
+    said = run(command, "runs/stdy").err
+    assert "there is no run directory runs/stdy; did you mean 'runs/study'?" in said
+
+
+@pytest.mark.parametrize(
+  ("argv", "said"),
+  [
+    ("train", "train takes EXPERIMENT first: {}bigtrain train experiments/"),
+    ("--help", "example:    {}bigtrain train experiments/quickstart.py"),
+    ("data prepare", "first: {}bigtrain data prepare experiments/data/austen.py"),
+    ("data fetch", "first: {}bigtrain data fetch fashion_mnist"),
+  ],
+)
+def test_commands_are_spelt_as_they_have_to_be_typed(argv, said, run, monkeypatch):
+  spoken = lambda: "".join(vars(run(*argv.split()))[name] for name in ("out", "err"))
+  assert said.format("") in spoken()
+  monkeypatch.setenv("UV", "/usr/bin/uv")
+  extra = "--extra data " if "prepare" in argv else ""
+  assert said.format(f"uv run {extra}") in spoken()
+
+
+def test_a_name_that_is_nearly_right_is_answered_by_the_nearest_flag():
+  flags = ["model.classes", "data.source.classes", "data.size", "model.image", "optimizer.lr"]
+  for name, meant in (
+    ("data.sorce.classes", "data.source.classes"),
+    ("modle.classes", "model.classes"),
+    ("lr", "optimizer.lr"),
+    ("classes", "model.classes"),
+  ):
+    assert _meant(name, flags, {}, "bigtrain") == f"; did you mean --{meant}?"
+  said = _meant("model.size", flags, {}, "bigtrain")  # The place may be what is right.
+  assert said == "; did you mean --data.size? model has classes, image"
 
 
 def test_a_traceback_is_shown_when_asked_for(run, monkeypatch):
@@ -149,8 +191,6 @@ def test_smoke_shrinks_before_overrides_and_has_its_own_run_directory(run):
 
 
 def test_a_run_directory_is_trained_again_from_its_config(run):
-  from bigtrain import load
-
   load.write(toys.experiment(steps=77), "runs/before")
   call = run("train", "runs/before").call
   assert call.run_dir == "runs/before" and call.experiment.steps == 77 and call.source is None
@@ -224,6 +264,14 @@ def test_help_of_the_command_does_not_import_jax():
   code = "import sys, bigtrain.cli as c; c.main(['--help']); print('jax' in sys.modules)"
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert "usage: bigtrain" in out.stdout and out.stdout.strip().endswith("False")
+
+
+@pytest.mark.smoke
+def test_ctrl_c_while_python_ends_changes_no_exit_code():
+  late = "atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+  code = f"import atexit, os, signal, sys, bigtrain.cli as c; {late}; sys.argv[1:] = []; c.main()"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (Exit.DONE, "")
 
 
 @pytest.mark.smoke

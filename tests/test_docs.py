@@ -17,9 +17,18 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^(?:\w+=\S+ |.*uv run )+bigtrain (.*)$", README, re.M)
 
 
+def text(page: str) -> str:
+  return (ROOT / page).read_text()
+
+
 def blocks(page: str, language: str) -> list[str]:
-  text = (ROOT / page).read_text()
-  return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+  return re.findall(rf"^```{language}\n(.*?)^```", text(page), re.S | re.M)
+
+
+def test_commands_in_the_docs_are_as_they_have_to_be_typed():
+  for page in ("README.md", *map(str, (ROOT / "docs").glob("*.md"))):
+    typed = re.findall(r"^ *bigtrain (?:train|evaluate|sample|diagnose|data) .*", text(page), re.M)
+    assert not typed, f"{page}: after `uv run` bigtrain is not on the PATH"
 
 
 @pytest.mark.smoke

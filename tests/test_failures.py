@@ -32,7 +32,7 @@ def test_memory_that_is_full_is_one_line_with_what_helps(text, monkeypatch, caps
   assert cli.main(["train"]) == Exit.FAILED
   (line,) = capsys.readouterr().err.splitlines()
   assert "memory is full where 61648.0 GB more were wanted" in line
-  assert "--batch" in line and "--microbatches" in line and "remat" in line
+  assert "a smaller batch" in line and "microbatches" in line and "remat" in line
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):

@@ -98,6 +98,13 @@ def test_a_run_is_sampled_where_its_corpus_is_not(run):
     run.data.tokenizer  # noqa: B018
 
 
+def test_a_setting_of_sampling_that_does_not_exist_and_no_samples_are_refused(run, run_dir, capfd):
+  with pytest.raises(Refused, match=r"sample has no setting 'top_q'; did you mean 'top_p'\?"):
+    run.sample("pride", top_q=1)
+  assert cli.main(["sample", str(run_dir), "--samples", "0"]) == Exit.REFUSED
+  assert capfd.readouterr() == ("", "bigtrain: samples is 0; give 1 or more\n")
+
+
 def test_the_command_prints_prompts_with_their_continuations_and_nothing_else(run_dir, run, capfd):
   flags = ["--tokens", "5", "--samples", "2"]
   assert cli.main(["sample", str(run_dir), "--prompt", "pride and", *flags]) == Exit.DONE

@@ -22,7 +22,7 @@ def test_a_changed_config_is_refused_with_every_difference(tmp_path):
     begin(tmp_path, steps=7, model=toys.Model(dim=32))
   message = str(refused.value)
   assert "steps: 100 -> 7" in message and "model.dim: 64 -> 32" in message
-  assert "--allow_changes" in message and "batch" not in message
+  assert "allow_changes=True" in message and "with run_dir" in message and "batch" not in message
   begin(tmp_path, steps=7, allow_changes=True)
   begin(tmp_path, steps=7)
 
@@ -63,7 +63,7 @@ def test_a_process_that_begins_while_the_first_one_does_is_not_refused(tmp_path,
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   (tmp_path / "file").touch()
-  with pytest.raises(Refused, match=r"cannot write .*--dir"):
+  with pytest.raises(Refused, match=r"cannot write .*run_dir"):
     begin(tmp_path / "file" / "run")
 
   def full(*_):

@@ -8,8 +8,10 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from bigtrain import load
+from bigtrain import hints, load
 from bigtrain.config import Refused, config
+from bigtrain.data.datasets import FASHION_MNIST, FashionMNIST, fetched
+from bigtrain.data.mixture import Mixture, Source
 from bigtrain.data.sources import Files
 from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
@@ -38,6 +40,13 @@ MLP = MLPConfig(inputs=784, hidden=(16,), classes=10)
 TEXTS = TextClassifierConfig(encoder=EncoderConfig(vocab=300, **STACK), classes=10)
 
 
+@pytest.fixture(autouse=True)
+def of_command():
+  """Remedies are said as to who runs a command."""
+  with hints.of_command():
+    yield
+
+
 @pytest.mark.parametrize(
   ("fields", "expected"),
   [
@@ -59,13 +68,12 @@ TEXTS = TextClassifierConfig(encoder=EncoderConfig(vocab=300, **STACK), classes=
     ),
     (
       {"model": toys.Model(dim=66), "mesh": Mesh(fsdp=4)},
-      "model.dim 66 is not divisible by 4, the mesh's fsdp=4; use 64 or 68, "
-      "or a smaller --mesh.fsdp",
+      "model.dim 66 is not divisible by 4, the mesh's fsdp=4; use 64 or 68, or a smaller mesh.fsdp",
     ),
     (
       {"model": toys.Model(pattern=(toys.Attention(kv_heads=2),)), "mesh": Mesh(fsdp=1, tensor=4)},
       "model.pattern.0.kv_heads 2 is not divisible by 4, the mesh's tensor=4; use 4, "
-      "or a smaller --mesh.tensor",
+      "or a smaller mesh.tensor",
     ),
     (
       {
@@ -73,7 +81,7 @@ TEXTS = TextClassifierConfig(encoder=EncoderConfig(vocab=300, **STACK), classes=
         "data": toys.Data(tokens=257),
         "mesh": Mesh(fsdp=2, tensor=2),
       },
-      "model.vocab 257 is not divisible by 2, the mesh's tensor=2; use 384, or a smaller --mesh.",
+      "model.vocab 257 is not divisible by 2, the mesh's tensor=2; use 384, or a smaller mesh.",
     ),
     ({"mesh": Mesh(data=3, fsdp=1)}, "mesh wants 3 devices (data=3, fsdp=1, tensor=1) but 4 are"),
     (
@@ -83,7 +91,8 @@ TEXTS = TextClassifierConfig(encoder=EncoderConfig(vocab=300, **STACK), classes=
     ),
     ({"mesh": Mesh(tensor=8)}, "attached; set the other axes to a divisor of 4 to use what is"),
     ({"steps": 0}, "steps must be at least 1, or epochs given in their place"),
-    ({"steps": 9, "epochs": 2.0}, "steps 9 and epochs 2.0 are both given; add --epochs None"),
+    ({"steps": -5}, "steps must be at least 1, not -5, or epochs given in their place"),
+    ({"steps": 9, "epochs": 2.0}, "steps 9 and epochs 2.0 are both given; set --epochs None"),
     ({"steps": 0, "epochs": 0.0}, "epochs must be above 0, not 0.0"),
     ({"steps": "100"}, "steps must be int, not '100' (str)"),
     ({"evaluation": Evaluation(every=-1)}, "evaluation.every must be at least 0, not -1"),
@@ -193,8 +202,16 @@ def test_a_warm_up_longer_than_the_run_is_remarked_on():
   assert [*remarks(of(40))] == []
   assert [*remarks(of(41))] == [
     "optimizer.schedule.warmup is 41 steps but the run has 40: it never reaches its learning rate; "
-    "set --optimizer.schedule.warmup 4, or more --steps"
+    "set --optimizer.schedule.warmup 4, or more steps"
   ]
+
+
+def test_in_python_remedies_are_python(monkeypatch):
+  monkeypatch.setattr(hints, "_commanded", False)
+  with pytest.raises(Refused, match=r"set experiment\.model\.classes = 7, or"):
+    validate(toys.experiment(model=VIT, data=toys.Labelled(shape=(28, 28, 1), classes=7)))
+  (remark,) = remarks(toys.experiment(steps=40, optimizer=AdamW(lr=1, schedule=Cosine(warmup=41))))
+  assert remark.endswith("set experiment.optimizer.schedule.warmup = 4, or more steps")
 
 
 def test_several_processes_on_cpu_take_one_axis(monkeypatch):
@@ -285,11 +302,35 @@ def test_shrinking_follows_a_tokenizer_that_shrinks():
   assert small.model.vocab == 384
 
 
+def test_shrinking_says_what_it_takes_in_the_place_of_files_that_are_not_there(tmp_path, capsys):
+  (tmp_path / "a.txt").write_text("text")
+  of = lambda name: TextData(source=Files(pattern=f"{tmp_path}/{name}"))
+  sources = (Source(name="web", data=of("a.txt")), Source(name="books", data=of("b/*.jsonl")))
+  shrink(toys.experiment(data=Mixture(sources=sources)))
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+    f"bigtrain: data.sources.1.data.source: no files match {tmp_path}/b/*.jsonl: {tmp_path}/ has no"
+    " b; there is a.txt; --smoke takes Austen in its place"
+  )
+  large = Files(pattern=f"{tmp_path}/a.txt")
+  (tmp_path / "a.txt").write_bytes(b" " * (2**24 + 1))
+  file = TokenizerFile(path="none.json")
+  shrink(toys.experiment(data=TextData(source=large, tokenizer=file)))
+  first, second = capsys.readouterr().err.splitlines()
+  assert first == "bigtrain: data.source: it is too large to try; --smoke takes Austen in its place"
+  assert second.startswith("bigtrain: data.tokenizer: tokenizer none.json is not a file")
+  assert second.endswith("; --smoke takes Bytes in its place")
+
+
 EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").glob("*.py"))
 
 
 def supply(e):
-  """Puts an empty file where a study's text should be, and a tokenizer of the size it states."""
+  """Puts empty files where a study's data should be, and a tokenizer of the size it states."""
+  if isinstance(getattr(e.data, "source", None), FashionMNIST):
+    for name in FASHION_MNIST:
+      (folder := fetched("fashion_mnist")).mkdir(parents=True, exist_ok=True)
+      (folder / name).touch()
   if isinstance(e.data, TextData) and isinstance(e.data.source, Files):
     file = pathlib.Path(e.data.source.pattern.replace("**/", "").replace("*", "a"))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -309,6 +350,7 @@ def supply(e):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_function_in_experiments_is_valid_whole_and_shrunk(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("BIGTRAIN_CACHE", str(tmp_path / "cache"))
   functions = load.functions(path)
   assert "base" in functions
   for function in functions.values():

@@ -6,12 +6,15 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import pytest
 import tensorboardX
+from flax import nnx
 
 from bigtrain import console, writers
+from bigtrain.data.tokenizers import ByteTokenizer
 from bigtrain.experiment import Evaluation
-from bigtrain.optim.schedule import Constant
+from bigtrain.optim.schedule import Constant, Cosine
 from bigtrain.parts import Part
 from bigtrain.train import train
 from bigtrain.writers import Console, TensorBoard, default_writers
@@ -184,6 +187,35 @@ def test_tensorboard_hides_what_lies_past_the_step_that_a_run_goes_on_from(tmp_p
   monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda *a, **k: made.append((a, k)))
   TensorBoard(fake(directory=types.SimpleNamespace(path=tmp_path))).start(7)
   assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": 8})]
+
+
+def test_tensorboard_is_not_given_what_is_no_number(tmp_path, capfd):
+  writer = TensorBoard(fake(directory=types.SimpleNamespace(path=tmp_path)))
+  writer.start(0)
+  added = []
+  writer.writer.add_scalar = lambda *args: added.append(args)
+  writer.row(1, "train", {"loss": 1.0, "loss/books": float("nan"), "loss/web": float("inf")})
+  writer.close()
+  assert added == [("train/loss", 1.0, 1)]
+
+
+def test_commands_of_the_tail_are_as_they_have_to_be_typed(monkeypatch):
+  monkeypatch.setenv("UV", "/usr/bin/uv")
+  e = experiment(1)
+  model = nnx.eval_shape(lambda: e.model.make(jax.random.key(0)))
+  said = Console(fake(e, weights=model, tokenizer=ByteTokenizer()))._sampling("runs/a b")
+  assert said == "uv run bigtrain sample 'runs/a b' --prompt 'It was'"
+
+
+def test_a_warm_up_too_long_is_told_to_a_run_that_trains_and_not_to_one_that_is_done(
+  tmp_path, capsys
+):
+  e = experiment(1)
+  e.optimizer.schedule = Cosine(warmup=5)
+  train(e, tmp_path, quiet=True)
+  assert "warmup is 5 steps but the run has 1" in capsys.readouterr().err
+  train(e, tmp_path, quiet=True)
+  assert "warmup" not in capsys.readouterr().err
 
 
 def test_only_the_first_process_writes():

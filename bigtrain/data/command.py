@@ -4,6 +4,7 @@ import importlib
 from typing import NamedTuple
 
 from bigtrain.config import Refused, nearest
+from bigtrain.hints import command
 
 
 class Subcommand(NamedTuple):
@@ -20,13 +21,13 @@ SUBCOMMANDS = {
     "bigtrain.data.prepare.command",
     "command",
     "clean, deduplicate, split and pack text files",
-    "bigtrain data prepare experiments/data/austen.py --out prepared/austen",
+    command("data prepare experiments/data/austen.py --out prepared/austen", extra="data"),
   ),
   "fetch": Subcommand(
     "bigtrain.data.fetch",
     "command",
     "get a dataset by name, checked by its digest",
-    "bigtrain data fetch fashion_mnist",
+    command("data fetch fashion_mnist"),
   ),
 }
 

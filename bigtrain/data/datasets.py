@@ -16,6 +16,7 @@ from bigtrain.data.cache import root
 from bigtrain.data.examples import Opened, Source
 from bigtrain.data.shuffle import hashes, key_of
 from bigtrain.data.sources import CORPUS
+from bigtrain.hints import command
 
 # SHA-256 of the four files of the whole set, as Zalando Research published them.
 FASHION_MNIST = {
@@ -61,8 +62,9 @@ class FashionMNIST(FashionMNISTSubset):
   def check(self) -> None:
     if not all((fetched("fashion_mnist") / name).exists() for name in FASHION_MNIST):
       raise Refused(
-        "Fashion-MNIST is not on this machine; get its 30 MB by `bigtrain data fetch "
-        "fashion_mnist`, or take FashionMNISTSubset, which is in the package"
+        "Fashion-MNIST is not on this machine; get its 30 MB by "
+        f"`{command('data fetch fashion_mnist')}`, or take FashionMNISTSubset, which is in the "
+        "package"
       )
 
   def open(self) -> Opened:
@@ -70,7 +72,7 @@ class FashionMNIST(FashionMNISTSubset):
     folder = fetched("fashion_mnist")
     for name, digest in FASHION_MNIST.items():
       if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-        raise Refused(f"{folder / name} is damaged; run `bigtrain data fetch fashion_mnist`")
+        raise Refused(f"{folder / name} is damaged; run `{command('data fetch fashion_mnist')}`")
     return _fashion_mnist(folder)
 
 

@@ -84,6 +84,15 @@ class Source(abc.ABC):
     """What becomes of bad examples."""
     return "refuse"
 
+  def empty(self, labels: list[int]) -> str:
+    """What to do where no training example is of these classes."""
+    which = ", ".join(map(str, labels[:10])) + ", ..." * (len(labels) > 10)
+    return (
+      f"{self.about()} has no training example of class {which}: labels count from 0, and "
+      f"{self.n_classes()} classes are said to be there; correct the labels or the source's "
+      "`classes`"
+    )
+
   def check(self) -> None: ...
 
 
@@ -237,7 +246,7 @@ class ExampleData(Data):
     if not report:
       return None
     kinds = collections.Counter(said for _, said in report)
-    counts = ", ".join(f"{n} x {said}" for said, n in kinds.items())
+    counts = ", ".join(f"{n} {_plural(said) if n > 1 else said}" for said, n in kinds.items())
     first = "; ".join(line for line, _ in report[:SHOWN])
     if self._source.errors() == "refuse":
       raise Refused(f"bad examples: {counts}; first {first}; remove them, or set on_error='skip'")
@@ -250,12 +259,14 @@ class ExampleData(Data):
       )
     counts = np.bincount(labels, minlength=self._source.n_classes())
     if len(empty := np.flatnonzero(counts == 0)):
-      which = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
-      raise Refused(
-        f"{self._source.about()} has no training example of class {which}: labels count from 0, "
-        f"and {len(counts)} classes are said to be there; correct the labels or the source's "
-        "`classes`" + f"; {kept_out}" * (kept_out is not None)
-      )
+      told = f"; {kept_out}" * (kept_out is not None)
+      raise Refused(self._source.empty(empty.tolist()) + told)
+
+
+def _plural(said: str) -> str:
+  """What is said of one example, of several."""
+  verb, _, rest = said.partition(" ")
+  return f"{ {'is': 'are', 'has': 'have'}.get(verb, verb) } {rest}"
 
 
 def _kept(found: Survey, bad: dict[int, str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import inspect
 import pathlib
 import shutil
 import tempfile
@@ -10,7 +11,9 @@ import urllib.request
 from bigtrain.config import Refused, config, nearest
 from bigtrain.console import Progress
 from bigtrain.data.datasets import FASHION_MNIST, fetched
+from bigtrain.data.sources import missing
 from bigtrain.flags import parse
+from bigtrain.hints import command as spelt
 
 TIMEOUT = 30  # Seconds without a byte, after which the next mirror is tried.
 CHUNK = 2**16  # Bytes.
@@ -42,10 +45,12 @@ def command(arguments: list[str]) -> None:
   """bigtrain data fetch NAME [--out FOLDER] [--source FOLDER]."""
   rest = list(arguments)
   name = rest.pop(0) if rest and not rest[0].startswith("-") else None
-  [settings] = parse([Fetch()], rest, f"bigtrain data fetch {name or 'NAME'}", Fetch.__doc__ or "")
+  about = f"{inspect.getdoc(Fetch)}\n\nNAME is one of: {', '.join(DATASETS)}."
+  [settings] = parse([Fetch()], rest, spelt(f"data fetch {name or 'NAME'}"), about)
   if name is None:
     raise Refused(
-      "bigtrain data fetch takes the name of a dataset first: bigtrain data fetch fashion_mnist"
+      "bigtrain data fetch takes the name of a dataset first: "
+      + spelt(f"data fetch {next(iter(DATASETS))}")
     )
   print(fetch(name, settings))
 
@@ -59,6 +64,8 @@ def fetch(name: str, settings: Fetch) -> pathlib.Path:
   if name not in DATASETS:
     raise Refused(f"there is no dataset {name!r} to fetch{nearest(name, DATASETS)}")
   files, mirrors = DATASETS[name]
+  if settings.source is not None and not pathlib.Path(settings.source).expanduser().is_dir():
+    raise Refused(f"--source: {missing(settings.source)}; give a folder with {', '.join(files)}")
   out = fetched(name) if settings.out is None else pathlib.Path(settings.out).expanduser()
   out.mkdir(parents=True, exist_ok=True)
   for file, digest in files.items():

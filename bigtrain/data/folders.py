@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,7 +10,9 @@ from bigtrain.config import Refused, config, nearest
 from bigtrain.data.arrays import check_sides
 from bigtrain.data.examples import OnError, Opened, OwnFiles, Split
 from bigtrain.data.sources import missing
+from bigtrain.hints import to_set
 
+SHOWN = 10  # Names in a message.
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # No names of classes.
 
 
@@ -34,7 +37,8 @@ class ImageFolder(OwnFiles):
     names = self._names(self.train)
     if len(names) != self.classes:
       raise Refused(
-        f"{self.train} has folders of {len(names)} classes, but `classes` is {self.classes}"
+        f"{self.train} has folders of {len(names)} classes, {_listed(names)}, but `classes` is "
+        f"{self.classes}; set {to_set('data.source.classes', len(names))}"
       )
     if not isinstance(self.validation, str):
       return Opened(FolderSplit(self.train, names), self.validation)
@@ -45,13 +49,34 @@ class ImageFolder(OwnFiles):
         )
     return Opened(FolderSplit(self.train, names), FolderSplit(self.validation, names))
 
+  def empty(self, labels: list[int]) -> str:
+    folders = [f"{self.train}/{self._names(self.train)[label]}" for label in labels]
+    given = self.classes - len(labels)
+    one = len(labels) == 1
+    return (
+      f"{_listed(folders)} {'has' if one else 'have'} no image (class "
+      f"{_listed(map(str, labels))}); add some, or remove the folder{'s' * (not one)} and "
+      f"set {to_set('data.source.classes', given)}"
+    )
+
   def _names(self, folder: str) -> list[str]:
     path = pathlib.Path(folder).expanduser()
     names = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    if not names:
+      files = any(p.is_file() for p in path.iterdir())
+      raise Refused(
+        f"{folder} holds {'images' if files else 'nothing'}, not a folder of images for each class"
+        + f"; give the folder above, {path.parent}" * files
+      )
     if set(names) & SPLITS and set(names) <= SPLITS:
       parts = " and ".join(f"{folder}/{name}" for name in names)
       raise Refused(f"{folder} holds {parts}, not classes; give these as train and validation")
     return names
+
+
+def _listed(names: Iterable[str]) -> str:
+  first = list(names)
+  return ", ".join(first[:SHOWN]) + ", ..." * (len(first) > SHOWN)
 
 
 class FolderSplit(Split):

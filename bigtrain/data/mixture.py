@@ -7,7 +7,7 @@ permutation. Nothing is counted along the way, so any example is reached at once
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from etils import epath
@@ -115,8 +115,8 @@ class Mixed(Data):
     """Places of each source in a block, (sources,)."""
     c = self._c
     weights = [
-      source.epochs * part.examples() if source.weight is None else source.weight
-      for source, part in zip(c.sources, self.parts, strict=True)
+      source.epochs * self._ask(k, "examples") if source.weight is None else source.weight
+      for k, source in enumerate(c.sources)
     ]
     counts = places(np.array(weights, np.float64) ** (1 / c.temperature), BLOCK)
     if not counts.all():
@@ -146,11 +146,11 @@ class Mixed(Data):
     return self._rows("batch", sources, numbers)
 
   def eval_examples(self) -> int:
-    return sum(part.eval_examples() for part in self.parts)
+    return sum(self._all("eval_examples"))
 
   def eval_batch(self, example: int, size: int, rows: slice | None = None) -> dict[str, np.ndarray]:
     wanted = (example + np.arange(size))[rows or slice(None)]
-    ends = np.cumsum([part.eval_examples() for part in self.parts])
+    ends = np.cumsum(self._all("eval_examples"))
     # Past the end is past the end of the last source, which pads.
     sources = np.minimum(np.searchsorted(ends, wanted, side="right"), len(ends) - 1)
     starts = np.concatenate([[0], ends[:-1]])
@@ -159,19 +159,17 @@ class Mixed(Data):
   def examples(self) -> int:
     """Until the source that is seen the least often has been through its examples once."""
     shares = self.counts / BLOCK
-    return int(
-      max(np.ceil(part.examples() / s) for part, s in zip(self.parts, shares, strict=True))
-    )
+    return int(np.ceil(np.array(self._all("examples")) / shares).max())
 
   def digest(self) -> str:
-    return " ".join(str(part.digest()) for part in self.parts)
+    return " ".join(map(str, self._all("digest")))
 
   def kept_out(self) -> str | None:
-    return "; ".join(filter(None, (part.kept_out() for part in self.parts))) or None
+    return "; ".join(filter(None, self._all("kept_out"))) or None
 
   def about(self) -> str:
-    shares = zip(self.names, self.counts / BLOCK, self.parts, strict=True)
-    return "; ".join(f"{share:.1%} {name}: {part.about()}" for name, share, part in shares)
+    shares = zip(self.names, self.counts / BLOCK, self._all("about"), strict=True)
+    return "; ".join(f"{share:.1%} {name}: {about}" for name, share, about in shares)
 
   @property
   def tokenizer(self) -> Tokenizer:
@@ -180,12 +178,22 @@ class Mixed(Data):
   def tokenizer_json(self) -> str | None:
     return self.parts[0].tokenizer_json()
 
+  def _ask(self, k: int, method: str, *args) -> Any:
+    """What a source's data says; what it refuses is said to be of that source."""
+    try:
+      return getattr(self.parts[k], method)(*args)
+    except Refused as error:
+      raise Refused(f"the source {self.names[k]!r}: {error}") from error
+
+  def _all(self, method: str) -> list[Any]:
+    return [self._ask(k, method) for k in range(len(self.parts))]
+
   def _rows(self, method: str, sources: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """Those rows, each source's by one call: their numbers follow each other."""
     batch: dict[str, np.ndarray] = {}
     for k in set(sources.tolist()):
       here = np.flatnonzero(sources == k)
-      for name, values in getattr(self.parts[k], method)(int(numbers[here[0]]), len(here)).items():
+      for name, values in self._ask(k, method, int(numbers[here[0]]), len(here)).items():
         batch.setdefault(name, np.empty((len(sources), *values.shape[1:]), values.dtype))
         batch[name][here] = values
     return batch | {SOURCE + n: (sources == k).astype(np.float32) for k, n in enumerate(self.names)}

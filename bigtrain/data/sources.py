@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from bigtrain.config import Refused, config, nearest
 from bigtrain.data.readers import Problem, kind_of, read
+from bigtrain.hints import command
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 NOVELS = (
@@ -151,7 +152,8 @@ class PreparedText:
     if not (folder / "manifest.json").is_file():
       why = "is not there" if not folder.is_dir() else "holds no finished preparation"
       raise Refused(
-        f"{self.path} {why}: bigtrain data prepare CONFIG.py --out {self.path} makes it"
+        f"{self.path} {why}: {command(f'data prepare CONFIG.py --out {self.path}', extra='data')} "
+        "makes it"
       )
     names = [s["file"] for s in json.loads((folder / "manifest.json").read_text())["shards"]]
     for name in names:

@@ -89,7 +89,7 @@ class Images(ExampleData):
   def __init__(self, c: ImageData, seed: int):
     ExampleData.__init__(self, c.source, {"inputs": (c.input_shape(), np.float32)}, seed)
     self._config, self._shape = c, c.input_shape()
-    self.version = f"images 1 {c.source.shape()}"
+    self.version = f"images 2 {c.source.shape()}"
     std = np.asarray(c.std, np.float32)
     self._scale_C, self._offset_C = 1 / (255 * std), np.asarray(c.mean, np.float32) / std
 
@@ -194,7 +194,7 @@ def problem_of(error: Exception) -> str:
     return f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
   if isinstance(error, Image.DecompressionBombError):
     return "has too many pixels to decode safely"
-  return "is a damaged image"
+  return "is damaged"
 
 
 def centre_crop(image: Image.Image, share: float, size: int) -> Image.Image:

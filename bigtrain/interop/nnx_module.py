@@ -9,14 +9,14 @@ axes. Its random streams are no state: each call makes them anew from the key of
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from bigtrain import sharding
-from bigtrain.config import config
+from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig, ObjectiveConfig
 from bigtrain.objectives.classification import Classification
 from bigtrain.objectives.output import Output
@@ -31,6 +31,13 @@ class NNXModule(ModelConfig):
   @abc.abstractmethod
   def module(self, rngs: nnx.Rngs) -> nnx.Module:
     """The module, fresh; it is called with the inputs of a batch alone."""
+
+  def check_objective(self, objective: ObjectiveConfig) -> None:
+    if not isinstance(objective, WithNNXModule):
+      raise Refused(
+        f"{type(self).__name__} is an NNXModule, which another objective trains by way of "
+        f"WithNNXModule: write objective=WithNNXModule(objective={type(objective).__name__}(...))"
+      )
 
   def make(self, key: jax.Array) -> "Apart":
     return Apart(lambda key: self.module(nnx.Rngs(key)), key)
@@ -81,6 +88,8 @@ class Live:
 @config
 class WithNNXModule(ObjectiveConfig):
   """Another objective, whose model is an NNXModule's."""
+
+  takes: ClassVar[str] = "a config of your own that is an NNXModule"
 
   objective: ObjectiveConfig = Classification()
 

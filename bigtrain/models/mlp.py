@@ -18,6 +18,7 @@ from flax import nnx
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
+from bigtrain.hints import to_set
 from bigtrain.models.activation import Activation, ActivationName
 from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
 from bigtrain.models.norm import NormConfig
@@ -58,7 +59,7 @@ class MLPConfig(ModelConfig):
     if (size := math.prod(shape)) != self.inputs:
       raise Refused(
         f"the model has {self.inputs} inputs but the data's examples have {size} numbers, "
-        f"{tuple(shape)}; set --model.inputs {size}"
+        f"{tuple(shape)}; set {to_set('model.inputs', size)}"
       )
 
   def width(self) -> Width | None:
@@ -88,7 +89,7 @@ class MLPConfig(ModelConfig):
     if self.residual and not any(m == n for m, n in itertools.pairwise(self.hidden)):
       raise Refused(
         f"model: residual adds a layer to one of the same width, but of hidden {self.hidden} no "
-        f"two neighbours are equally wide; make some so, or set --model.no-residual"
+        "two neighbours are equally wide; make some so, or leave residual off"
       )
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
+from bigtrain.hints import to_set
 from bigtrain.kernels.attention import Tokens, attend
 from bigtrain.models.activation import ActivationName
 from bigtrain.models.attention import AttentionConfig
@@ -86,7 +87,8 @@ class ViTConfig(TransformerConfig, ModelConfig):
     if (height, width, channels) != (self.image, self.image, self.channels):
       remedy = "give ImageData, whose examples are (height, width, channels)"
       if height == width > 0:
-        remedy = f"set --model.image {height} and --model.channels {channels}, or the data's"
+        image, colours = to_set("model.image", height), to_set("model.channels", channels)
+        remedy = f"set {image} and {colours}, or the data's"
       raise Refused(
         f"the model takes images of {self.image}x{self.image} pixels and {self.channels} channels, "
         f"not {tuple(shape)}; {remedy}"

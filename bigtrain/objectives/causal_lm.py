@@ -4,7 +4,7 @@ Dims: B batch, T position, D model, V vocabulary.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -24,6 +24,8 @@ class CausalLM(ObjectiveConfig):
   on, `bits_per_byte` and `nats_per_byte` where the batch has `bytes`; of an evaluation also
   `perplexity`.
   """
+
+  takes: ClassVar[str] = "a decoder, such as presets.gpt2(...), and TextData"
 
   # Tokens whose logits a device holds at once, in float32; None: all, in the compute dtype. A chunk
   # of N tokens moves the table and its gradient once, 10 bytes for each 6 N operations: from 1,024

@@ -6,7 +6,7 @@ any row is as good a partner, and a device needs one row of its neighbour and no
 Dims: B batch, C classes, R image row, S image column.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
+from bigtrain.hints import to_set
 from bigtrain.objectives.output import Output
 
 TOP = 5  # Guesses of the second metric.
@@ -31,6 +32,11 @@ class Classification(ObjectiveConfig):
   where there are more than 5 classes. Of a mixture of two rows each is the mean over both labels,
   by their shares. Mixing is of training alone, and within a microbatch.
   """
+
+  takes: ClassVar[str] = (
+    "a model with classes (MLPConfig, presets.vit(...), TextClassifierConfig) and data with labels "
+    "(FeatureData, ImageData, LabelledText)"
+  )
 
   label_smoothing: float = 0.0  # Share spread over all classes (Szegedy 2015, arXiv:1512.00567).
   # Share of each row ~ Beta(a, a), the rest is its partner's; 0 for none, 0.2 on ImageNet in Zhang
@@ -104,7 +110,7 @@ def _outside_box(images_BRSC: jax.Array, area_B: jax.Array, key) -> jax.Array:
   if images_BRSC.ndim != 4:
     raise Refused(
       f"cutmix is for images, (B, height, width, channels), not inputs of shape "
-      f"{images_BRSC.shape}; set --objective.cutmix 0"
+      f"{images_BRSC.shape}; set {to_set('objective.cutmix', 0)}"
     )
   B, R, S, _ = images_BRSC.shape
 

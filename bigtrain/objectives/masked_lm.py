@@ -4,7 +4,7 @@ Dims: B batch, T position, D model, V vocabulary, C classes.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class MaskedLM(ObjectiveConfig):
   same, as in BERT, in whatever parts a batch is. Metrics: `loss` and `accuracy` of the masked
   tokens, `next_sentence_loss` and `next_sentence_accuracy` of the pairs.
   """
+
+  takes: ClassVar[str] = "a MaskedLMConfig and MaskedText"
 
   loss_chunk: int | None = 1024  # As in CausalLM.
 

@@ -3,7 +3,7 @@
 Dims: B batch, S source position, T target position, D model.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -19,6 +19,8 @@ class SpanCorruption(CausalLM):
   The model is an EncoderDecoder, the data Spans. Loss, metrics and settings are those of CausalLM,
   over `batch["targets"]` by `batch["weights"]`: the next token it is, of the decoder's row.
   """
+
+  takes: ClassVar[str] = "an encoder-decoder, such as presets.t5(...), and Spans"
 
   def hidden(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
     source = Tokens(batch["positions"], batch["segments"])

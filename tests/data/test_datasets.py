@@ -122,6 +122,22 @@ def test_a_copy_in_a_folder_serves_and_one_with_another_digest_does_not(
   assert len(list((tmp_path / "out").iterdir())) == 3  # Nothing half done is left.
 
 
+def test_a_folder_that_is_not_there_is_told_with_the_files_that_are_wanted(
+  published, tmp_path, capsys
+):
+  copy = ["data", "fetch", "fashion_mnist", "--source", str(tmp_path / "publisher")]
+  assert cli.main(copy) == Exit.REFUSED
+  said = capsys.readouterr().err
+  assert "publisher is not there" in said and "did you mean 'published'?" in said
+  assert all(name in said for name in datasets.FASHION_MNIST) and not (tmp_path / "cache").exists()
+
+
+def test_help_names_the_datasets(capsys):
+  with pytest.raises(SystemExit):
+    cli.main(["data", "fetch", "--help"])
+  assert "fashion_mnist" in capsys.readouterr().out
+
+
 def test_where_no_mirror_answers_each_is_named_with_its_reason(published, tmp_path, capsys):
   for path in published.iterdir():
     path.unlink()

@@ -136,9 +136,9 @@ def test_a_training_example_that_is_also_held_out_is_kept_out_and_reported(saved
   source.validation = source.train.replace("train.npz", "other.npz")
   data = FeatureData(source=source, standardize=False).make(0)
   assert (data.examples(), data.eval_examples()) == (26, 4)
-  assert "4 x is also held out" in str(data.kept_out()) and "train.npz[0]" in str(data.kept_out())
+  assert "4 are also held out" in str(data.kept_out()) and "train.npz[0]" in str(data.kept_out())
   source.on_error = "refuse"
-  with pytest.raises(Refused, match=r"4 x is also held out.*on_error"):
+  with pytest.raises(Refused, match=r"4 are also held out.*on_error"):
     FeatureData(source=source).make(0).examples()
 
 
@@ -149,8 +149,8 @@ def test_numbers_that_are_none_and_labels_out_of_range_are_kept_out_and_counted(
   data = FeatureData(source=saved(inputs, labels, classes=3, validation=0)).make(0)
   assert data.examples() == 26 and np.isfinite(data.batch(0, 26)["inputs"]).all()
   found = str(data.kept_out())
-  assert "2 x has a feature that is NaN or infinite" in found
-  assert "2 x has a label outside 0 to 2" in found and "train.npz[3]" in found
+  assert "2 have a feature that is NaN or infinite" in found
+  assert "2 have a label outside 0 to 2" in found and "train.npz[3]" in found
   assert set(data.batch(0, 26)["labels"]) == {0, 1, 2}
 
 
@@ -166,7 +166,7 @@ def test_a_class_without_examples_is_refused(saved):
 def test_training_examples_that_are_all_held_out_too_are_refused_as_such(saved):
   inputs, labels = numbers(30)
   held_out = saved(inputs, labels, "held_out").train
-  with pytest.raises(Refused, match=r"has no example to train on; kept out.*30 x is also held out"):
+  with pytest.raises(Refused, match=r"has no example to train on; kept out.*30 are also held out"):
     FeatureData(source=saved(inputs, labels, validation=held_out)).make(0).examples()
 
 

@@ -61,8 +61,8 @@ def test_damaged_files_are_counted_kept_out_and_named(root):
   made = data(root)
   assert (made.examples(), made.eval_examples()) == (16, 5)
   found = str(made.kept_out())
-  assert "2 x is a damaged image" in found
-  assert "2 x is no JPEG, PNG, WEBP or BMP image" in found
+  assert "2 are damaged" in found
+  assert "2 are no JPEG, PNG, WEBP or BMP image" in found
   assert f"{root}/train/blue/notes.txt" in found
   with pytest.raises(Refused, match=r"bad examples: .*damaged.*on_error"):
     data(root, on_error="refuse").examples()
@@ -70,7 +70,7 @@ def test_damaged_files_are_counted_kept_out_and_named(root):
 
 def test_images_of_another_size_are_counted_where_all_must_have_one(root):
   made = data(root, size=(20, 30), validation=0.0)
-  assert made.examples() == 3 and "3 x has 21 x 30 pixels, not 20 x 30" in str(made.kept_out())
+  assert made.examples() == 3 and "3 have 21 x 30 pixels, not 20 x 30" in str(made.kept_out())
 
 
 def test_modes_that_are_no_picture_are_counted(root):
@@ -78,7 +78,7 @@ def test_modes_that_are_no_picture_are_counted(root):
   file = io.BytesIO()
   floats.save(file, "tiff")
   (root / "train/red/x.tif").write_bytes(file.getvalue())
-  assert "1 x is no JPEG, PNG, WEBP or BMP image" in str(data(root).kept_out())
+  assert "1 is no JPEG, PNG, WEBP or BMP image" in str(data(root).kept_out())
 
 
 def test_a_held_out_file_that_is_also_trained_on_is_kept_out_of_training(root):
@@ -107,7 +107,14 @@ def test_files_are_decoded_once_for_ever_and_again_when_one_changes(root, monkey
 @pytest.mark.parametrize(
   ("fields", "said"),
   [
-    ({"classes": 4}, "has folders of 3 classes, but `classes` is 4"),
+    (
+      {"classes": 4},
+      "has folders of 3 classes, blue, green, red, but `classes` is 4; set experime",
+    ),
+    (
+      {"train": "{}/train/red", "classes": 2},
+      "red holds images, not .*; give the folder above, .*n",
+    ),
     ({"train": "{}/trian"}, "trian is not there.*did you mean 'train'"),
     ({"validation": "{}/train"}, "must not be trained on"),
     ({"validation": "{}/train/red"}, "must not be trained on"),
@@ -132,5 +139,7 @@ def test_a_held_out_class_that_is_not_trained_on_and_an_empty_one_are_refused(ro
   (root / "val/read").rmdir()
   for path in (root / "train/green").iterdir():
     path.unlink()
-  with pytest.raises(Refused, match="no training example of class 1"):
+  with pytest.raises(
+    Refused, match=r"train/green has no image \(class 1\); add some, or rem.*classes = 2"
+  ):
     data(root).examples()

@@ -129,6 +129,16 @@ def test_sources_of_other_row_lengths_are_refused():
     validate(packed.experiment(data=c))
 
 
+def test_what_a_source_refuses_names_the_source(tmp_path, monkeypatch):
+  monkeypatch.setenv("BIGTRAIN_CACHE", str(tmp_path / "cache"))
+  (tmp_path / "a.txt").write_text("a single document")
+  web = TextData(source=Files(pattern=str(tmp_path / "a.txt"), validation=1e-9), seq=32)
+  sources = (Source(name="books", data=TextData(seq=32)), Source(name="web", data=web))
+  for ask in ("digest", "examples", "about", "eval_examples"):
+    with pytest.raises(Refused, match=r"^the source 'web': validation=1e-09 holds out none of"):
+      getattr(Mixture(sources=sources).make(0), ask)()
+
+
 def test_sources_whose_tokenizers_learn_from_other_texts_are_refused(tmp_path):
   def texts(tokenizer):
     here = [tmp_path / f"{name}.txt" for name in "ab"]

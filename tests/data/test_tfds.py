@@ -66,7 +66,7 @@ def test_a_prepared_dataset_is_read_by_name_at_random_without_tensorflow(prepare
     np.testing.assert_allclose(batch["inputs"][:, 4, 4, 1], wanted, atol=1e-6)
   # Builders store examples in an order of their own.
   assert re.fullmatch(
-    r"kept out of the data: 1 x is a damaged image; first stripes train\[\d+\] is a damaged image",
+    r"kept out of the data: 1 is damaged; first stripes train\[\d+\] is damaged",
     str(data.kept_out()),
   )
   assert "tensorflow" not in sys.modules

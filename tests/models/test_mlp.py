@@ -63,7 +63,7 @@ def test_dropout_is_of_training_and_of_every_hidden_layer():
 
 def test_rows_of_another_length_are_refused_with_the_one_to_set():
   network = filled(worked_example().make)
-  said = r"examples have 784 numbers, \(28, 28, 1\); set --model.inputs 784"
+  said = r"examples have 784 numbers, \(28, 28, 1\); set experiment\.model\.inputs = 784"
   with pytest.raises(Refused, match=said):
     network(normal(2, 28, 28, 1))
 

@@ -201,7 +201,7 @@ class Ray:
 
 
 class Watch:
-  """Tells how many tasks are done, about twice a second, from a thread of its own."""
+  """Tells how many tasks are done, twice a second and in the end, from a thread of its own."""
 
   def __init__(self, stages: Sequence[Stage], out: pathlib.Path, tell: Callable[[str, int], None]):
     self._stages, self._out, self._tell = stages, out, tell
@@ -217,7 +217,9 @@ class Watch:
     self._thread.join()
 
   def _run(self) -> None:
-    while not self._over.wait(0.5):
+    over = False
+    while not over:
+      over = self._over.wait(0.5)
       counts = [done(self._out, stage) for stage in self._stages]
       now = next((s.name for s, n in zip(self._stages, counts, strict=True) if n < s.tasks), "")
       self._tell(now, sum(counts))

@@ -7,6 +7,7 @@ of all, manifest.json. work/ is what the stages hand on, and may be deleted when
 import errno
 import os
 import pathlib
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -156,13 +157,32 @@ def _run(recipe: Prepare, out: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _work(recipe: Prepare, todo: list[Stage], out: pathlib.Path, total: int, before: int) -> None:
-  """Runs the engine, with a bar for those who look on."""
+  """Runs the engine, with a bar for those who look on, else with a line for each stage."""
   from rich.console import Console
   from rich.progress import Progress
 
   console = Console(stderr=True)
-  with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+  if not console.is_terminal:
+    n = len(recipe.files())
+    say(f"preparing {n} file{'s' * (n != 1)} in {out}, by {total} tasks")
+    with Watch(todo, out, _lines(total)):
+      recipe.engine.run(todo, out)
+    return
+  with Progress(console=console, transient=True) as bar:
     shown = bar.add_task("preparing", total=total, completed=before)
     tell = lambda name, n: bar.update(shown, description=name.ljust(10), completed=n)
     with Watch(todo, out, tell):
       recipe.engine.run(todo, out)
+
+
+def _lines(total: int) -> Callable[[str, int], None]:
+  """Says when another stage has begun."""
+  before = ""
+
+  def tell(stage: str, completed: int) -> None:
+    nonlocal before
+    if stage not in (before, ""):
+      say(f"{stage}: {completed} of {total} tasks are done")
+    before = stage
+
+  return tell

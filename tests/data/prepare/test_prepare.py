@@ -11,7 +11,7 @@ pytest.importorskip("datatrove")
 
 from bigtrain.config import Refused
 from bigtrain.data.prepare.engine import Local
-from bigtrain.data.prepare.run import prepare
+from bigtrain.data.prepare.run import _lines, prepare
 from bigtrain.data.sources import PreparedText
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import BPE, TokenizerFile
@@ -117,11 +117,22 @@ def test_another_number_of_tasks_or_workers_keeps_and_splits_the_same(planted, t
   assert kept(tmp_path / "out") == kept(out)
 
 
-def test_nothing_kept_is_still_a_report(tmp_path):
+def test_nothing_kept_is_still_a_report(tmp_path, capsys):
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "empty.txt").touch()
   manifest = prepare(recipe(tmp_path / "in"), tmp_path / "out")
   assert manifest is not None and manifest["splits"]["train"]["documents"] == 0
+  assert "preparing 1 file in " in capsys.readouterr().err
+
+
+def test_each_stage_is_told_once_where_there_is_no_bar(capsys):
+  tell = _lines(9)
+  for stage, n in (("clean", 0), ("clean", 2), ("exact", 4), ("exact", 5), ("", 9)):
+    tell(stage, n)
+  assert capsys.readouterr().err.splitlines() == [
+    "bigtrain: clean: 0 of 9 tasks are done",
+    "bigtrain: exact: 4 of 9 tasks are done",
+  ]
 
 
 @pytest.mark.slow

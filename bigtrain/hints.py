@@ -1,0 +1,40 @@
+"""Remedies as their reader would write them: flags to who runs a command, Python to who calls a
+function."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+_commanded = False
+
+
+@contextlib.contextmanager
+def of_command() -> Iterator[None]:
+  """In here a command runs, so remedies are flags."""
+  global _commanded
+  before, _commanded = _commanded, True
+  try:
+    yield
+  finally:
+    _commanded = before
+
+
+def either(flag: str, python: str) -> str:
+  return f"--{flag}" if _commanded else python
+
+
+def to_set(field: str, value: object) -> str:
+  """`--steps 100`, or `experiment.steps = 100`."""
+  return either(f"{field} {value}", f"experiment.{field} = {value}")
+
+
+def command(arguments: str, extra: str = "") -> str:
+  """`bigtrain ARGUMENTS` as it has to be typed: after `uv run`, bigtrain is not on the PATH.
+
+  Args:
+    arguments: what follows the program's name.
+    extra: of the package, which uv would take away again.
+  """
+  if "UV" not in os.environ:  # uv sets it for what it runs.
+    return f"bigtrain {arguments}"
+  return f"uv run {f'--extra {extra} ' * bool(extra)}bigtrain {arguments}"
