@@ -169,8 +169,12 @@ def _class_name(cls: type) -> str:
   return f"{FILE if of_file else cls.__module__}:{cls.__qualname__}"
 
 
+# Where classes of recorded configs went: every version restores what an earlier one saved.
+MOVED = {"bigtrain.sharding:Mesh": "bigtrain.mesh:Mesh"}
+
+
 def _find_class(name: str, file: types.ModuleType | None, at: str) -> type:
-  module_name, _, qualname = name.partition(":")
+  module_name, _, qualname = MOVED.get(name, name).partition(":")
   try:
     if module_name == FILE:
       found: Any = file

@@ -1,11 +1,14 @@
 """The mesh: how many devices each axis spans, and which devices these are."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from bigtrain import hints
 from bigtrain.config import Refused, config
 
 # From the slowest network to the fastest: neighbours along a later axis are nearer to each other.
@@ -41,7 +44,9 @@ class Mesh:
     if free:
       sizes[free[0]] = devices // fixed
     if math.prod(sizes.values()) != devices:
-      others = "the other axes" if free else "--mesh.fsdp -1 and the other axes"
+      others = "the other axes"
+      if not free:
+        others = f"{hints.either('mesh.fsdp -1', 'mesh.fsdp = -1')} and the other axes"
       cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
       raise Refused(
         f"mesh wants {'a multiple of ' if free else ''}{fixed} devices ({said}) but {devices} "
@@ -53,7 +58,7 @@ class Mesh:
       sizes["tensor"], sizes["sequence"] = 1, sizes["tensor"]
     return sizes
 
-  def make(self, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+  def make(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh over these devices (all that are attached), every axis explicit.
 
     Raises:
@@ -63,7 +68,7 @@ class Mesh:
     sizes = self.shape(len(devices))
     there = len({getattr(device, "slice_index", None) for device in devices})
     if there > 1 and sizes["slices"] != there:
-      raise Refused(f"these devices are {there} slices; set --mesh.slices {there}")
+      raise Refused(f"these devices are {there} slices; {hints.to_set('mesh.slices', there)}")
     if there == 1:  # Also where a network that is not slow stands for the one between slices.
       return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
     within, across = dict(sizes, slices=1), dict.fromkeys(sizes, 1) | {"slices": there}

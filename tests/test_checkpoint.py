@@ -81,7 +81,7 @@ def test_a_run_whose_mesh_does_not_fit_loads_on_what_is_there(trained, tmp_path)
   config["mesh"] |= {"data": 4, "fsdp": 2, "tensor": 2}
   (tmp_path / "run/config.json").write_text(json.dumps(config))
   run = load_run(tmp_path / "run")
-  assert dict(run.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  assert {axis: n for axis, n in run.mesh.shape.items() if n > 1} == {"fsdp": 8}
   tokens = np.arange(16).reshape(8, 2)
   np.testing.assert_allclose(run.model(tokens), trained.model(tokens), atol=1e-5)
 

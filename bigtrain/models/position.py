@@ -118,5 +118,5 @@ def sinusoid(c: Sinusoidal, positions_BT: jax.Array, dim: int) -> jax.Array:
 
 def lookup(table_VD: nnx.Param, ids_BT: jax.Array, dtype) -> jax.Array:
   """Rows of a stored table, (B, T, D) in `dtype`."""
-  table_VD = sharding.use(table_VD, "VD", dtype, over=sharding.split_over(ids_BT))
-  return table_VD.at[ids_BT].get(out_sharding=sharding.act("BTD"))
+  whole_VD = sharding.use(table_VD, "VD", dtype, over=sharding.split_over(ids_BT))
+  return whole_VD.at[ids_BT].get(out_sharding=sharding.act("BTD"))
