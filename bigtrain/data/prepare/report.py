@@ -155,6 +155,7 @@ def _near(recipe: Prepare, folder: pathlib.Path) -> dict[str, Any] | None:
   return {
     "pairs": sum(f["pairs"] for f in found),
     "below_threshold": sum(f["below_threshold"] for f in found),
+    "left_out": sum(f["left_out"] for f in found),
     "threshold": recipe.near.threshold,
     "bands": recipe.near.bands,
     "rows": recipe.near.rows,
