@@ -51,6 +51,14 @@ class ModelConfig(abc.ABC):
     """How many classes the model tells apart, checked against the data's; None without classes."""
     return None
 
+  def classes_of(self, shape: tuple[int, ...]) -> int | None:
+    """The same of a model whose outputs alone say it, for `inputs` of that shape.
+
+    Raises:
+      Refused: the model does not take such inputs.
+    """
+    return self.n_classes()
+
   def check_inputs(self, shape: tuple[int, ...]) -> None:
     """Refuses `inputs` of that shape, (height, width, channels) of an image, if it takes others."""
 

@@ -187,11 +187,15 @@ def _check_rows(e: Experiment) -> None:
 
 
 def _check_classes(e: Experiment) -> None:
-  known, needed = e.model.n_classes(), e.data.n_classes()
+  needed, shape = e.data.n_classes(), e.data.input_shape()
+  known = e.model.n_classes() if needed is None or shape is None else e.model.classes_of(shape)
   if known is not None and needed is not None and known != needed:
     raise Refused(
       f"model.classes is {known} but the data has {needed} classes; set --model.classes {needed}, "
       f"or correct the data's source"
+      if hasattr(e.model, "classes")
+      else f"the model gives {known} scores but the data has {needed} classes; make its last layer "
+      f"{needed} wide, or correct the data's source"
     )
 
 

@@ -16,11 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigtrain import sharding
-from bigtrain.config import config
+from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig, ObjectiveConfig
 from bigtrain.objectives.classification import Classification
 from bigtrain.objectives.output import Output
 from bigtrain.state import partition
+
+# Folding in a small number gives a key that an objective may have split off.
+STREAMS, AGAIN = 2**32 - 1, 2**32 - 2
 
 
 class NNXModule(ModelConfig):
@@ -31,6 +34,20 @@ class NNXModule(ModelConfig):
   @abc.abstractmethod
   def module(self, rngs: nnx.Rngs) -> nnx.Module:
     """The module, fresh; it is called with the inputs of a batch alone."""
+
+  def classes_of(self, shape: tuple[int, ...]) -> int:
+    """The last dim of what it gives, found without computing anything."""
+
+    def call():
+      module = self.module(nnx.Rngs(0))
+      module.eval()
+      return module(jnp.zeros((1, *shape)))
+
+    try:
+      return jax.eval_shape(call).shape[-1]
+    except (TypeError, ValueError) as error:
+      said = str(error).strip().split("\n")[0]
+      raise Refused(f"the module cannot take inputs of shape (1, {shape}): {said}") from error
 
   def make(self, key: jax.Array) -> "Apart":
     return Apart(lambda key: self.module(nnx.Rngs(key)), key)
@@ -63,7 +80,7 @@ class Live:
     apart, train = self.apart, self.key is not None
     key = self.key if self.key is not None else jax.random.key(0)
     if self.key is not None:
-      self.key = jax.random.fold_in(self.key, 0)  # A second call draws other numbers.
+      self.key = jax.random.fold_in(self.key, AGAIN)  # A second call draws other numbers.
 
     def call(parameters, variables, key, *inputs):
       streams = _streams(apart.streams, key)
@@ -116,7 +133,7 @@ def _by_itself(make: Callable[[jax.Array], Any], key: jax.Array) -> Any:
 
 def _streams(streams: tuple, key: jax.Array) -> nnx.State:
   """Random streams as at their beginning, each with a key of its own."""
-  flat = []
+  flat, key = [], jax.random.fold_in(key, STREAMS)
   for i, (path, kind, tag) in enumerate(streams):
     count = kind is nnx.RngCount
     value = jnp.zeros((), jnp.uint32) if count else jax.random.fold_in(key, i)

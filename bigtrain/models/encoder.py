@@ -172,7 +172,7 @@ class MaskedLanguageModel(nnx.Module):
     return sharding.use(table_VD, "VD", dtype, over), self.output_bias_V[...]
 
   def next_sentence(self, x_BTD) -> jax.Array:
-    """Logits (B, 2) float32 that a row's second text is another one, or follows its first (1)."""
+    """Logits (B, 2) float32 that a row's second text follows its first (0), or does not (1)."""
     pooled_BM = readout(self.encoder.pooled(x_BTD), self.c.width())
     return project("BM,MC->BC", pooled_BM, self.next_MC, self.next_bias_C).astype(jnp.float32)
 
