@@ -47,6 +47,10 @@ class ModelConfig(abc.ABC):
     """How many positions the model has; None for any number."""
     return None
 
+  def n_token_types(self) -> int | None:
+    """How many types of tokens the model tells apart; None without types."""
+    return None
+
   def n_classes(self) -> int | None:
     """How many classes the model tells apart, checked against the data's; None without classes."""
     return None
@@ -182,6 +186,10 @@ class DataConfig(abc.ABC):
 
   def row_length(self) -> int | None:
     """Tokens of the longest row, touching no data; None without tokens."""
+    return None
+
+  def n_token_types(self) -> int | None:
+    """How many types its tokens are of, touching no data; None without types."""
     return None
 
   def n_classes(self) -> int | None:

@@ -13,6 +13,7 @@ import jax
 
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, configs
+from bigtrain.data.sources import check_apart
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import AXES, USUAL
 from bigtrain.optim.schedule import Schedule
@@ -58,6 +59,8 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     functools.partial(_check_microbatches, experiment),
     functools.partial(_check_vocabulary, experiment),
     functools.partial(_check_rows, experiment),
+    functools.partial(_check_token_types, experiment),
+    functools.partial(check_apart, experiment.data),
     functools.partial(_check_classes, experiment),
     functools.partial(_check_inputs, experiment),
     functools.partial(_check_width, experiment),
@@ -183,6 +186,15 @@ def _check_rows(e: Experiment) -> None:
     raise Refused(
       f"the data's rows have {length} tokens but the model {longest} positions; "
       f"give the model {length}, or the data rows of {longest}"
+    )
+
+
+def _check_token_types(e: Experiment) -> None:
+  known, needed = e.model.n_token_types(), e.data.n_token_types()
+  if known is not None and needed is not None and known < needed:
+    raise Refused(
+      f"the data tells {needed} texts of a row apart but the model {known}; set the encoder's "
+      f"token_types to {needed}"
     )
 
 

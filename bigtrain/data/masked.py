@@ -52,6 +52,9 @@ class MaskedText(TextData):
   def make(self, seed: int) -> "Masked":
     return Masked(self, seed)
 
+  def n_token_types(self) -> int:
+    return 1 + self.next_sentence
+
   def check(self) -> None:
     if self.seq < 8:
       raise Refused(f"data.seq is {self.seq}: a row of masked text has at least 8 tokens")

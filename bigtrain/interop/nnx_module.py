@@ -47,7 +47,7 @@ class NNXModule(ModelConfig):
       return jax.eval_shape(call).shape[-1]
     except (TypeError, ValueError) as error:
       said = str(error).strip().split("\n")[0]
-      raise Refused(f"the module cannot take inputs of shape (1, {shape}): {said}") from error
+      raise Refused(f"the module cannot take inputs of shape {(1, *shape)}: {said}") from error
 
   def make(self, key: jax.Array) -> "Apart":
     return Apart(lambda key: self.module(nnx.Rngs(key)), key)

@@ -128,6 +128,9 @@ class MaskedLMConfig(ModelConfig):
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
 
+  def n_token_types(self) -> int:
+    return self.encoder.token_types
+
   def check(self) -> None:
     if self.next_sentence and self.encoder.token_types < 2:
       raise Refused("model: next_sentence tells two texts apart; set encoder.token_types to 2")
@@ -203,6 +206,9 @@ class TextClassifierConfig(ModelConfig):
 
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
+
+  def n_token_types(self) -> int:
+    return self.encoder.token_types
 
   def n_classes(self) -> int:
     return self.classes

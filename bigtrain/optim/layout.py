@@ -19,6 +19,9 @@ import optax
 from jax import P
 
 VECTOR = re.compile("bias|scale")
+# Of look-up tables, by name or by a letter of what does not grow with a model: vocabulary, position,
+# token type, query, pixels, inputs, classes, relative bucket. So the output is among them.
+TABLES = r"embed|position|table|_[A-Z]*[VTYQPICR]"
 LETTERS = re.compile(r"_([A-Z][A-Za-z]*)\W*(\.value)?\W*$")
 
 
