@@ -1,8 +1,9 @@
 """Survey: one look at every example before training, kept where looking is slow.
 
 It finds the labels, a hash of each example's bytes (equal bytes are never both trained on and held
-out; of float64 those of float32, as models see it), and what is wrong with an example. Of encoded images it decodes every one, once for ever: the
-result lies in the cache under a name made from what was looked at.
+out; float64 counts as float32, which models see), and what is wrong with an example. Of encoded
+images it decodes every one, once for ever: the result lies in the cache under a name made from what
+was looked at.
 """
 
 import concurrent.futures

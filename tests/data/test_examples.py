@@ -267,7 +267,9 @@ def test_finite_numbers_that_float32_does_not_hold_are_kept_out_and_large_means_
   inputs, labels = numbers(300)
   inputs[:, 3] = 0.1  # Never changes; its mean is rounded.
   inputs[7, 1] = 1e39
-  data = FeatureData(source=saved(inputs + [0, 0, 1e9, 0], labels, validation=0.2)).make(0)
+  data = FeatureData(source=saved(inputs + np.array([0, 0, 1e9, 0]), labels, validation=0.2)).make(
+    0
+  )
   assert "1 x has a feature too large for float32" in str(data.kept_out())
   batch = data.batch(0, data.examples())["inputs"]
   np.testing.assert_allclose(batch.mean(0), 0, atol=1e-5)
@@ -276,6 +278,6 @@ def test_finite_numbers_that_float32_does_not_hold_are_kept_out_and_large_means_
 
 def test_examples_of_which_none_is_held_out_are_refused_unless_that_is_wanted(saved):
   inputs, labels = numbers(6)
-  with pytest.raises(Refused, match="holds out none of its examples, 6 of which.*or to 0"):
+  with pytest.raises(Refused, match=r"holds out none of its examples, 6 of which.*or to 0"):
     FeatureData(source=saved(inputs, labels, validation=1e-9)).make(0).examples()
   assert FeatureData(source=saved(inputs, labels, validation=0)).make(0).eval_examples() == 0

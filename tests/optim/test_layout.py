@@ -67,8 +67,10 @@ def test_hidden_matrices_are_not_spared(letters):
 
 @pytest.mark.parametrize(
   "name",
-  ["embed_VD", "output_table_VD", "position_TD", "type_YD", "head_DC", "patch_PD", "class_QD"]
-  + ["classes_MC", "next_MC", "query_QD", "embedding"],
+  (
+    *("embed_VD", "output_table_VD", "position_TD", "type_YD", "head_DC", "patch_PD"),
+    *("class_QD", "classes_MC", "next_MC", "query_QD", "embedding"),
+  ),
 )
 def test_look_up_tables_and_what_meets_inputs_and_outputs_are_spared(name):
   assert not is_matrix((jax.tree_util.GetAttrKey(name),), jnp.zeros((4, 4)), TABLES)
