@@ -90,7 +90,7 @@ class Labelled(ExampleData):
     if isinstance(texts, str):
       return texts
     if len(texts) > (most := self._config.source.texts_each()):
-      return f"has {len(texts)} texts, where an example has {most}"
+      return f"has {len(texts)} texts, more than the source's texts_each says, {most}"
     return None if all(text.strip() for text in texts) else "has an empty text"
 
   def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:

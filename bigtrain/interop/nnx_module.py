@@ -35,8 +35,8 @@ class NNXModule(ModelConfig):
   def module(self, rngs: nnx.Rngs) -> nnx.Module:
     """The module, fresh; it is called with the inputs of a batch alone."""
 
-  def classes_of(self, shape: tuple[int, ...]) -> int:
-    """The last dim of what it gives, found without computing anything."""
+  def classes_of(self, shape: tuple[int, ...]) -> int | None:
+    """The last dim of what it gives, if that is one array; nothing is computed."""
 
     def call():
       module = self.module(nnx.Rngs(0))
@@ -44,10 +44,11 @@ class NNXModule(ModelConfig):
       return module(jnp.zeros((1, *shape)))
 
     try:
-      return jax.eval_shape(call).shape[-1]
+      found = jax.eval_shape(call)
     except (TypeError, ValueError) as error:
       said = str(error).strip().split("\n")[0]
       raise Refused(f"the module cannot take inputs of shape {(1, *shape)}: {said}") from error
+    return found.shape[-1] if isinstance(found, jax.ShapeDtypeStruct) and found.ndim else None
 
   def make(self, key: jax.Array) -> "Apart":
     return Apart(lambda key: self.module(nnx.Rngs(key)), key)

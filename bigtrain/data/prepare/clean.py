@@ -123,8 +123,8 @@ class Cleaning:
         count.changed += 1
         count.chars_changed += len(found) - len(text)
         self.changes.add_change(f"{i:03} {self.names[i]}", name, text, found)
-        if self._takes_lines[i]:
-          self.taken[self.names[i]] = _lost(text, found)
+        if self._takes_lines[i] and (lost := _lost(text, found)):
+          self.taken[self.names[i]] = lost
       text = found
     return text
 
