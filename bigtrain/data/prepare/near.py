@@ -101,7 +101,7 @@ def similar(one: np.ndarray, two: np.ndarray, threshold: float) -> bool:
     return False
   at = np.minimum(np.searchsorted(many, few), len(many) - 1)
   shared = np.count_nonzero(many[at] == few)
-  return shared >= threshold * (len(few) + len(many) - shared)
+  return bool(shared >= threshold * (len(few) + len(many) - shared))
 
 
 def joined(sets: list[np.ndarray], threshold: float, counts: dict[str, int]) -> Iterator[tuple]:
