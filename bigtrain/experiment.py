@@ -47,9 +47,21 @@ class ModelConfig(abc.ABC):
     """How many positions the model has; None for any number."""
     return None
 
+  def n_token_types(self) -> int | None:
+    """How many types of tokens the model tells apart; None without types."""
+    return None
+
   def n_classes(self) -> int | None:
     """How many classes the model tells apart, checked against the data's; None without classes."""
     return None
+
+  def classes_of(self, shape: tuple[int, ...]) -> int | None:
+    """The same of a model whose outputs alone say it, for `inputs` of that shape.
+
+    Raises:
+      Refused: the model does not take such inputs.
+    """
+    return self.n_classes()
 
   def check_inputs(self, shape: tuple[int, ...]) -> None:
     """Refuses `inputs` of that shape, (height, width, channels) of an image, if it takes others."""
@@ -177,6 +189,10 @@ class DataConfig(abc.ABC):
 
   def row_length(self) -> int | None:
     """Tokens of the longest row, touching no data; None without tokens."""
+    return None
+
+  def n_token_types(self) -> int | None:
+    """How many types its tokens are of, touching no data; None without types."""
     return None
 
   def n_classes(self) -> int | None:

@@ -112,7 +112,7 @@ class Program:
       found = taps.over_microbatches(found)
     weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone moves nothing.
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), total)
-    return gradient, dataclasses.replace(output, taps=found), variables
+    return gradient, dataclasses.replace(output, taps=taps.shares(found)), variables
 
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""

@@ -23,7 +23,8 @@ _path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("path", 
 def tap(name: str, statistic: Callable[..., jax.Array], *args) -> None:
   """Reports `statistic(*args)` of the layer at hand, where someone collects.
 
-  Microbatches average it, or, where the name ends in "max", take the largest.
+  Microbatches average it, or, where the name ends in "max", take the largest. Of a mask, bool
+  (units,), what is reported is the share of the units for which it holds in every microbatch.
   """
   if (found := _found.get()) is not None:
     found[f"{name}/{'.'.join(_path.get())}"] = statistic(*args)
@@ -76,8 +77,19 @@ def hand_on(inner: Found) -> None:
 
 def over_microbatches(found: Found) -> Found:
   """One value for each statistic, from those of all microbatches, stacked in front."""
-  reduce = lambda name: jnp.max if name.partition("/")[0].endswith("max") else jnp.mean
-  return {name: reduce(name)(value, axis=0) for name, value in found.items()}
+
+  def reduce(name: str, value: jax.Array):
+    if value.dtype == bool:
+      return jnp.all
+    return jnp.max if name.partition("/")[0].endswith("max") else jnp.mean
+
+  return {name: reduce(name, value)(value, axis=0) for name, value in found.items()}
+
+
+def shares(found: Found) -> Found:
+  """The same with a share of units in the place of each mask."""
+  share = lambda x: jnp.mean(x.astype(jnp.float32), axis=-1) if x.dtype == bool else x
+  return {name: share(value) for name, value in found.items()}
 
 
 def rms(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, configs
+from bigtrain.data.sources import check_apart
 from bigtrain.experiment import Experiment
 from bigtrain.hints import to_set
 from bigtrain.mesh import AXES, USUAL
@@ -58,6 +59,8 @@ def validate(experiment: Experiment, devices: int | None = None) -> None:
     functools.partial(_check_microbatches, experiment),
     functools.partial(_check_vocabulary, experiment),
     functools.partial(_check_rows, experiment),
+    functools.partial(_check_token_types, experiment),
+    functools.partial(check_apart, experiment.data),
     functools.partial(_check_classes, experiment),
     functools.partial(_check_inputs, experiment),
     functools.partial(experiment.model.check_objective, experiment.objective),
@@ -192,12 +195,25 @@ def _check_rows(e: Experiment) -> None:
     )
 
 
+def _check_token_types(e: Experiment) -> None:
+  known, needed = e.model.n_token_types(), e.data.n_token_types()
+  if known is not None and needed is not None and known < needed:
+    raise Refused(
+      f"the data tells {needed} texts of a row apart but the model {known}; set the encoder's "
+      f"token_types to {needed}"
+    )
+
+
 def _check_classes(e: Experiment) -> None:
-  known, needed = e.model.n_classes(), e.data.n_classes()
+  needed, shape = e.data.n_classes(), e.data.input_shape()
+  known = e.model.n_classes() if needed is None or shape is None else e.model.classes_of(shape)
   if known is not None and needed is not None and known != needed:
     raise Refused(
       f"model.classes is {known} but the data has {needed} classes; set "
       f"{to_set('model.classes', needed)}, or correct the data's source"
+      if hasattr(e.model, "classes")
+      else f"the model gives {known} scores but the data has {needed} classes; make its last layer "
+      f"{needed} wide, or correct the data's source"
     )
 
 

@@ -145,7 +145,7 @@ def entropy(batch) -> float:
 def test_statistics_are_the_same_on_a_mesh_and_of_microbatches(alone, fields):
   state, wanted = alone
   got = statistics(experiment(**fields), state, meshed="mesh" in fields)
-  loose = {"output", "entropy", "dead"} if "microbatches" in fields else set()
+  loose = {"output", "entropy"} if "microbatches" in fields else set()
   assert got.keys() == wanted.keys()
   for name, value in wanted.items():
     if name.partition("/")[0] not in loose:
@@ -160,6 +160,16 @@ def test_a_run_records_statistics_at_their_interval_and_trains_the_same(tmp_path
   assert a.layers["step"].tolist() == [2, 4] and not b.layers
   assert np.all(a.layers["gradient/transformer.04.attention"] > 0)
   np.testing.assert_allclose(a.metrics["loss"], b.metrics["loss"], rtol=1e-5)
+
+
+def test_a_unit_is_dead_only_if_it_is_so_in_every_microbatch():
+  masks = jnp.array([[True, True, False, True], [True, False, True, True]])
+  found = taps.over_microbatches({"dead/a": masks, "dead/stack": masks[:, None], "b": masks * 1.0})
+  assert {k: v.tolist() for k, v in taps.shares(found).items()} == {
+    "dead/a": 0.5,
+    "dead/stack": [0.5],
+    "b": [1.0, 0.5, 0.5, 1.0],
+  }
 
 
 def test_nothing_is_computed_where_nobody_collects():

@@ -76,6 +76,10 @@ class Source(abc.ABC):
   def shape(self) -> tuple[int, ...] | None:
     """Of every example; None for images of any size. Touches no data."""
 
+  def texts_each(self) -> int:
+    """How many texts an example of text has, 1 or 2. Touches no data."""
+    return 1
+
   def about(self) -> str:
     """Which data this is, for people."""
     return type(self).__name__
@@ -222,6 +226,12 @@ class ExampleData(Data):
       mine, theirs = kept[~chosen], kept[chosen]
     kept_out = self._report(report)
     self._check_classes(train.labels[mine], kept_out)
+    if not len(theirs) and (split is not opened.train or opened.held_out):
+      raise Refused(
+        f"{self._source.about()} holds out none of its examples, {len(mine):,} of which can be "
+        f"trained on: set validation to a larger share or to another split, or to 0 to evaluate "
+        f"nothing" + f"; {kept_out}" * (kept_out is not None)
+      )
     digest = hashlib.sha256()
     for found, at in ((train, mine), (held_out, theirs)):
       digest.update(found.hashes[at].tobytes() + b"|" + found.labels[at].tobytes() + b"|")

@@ -17,6 +17,7 @@ from bigtrain.data.examples import ExampleData, Raw, Source
 from bigtrain.experiment import DataConfig
 
 CHUNK = 4096  # Examples read at once for mean and variance.
+ROUNDING = 1e-12  # A standard deviation below this share of the mean is that of rounding.
 
 
 @config
@@ -53,7 +54,7 @@ class FeatureData(DataConfig):
 
 
 class Features(ExampleData):
-  version = "features 1"
+  version = "features 2"
 
   def __init__(self, c: FeatureData, seed: int):
     ExampleData.__init__(self, c.source, {"inputs": (c.input_shape(), np.float32)}, seed)
@@ -62,26 +63,28 @@ class Features(ExampleData):
   def problem(self, raw: Raw) -> str | None:
     if isinstance(raw, bytes):
       return "is an encoded image, not a vector of features"
-    return None if np.isfinite(raw).all() else "has a feature that is NaN or infinite"
+    if not np.isfinite(raw).all():
+      return "has a feature that is NaN or infinite"
+    with np.errstate(over="ignore"):
+      fits = np.isfinite(raw.astype(np.float32)).all()
+    return None if fits else "has a feature too large for float32"
 
   def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:
-    x_BC = self._flat(raws)
+    x_BC = np.asarray(raws).reshape(len(raws), -1)
     if self._config.standardize:
+      # In float64: float32 would lose what differs where the mean is large.
       mean_C, scale_C = self._moments
       x_BC = (x_BC - mean_C) * scale_C
-    return {"inputs": x_BC}
-
-  def _flat(self, raws: Sequence[Raw]) -> np.ndarray:
-    return np.asarray(raws, np.float32).reshape(len(raws), -1)
+    return {"inputs": x_BC.astype(np.float32)}
 
   @functools.cached_property
   def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and 1 / standard deviation of each feature; 1 for a feature that never changes."""
+    """Mean and 1 / standard deviation of each feature; 1 for one that never changes. float64."""
     split, at, _ = self._sides.train
     chunks = [at[i : i + CHUNK] for i in range(0, len(at), CHUNK)]
-    read = lambda chunk: self._flat(split.read(chunk)[0]).astype(np.float64)
+    read = lambda chunk: np.asarray(split.read(chunk)[0], np.float64).reshape(len(chunk), -1)
     mean_C = np.sum([read(chunk).sum(0) for chunk in chunks], 0) / len(at)
     squares = [np.square(read(chunk) - mean_C).sum(0) for chunk in chunks]
     variance_C = np.sum(squares, 0) / len(at)
-    scale_C = 1 / np.sqrt(np.where(variance_C > 0, variance_C, 1))
-    return mean_C.astype(np.float32), scale_C.astype(np.float32)
+    changes_C = variance_C > np.square(ROUNDING * mean_C)
+    return mean_C, 1 / np.sqrt(np.where(changes_C, variance_C, 1))

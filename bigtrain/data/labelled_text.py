@@ -53,6 +53,9 @@ class LabelledText(DataConfig):
   def row_length(self) -> int:
     return self.seq
 
+  def n_token_types(self) -> int:
+    return self.source.texts_each()
+
   def read_tokenizer(self, path: epath.Path) -> Tokenizer | None:
     return self.tokenizer.read(path)
 
@@ -75,7 +78,7 @@ class LabelledText(DataConfig):
 
 
 class Labelled(ExampleData):
-  version = "text 1"
+  version = "text 2"
 
   def __init__(self, c: LabelledText, seed: int):
     row = (c.seq,), np.int32
@@ -86,6 +89,8 @@ class Labelled(ExampleData):
     texts = _texts(raw)
     if isinstance(texts, str):
       return texts
+    if len(texts) > (most := self._config.source.texts_each()):
+      return f"has {len(texts)} texts, more than the source's texts_each says, {most}"
     return None if all(text.strip() for text in texts) else "has an empty text"
 
   def inputs(self, raws: Sequence[Raw], keys: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -52,6 +52,9 @@ class MaskedText(TextData):
   def make(self, seed: int) -> "Masked":
     return Masked(self, seed)
 
+  def n_token_types(self) -> int:
+    return 1 + self.next_sentence
+
   def check(self) -> None:
     if self.seq < 8:
       raise Refused(f"data.seq is {self.seq}: a row of masked text has at least 8 tokens")
@@ -78,7 +81,7 @@ class Masked(Text):
   """Prepared masked text. `weights` are 1 where a token is to be guessed, `targets` the originals.
 
   Batches have `token_types` (B, T) int32: 1 for the second text of a pair and what ends it; and
-  with pairs `next_sentence` (B,) int32: 1 where it follows.
+  with pairs `next_sentence` (B,) int32, as in BERT: 0 where it follows, 1 where it does not.
   """
 
   _config: MaskedText
@@ -151,7 +154,7 @@ class Masked(Text):
       batch["tokens"][i, :n], batch["segments"][i, :n] = line, 1
       batch["positions"][i, :n] = np.arange(n)
       batch["token_types"][i, cut + 2 : n] = 1
-      batch["next_sentence"][i] = follows
+      batch["next_sentence"][i] = not follows
     return batch
 
   def _piece(self, found: dict[str, np.ndarray], i: int, key: np.ndarray) -> np.ndarray:

@@ -63,6 +63,9 @@ class Mixture(DataConfig):
   def row_length(self) -> int | None:
     return self.sources[0].data.row_length()
 
+  def n_token_types(self) -> int | None:
+    return max((s.data.n_token_types() or 0 for s in self.sources), default=0) or None
+
   def n_classes(self) -> int | None:
     return self.sources[0].data.n_classes()
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from bigtrain.config import Refused, config, nearest
+from bigtrain.config import Refused, config, configs, nearest, shortened
 from bigtrain.data.readers import Problem, kind_of, read
 from bigtrain.hints import command
 
@@ -81,8 +81,8 @@ class Files:
   """
 
   pattern: str  # A folder (with all below it), a glob such as "data/**/*.jsonl.zst", or a file.
-  # Held out: a share of the documents, chosen by a hash of their text so that equal texts are never
-  # on both sides; or the pattern of other files.
+  # Held out: a share of the documents, chosen by a hash of their text; or the pattern of other
+  # files, whose texts are then kept out of training. Equal texts are never on both sides.
   validation: float | str = 0.01
   text_field: str = "text"  # Of .jsonl and .parquet.
   max_bytes: int = 2**27  # Of one document; a longer one is bad input.
@@ -116,21 +116,30 @@ class Files:
     return [Input(path, False) for path in files] + [Input(path, True) for path in held_out]
 
   def settings(self) -> str:
-    share = "files" if isinstance(self.validation, str) else float(self.validation)
+    share = "other files" if isinstance(self.validation, str) else float(self.validation)
     return f"files 1 {share} {self.text_field!r} {self.max_bytes} {self.on_error}"
 
   def documents(self, advance: Advance) -> Iterator[Document | Problem]:
-    for path, held_out in self.inputs():
+    apart: set[int] = set()  # Hashes of what files of their own hold out; those come first.
+    for path, held_out in sorted(self.inputs(), key=lambda i: i.held_out is not True):
       for found in read(path, self.text_field, self.max_bytes, advance):
         if not isinstance(found, Problem):
-          found = Document(found, self._held_out(found) if held_out is None else held_out)
-        elif self.on_error == "refuse":
+          found = self._document(path, held_out, found, apart)
+        if isinstance(found, Problem) and self.on_error == "refuse":
           raise Refused(f"{found}; source.on_error='skip' keeps it out and goes on")
         yield found
 
-  def _held_out(self, text: str) -> bool:
+  def _document(self, path, held_out: bool | None, text: str, apart: set[int]):
+    """The document, or why it is none."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < float(self.validation) * 2**64
+    number = int.from_bytes(digest, "little")
+    if held_out is None:
+      return Document(text, number < float(self.validation) * 2**64)
+    if held_out:
+      apart.add(number)
+    elif number in apart:
+      return Problem(path, None, "also held out", f"it begins {shortened(text[:60])}")
+    return Document(text, held_out)
 
 
 @config
@@ -173,6 +182,24 @@ class PreparedText:
       for record in read_shard(path):
         yield Document(record["text"], bool(held_out))
       advance(path.stat().st_size)
+
+
+def check_apart(data: object) -> None:
+  """Refuses sources of which one trains on a file that another one holds out, all or in part."""
+  sources = [
+    (p, s) for p, s in configs(data, "data") if isinstance(s, Austen | Files | PreparedText)
+  ]
+  sides: dict[pathlib.Path, tuple[str, object]] = {}
+  for at, source in sources if len(sources) > 1 else ():
+    share = source.validation if isinstance(source, Files) else None
+    for path, held_out in source.inputs():
+      side = share if held_out is None else held_out
+      other, before = sides.setdefault(path.resolve(), (at, side))
+      if before != side:
+        raise Refused(
+          f"{path} is trained on in one of {other} and {at} and held out in the other, all or in "
+          "part: hold out the same in both"
+        )
 
 
 def expand(

@@ -33,6 +33,9 @@ class Stages(DataConfig):
   def row_length(self) -> int | None:
     return max((data.row_length() or 0 for _, data in self.stages), default=None)
 
+  def n_token_types(self) -> int | None:
+    return max((data.n_token_types() or 0 for _, data in self.stages), default=0) or None
+
   def n_classes(self) -> int | None:
     return self.stages[0][1].n_classes()
 

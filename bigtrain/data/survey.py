@@ -1,8 +1,9 @@
 """Survey: one look at every example before training, kept where looking is slow.
 
 It finds the labels, a hash of each example's bytes (equal bytes are never both trained on and held
-out), and what is wrong with an example. Of encoded images it decodes every one, once for ever: the
-result lies in the cache under a name made from what was looked at.
+out; float64 counts as float32, which models see), and what is wrong with an example. Of encoded
+images it decodes every one, once for ever: the result lies in the cache under a name made from what
+was looked at.
 """
 
 import concurrent.futures
@@ -21,7 +22,7 @@ from bigtrain.data.cache import root
 if TYPE_CHECKING:
   from bigtrain.data.examples import Split
 
-FORMAT = 1  # Raised by whatever changes what is found.
+FORMAT = 2  # Raised by whatever changes what is found.
 CHUNK = 256  # Examples that a thread looks at in one go.
 
 Problem = str | None  # What is wrong with an example.
@@ -73,7 +74,7 @@ def _look(split: "Split", inspect: Callable[[Any], Problem]) -> Survey:
     for i, raw in zip(at.tolist(), raws, strict=True):
       if (said := inspect(raw)) is not None:
         problems[i] = said
-      stored = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).data
+      stored = raw if isinstance(raw, bytes) else _narrow(raw).data
       digest = hashlib.blake2b(stored, digest_size=8).digest()
       hashes[i] = int.from_bytes(digest, "little")
 
@@ -82,3 +83,8 @@ def _look(split: "Split", inspect: Callable[[Any], Problem]) -> Survey:
     for _ in pool.map(look, range(0, len(split), CHUNK)):
       pass
   return Survey(labels, hashes, dict(sorted(problems.items())))
+
+
+def _narrow(raw: np.ndarray) -> np.ndarray:
+  with np.errstate(over="ignore"):
+    return np.ascontiguousarray(raw, np.float32 if raw.dtype == np.float64 else None)

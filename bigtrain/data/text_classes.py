@@ -66,6 +66,9 @@ class LabelledFile(Source):
   def shape(self) -> None:
     return None
 
+  def texts_each(self) -> int:
+    return len(self.texts)
+
   def errors(self) -> OnError:
     return self.on_error
 

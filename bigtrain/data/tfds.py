@@ -73,8 +73,11 @@ class TFDSSplit(Split):
         f"tfds cannot open {c.name} {split}: {_first_line(error)}; prepare it by `tfds build "
         f"{c.name} --file_format=array_record`"
       ) from error
-    sizes = [(f.filename, f.skip, f.take) for f in info.splits[split].file_instructions]
-    self.key = repr((info.full_name, str(builder.data_path), sizes, len(self._examples)))
+    stored = []
+    for part in info.splits[split].file_instructions:
+      stat = (builder.data_path / part.filename).stat()
+      stored.append((part.filename, part.skip, part.take, stat.length, stat.mtime))
+    self.key = repr((info.full_name, str(builder.data_path), stored, c.input, c.label))
 
   def __len__(self) -> int:
     return len(self._examples)

@@ -22,6 +22,9 @@ from bigtrain.objectives.classification import Classification
 from bigtrain.objectives.output import Output
 from bigtrain.state import partition
 
+# Folding in a small number gives a key that an objective may have split off.
+STREAMS, AGAIN = 2**32 - 1, 2**32 - 2
+
 
 class NNXModule(ModelConfig):
   """The base of a config whose fields are the arguments of someone's module."""
@@ -38,6 +41,21 @@ class NNXModule(ModelConfig):
         f"{type(self).__name__} is an NNXModule, which another objective trains by way of "
         f"WithNNXModule: write objective=WithNNXModule(objective={type(objective).__name__}(...))"
       )
+
+  def classes_of(self, shape: tuple[int, ...]) -> int | None:
+    """The last dim of what it gives, if that is one array; nothing is computed."""
+
+    def call():
+      module = self.module(nnx.Rngs(0))
+      module.eval()
+      return module(jnp.zeros((1, *shape)))
+
+    try:
+      found = jax.eval_shape(call)
+    except (TypeError, ValueError) as error:
+      said = str(error).strip().split("\n")[0]
+      raise Refused(f"the module cannot take inputs of shape {(1, *shape)}: {said}") from error
+    return found.shape[-1] if isinstance(found, jax.ShapeDtypeStruct) and found.ndim else None
 
   def make(self, key: jax.Array) -> "Apart":
     return Apart(lambda key: self.module(nnx.Rngs(key)), key)
@@ -70,7 +88,7 @@ class Live:
     apart, train = self.apart, self.key is not None
     key = self.key if self.key is not None else jax.random.key(0)
     if self.key is not None:
-      self.key = jax.random.fold_in(self.key, 0)  # A second call draws other numbers.
+      self.key = jax.random.fold_in(self.key, AGAIN)  # A second call draws other numbers.
 
     def call(parameters, variables, key, *inputs):
       streams = _streams(apart.streams, key)
@@ -125,7 +143,7 @@ def _by_itself(make: Callable[[jax.Array], Any], key: jax.Array) -> Any:
 
 def _streams(streams: tuple, key: jax.Array) -> nnx.State:
   """Random streams as at their beginning, each with a key of its own."""
-  flat = []
+  flat, key = [], jax.random.fold_in(key, STREAMS)
   for i, (path, kind, tag) in enumerate(streams):
     count = kind is nnx.RngCount
     value = jnp.zeros((), jnp.uint32) if count else jax.random.fold_in(key, i)

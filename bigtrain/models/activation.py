@@ -66,9 +66,8 @@ class Activation(nnx.Module):
 
 
 def dead(y_BTF: jax.Array) -> jax.Array:
-  """The share of units that are zero for every input."""
-  silent_F = jnp.all(y_BTF == 0, axis=tuple(range(y_BTF.ndim - 1)))
-  return jnp.mean(silent_F.astype(jnp.float32))
+  """Which units are zero for every input, (F,) bool."""
+  return jnp.all(y_BTF == 0, axis=tuple(range(y_BTF.ndim - 1)))
 
 
 def saturated(y_BTF: jax.Array, low: float, high: float) -> jax.Array:

@@ -128,6 +128,9 @@ class MaskedLMConfig(ModelConfig):
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
 
+  def n_token_types(self) -> int:
+    return self.encoder.token_types
+
   def check(self) -> None:
     if self.next_sentence and self.encoder.token_types < 2:
       raise Refused("model: next_sentence tells two texts apart; set encoder.token_types to 2")
@@ -172,7 +175,7 @@ class MaskedLanguageModel(nnx.Module):
     return sharding.use(table_VD, "VD", dtype, over), self.output_bias_V[...]
 
   def next_sentence(self, x_BTD) -> jax.Array:
-    """Logits (B, 2) float32 that a row's second text is another one, or follows its first (1)."""
+    """Logits (B, 2) float32 that a row's second text follows its first (0), or does not (1)."""
     pooled_BM = readout(self.encoder.pooled(x_BTD), self.c.width())
     return project("BM,MC->BC", pooled_BM, self.next_MC, self.next_bias_C).astype(jnp.float32)
 
@@ -203,6 +206,9 @@ class TextClassifierConfig(ModelConfig):
 
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
+
+  def n_token_types(self) -> int:
+    return self.encoder.token_types
 
   def n_classes(self) -> int:
     return self.classes

@@ -82,6 +82,10 @@ class MLPConfig(ModelConfig):
     if not 0 <= self.dropout < 1:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
     if isinstance(self.init, Mup):
+      if not self.hidden:
+        raise Refused(
+          "model: Mup is about hidden layers, of which hidden has none; set init to FanIn"
+        )
       if self.init.head_dim is not None:
         raise Refused("model: a dense network has no heads; set its Mup's head_dim to None")
       for i, units in enumerate(self.hidden):

@@ -20,9 +20,9 @@ from bigtrain.kernels.attention import Tokens, attend
 from bigtrain.models.activation import ActivationName
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
-from bigtrain.models.initial import Initializer
+from bigtrain.models.initial import Initializer, Mup
 from bigtrain.models.norm import NormConfig
-from bigtrain.models.transformer import Transformer, TransformerConfig
+from bigtrain.models.transformer import BlockConfig, Transformer, TransformerConfig
 from bigtrain.precision import Dtype, compute_dtype, project
 from bigtrain.width import readout
 
@@ -128,6 +128,9 @@ class ViTConfig(TransformerConfig, ModelConfig):
       raise Refused(f"model: sincos positions need a dim divisible by 4, not {self.dim}")
     if isinstance(self.pool, AttentionPoolConfig):
       self.pool.attention().check_dim(self.dim)
+      if isinstance(self.init, Mup):
+        pool = BlockConfig(attention=self.pool.attention(), feed_forward=self.pool.feed_forward())
+        self._check_growth(self.init, pool)
     blocks = (*self.first, *self.pattern)
     if any(block.attention.causal for block in blocks):
       raise Refused(

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import jax
 
 from bigtrain.config import Refused, config
-from bigtrain.experiment import SOURCE, ObjectiveConfig
+from bigtrain.experiment import ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
-from bigtrain.objectives.output import Output
+from bigtrain.objectives.output import Output, by_source
 
 
 @config
@@ -59,12 +59,7 @@ class CausalLM(ObjectiveConfig):
       )
     weight = weights_BT.sum()
     metrics = {"loss": (sums["nll"], weight), "accuracy": (sums["correct"], weight)}
-    for name in filter(lambda name: name.startswith(SOURCE), batch):
-      of = batch[name][:, None]
-      metrics[f"loss/{name.removeprefix(SOURCE)}"] = (
-        (sums["nll_BT"] * of).sum(),
-        (weights_BT * of).sum(),
-      )
+    metrics |= by_source(batch, sums["nll_BT"], weights_BT)
     if self.z_loss:
       metrics["z_loss"] = (sums["z_loss"], weight)
     if "bytes" in batch:

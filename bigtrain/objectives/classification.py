@@ -15,7 +15,7 @@ from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
 from bigtrain.hints import to_set
-from bigtrain.objectives.output import Output
+from bigtrain.objectives.output import Output, by_source
 
 TOP = 5  # Guesses of the second metric.
 
@@ -28,9 +28,10 @@ class Classification(ObjectiveConfig):
   or the batch itself where that has other inputs, such as tokens, and returns a score for each
   class, float32; a key means training (dropout), None evaluation.
 
-  Metrics: `loss` (nats, without smoothing, so that runs compare), `accuracy`, and `top5_accuracy`
-  where there are more than 5 classes. Of a mixture of two rows each is the mean over both labels,
-  by their shares. Mixing is of training alone, and within a microbatch.
+  Metrics: `loss` (nats, without smoothing, so that runs compare), `loss/<source>` where the data is
+  a mixture, `accuracy`, and `top5_accuracy` where there are more than 5 classes. Of two rows that
+  are mixed each is the mean over both labels, by their shares. Mixing is of training alone, and
+  within a microbatch. A label without a score has no probability: the loss is then NaN.
   """
 
   takes: ClassVar[str] = (
@@ -59,6 +60,11 @@ class Classification(ObjectiveConfig):
     if key is not None and (self.mixup or self.cutmix):
       if inputs is batch:
         raise Refused("mixup and cutmix mix numbers, not tokens; set both to 0")
+      if len(inputs) < 2:
+        raise Refused(
+          "mixup and cutmix mix a row with the next of its microbatch, which has only one; take "
+          "fewer microbatches, or set both to 0"
+        )
       key, mixing = jax.random.split(key)
       inputs, share_B = self._mix(inputs, weights_B, mixing)
     logits_BC = model.logits(inputs, key)
@@ -72,7 +78,10 @@ class Classification(ObjectiveConfig):
       spread = (weights_B * -log_p_BC.mean(-1)).sum()
     s, weight = self.label_smoothing, weights_B.sum()
     loss_sum = (1 - s) * sums["loss"] + s * spread
-    return Output(loss_sum, weight, {name: (value, weight) for name, value in sums.items()})
+    metrics = {name: (value, weight) for name, value in sums.items()}
+    return Output(
+      loss_sum, weight, metrics | by_source(batch, weights_B * found["loss"], weights_B)
+    )
 
   def _mix(self, inputs: jax.Array, weights_B: jax.Array, key) -> tuple[jax.Array, jax.Array]:
     """Mixed inputs, and the share that each row keeps of itself."""
@@ -95,6 +104,7 @@ def _guesses(log_p_BC: jax.Array, labels_B: jax.Array) -> dict[str, jax.Array]:
   classes_C = jnp.arange(log_p_BC.shape[-1])
   hit_BC = labels_B[:, None] == classes_C
   label_B1 = jnp.where(hit_BC, log_p_BC, 0).sum(-1, keepdims=True)
+  label_B1 = jnp.where(hit_BC.any(-1, keepdims=True), label_B1, jnp.nan)  # A wrong label shows.
   # Of equals the first is the likeliest, as in argmax.
   before_BC = (log_p_BC > label_B1) | ((log_p_BC == label_B1) & (classes_C < labels_B[:, None]))
   rank_B = before_BC.sum(-1)

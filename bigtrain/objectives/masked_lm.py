@@ -13,7 +13,7 @@ from bigtrain import taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
-from bigtrain.objectives.output import Output
+from bigtrain.objectives.output import Output, by_source
 
 
 @config
@@ -26,7 +26,8 @@ class MaskedLM(ObjectiveConfig):
 
   A pair's label counts as much as all the masked tokens of its row, so that both losses weigh the
   same, as in BERT, in whatever parts a batch is. Metrics: `loss` and `accuracy` of the masked
-  tokens, `next_sentence_loss` and `next_sentence_accuracy` of the pairs.
+  tokens, `loss/<source>` where the data is a mixture, `next_sentence_loss` and
+  `next_sentence_accuracy` of the pairs.
   """
 
   takes: ClassVar[str] = "a MaskedLMConfig and MaskedText"
@@ -62,6 +63,7 @@ class MaskedLM(ObjectiveConfig):
       )
     weight = weights_BT.sum()
     metrics = {"loss": (sums["nll"], weight), "accuracy": (sums["correct"], weight)}
+    metrics |= by_source(batch, sums["nll_BT"], weights_BT)
     if "next_sentence" in batch:
       log_p_BC = jax.nn.log_softmax(model.next_sentence(x_BTD))
       hit_BC = batch["next_sentence"][:, None] == jnp.arange(2)

@@ -4,6 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from bigtrain.experiment import SOURCE
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): their ratio is meant.
 
 
 @jax.tree_util.register_dataclass
@@ -13,8 +18,23 @@ class Output:
 
   loss_sum: jax.Array  # What is differentiated, summed over the batch, float32.
   weight: jax.Array  # What `loss_sum` is divided by.
-  metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): their ratio is meant.
+  metrics: Sums
   # The second part of `state.partition(model)` as it is after this batch; None if unchanged.
   variables: Any = None
   # Statistics of the layers, by name (taps.py); the training step puts them here.
   taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+def by_source(batch: dict[str, jax.Array], loss: jax.Array, weights: jax.Array) -> Sums:
+  """`loss/<name>` of each source, where the data is a mixture.
+
+  Args:
+    batch: what the loss is of.
+    loss: (B, ...), weighted; its sum is the whole loss.
+    weights: of the same elements.
+  """
+  found = {}
+  for name in filter(lambda name: name.startswith(SOURCE), batch):
+    of = jnp.expand_dims(batch[name], range(1, weights.ndim))
+    found[f"loss/{name.removeprefix(SOURCE)}"] = ((loss * of).sum(), (weights * of).sum())
+  return found

@@ -19,6 +19,9 @@ import optax
 from jax import P
 
 VECTOR = re.compile("bias|scale")
+# Of look-up tables and of what meets inputs and outputs: by name, or by a letter of what does not
+# grow with a model (vocabulary, position, token type, query, pixels, inputs, classes, bucket).
+TABLES = r"embed|position|table|_[A-Z]*[VTYQPICR]"
 LETTERS = re.compile(r"_([A-Z][A-Za-z]*)\W*(\.value)?\W*$")
 
 

@@ -8,7 +8,7 @@ import optax
 
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
-from bigtrain.optim.layout import Layout, is_matrix, map_layers, matrices_by, spread
+from bigtrain.optim.layout import TABLES, Layout, is_matrix, map_layers, matrices_by, spread
 from bigtrain.optim.optimizer import Factor, Optimizer, check_pattern
 from bigtrain.width import Width
 
@@ -30,8 +30,8 @@ class Muon(Optimizer):
   # Factor of an orthogonal update: `spectral`, sqrt(max(1, columns / rows)), at rates such as 0.02;
   # or `rms`, 0.2 * sqrt(max(rows, columns)): elements as large as AdamW's, at AdamW's rates.
   scale: Literal["spectral", "rms"] = "spectral"
-  # Regular expression of matrices that AdamW has: look-up tables and the output.
-  spared: str | None = "embed|position|table"
+  # Regular expression of matrices that AdamW has: look-up tables, and what inputs and outputs meet.
+  spared: str | None = TABLES
   adam_lr: float = 3e-3  # Peak learning rate of what AdamW has.
   b1: float = 0.9  # AdamW's.
   b2: float = 0.95  # AdamW's.

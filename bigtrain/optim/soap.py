@@ -9,7 +9,7 @@ from jax import P
 
 from bigtrain.config import Refused, config
 from bigtrain.optim.adam import check_decay, check_positive
-from bigtrain.optim.layout import Layout, layout, map_layers, matrices_by, spread
+from bigtrain.optim.layout import TABLES, Layout, layout, map_layers, matrices_by, spread
 from bigtrain.optim.optimizer import Factor, Optimizer, check_pattern
 from bigtrain.width import Width
 
@@ -26,8 +26,8 @@ class SOAP(Optimizer):
   eps: float = 1e-8  # Added to the root of the mean square.
   every: int = 10  # Updates between two refinements of the eigenvectors.
   largest: int = 10_000  # Sides of a matrix that are longer keep their own basis.
-  # Regular expression of matrices that Adam has: look-up tables and the output.
-  spared: str | None = "embed|position|table"
+  # Regular expression of matrices that Adam has: look-up tables, and what inputs and outputs meet.
+  spared: str | None = TABLES
 
   def direction(self) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(self.b1, self.b2, self.eps)

@@ -218,3 +218,17 @@ def test_two_processes_at_once_build_once(corpus):
     process.join()
   assert sorted(built for built, *_ in found) == [0, 1]
   assert found[0][1:] == found[1][1:]
+
+
+def test_texts_that_other_files_hold_out_are_kept_out_of_training_and_counted(tmp_path):
+  line = lambda i: json.dumps({"text": f"document {i}"}) + "\n"
+  (tmp_path / "a.jsonl").write_text("".join(map(line, range(20))))
+  (tmp_path / "b.jsonl").write_text("".join(map(line, range(15, 25))))
+  source = Files(pattern=f"{tmp_path}/a.jsonl", validation=f"{tmp_path}/b.jsonl")
+  prepared = prepare(source, Bytes())
+  found = texts(prepared)
+  assert found["train"] == [f"document {i}" for i in range(15)] and len(found["validation"]) == 10
+  assert "5 x also held out; first" in str(prepared.kept_out())
+  source.on_error = "refuse"
+  with pytest.raises(Refused, match=r"a\.jsonl: also held out .*document 15"):
+    prepare(source, Bytes())

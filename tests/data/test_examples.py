@@ -124,7 +124,8 @@ def test_a_share_is_held_out_by_content_so_that_equal_examples_are_on_one_side(s
   assert data.examples() + len(held_out) == 400 and 60 < len(held_out) < 180
   # The rule, by itself: the first 64 bits of a hash against the share.
   low = [
-    int.from_bytes(hashlib.blake2b(x.tobytes(), digest_size=8).digest(), "little") for x in inputs
+    int.from_bytes(hashlib.blake2b(x.tobytes(), digest_size=8).digest(), "little")
+    for x in inputs.astype(np.float32)
   ]
   assert len(held_out) == sum(x < 0.3 * 2**64 for x in low)
 
@@ -253,3 +254,30 @@ def test_what_people_are_told_names_the_set_and_its_size():
   told = ImageData(source=FashionMNISTSubset(), size=28).make(0).about()
   assert told == ("a subset of Fashion-MNIST: 4,500 examples of 10 classes, 1,000 held out")
   assert "digits of UCI: " in FeatureData(source=Digits()).make(0).about()
+
+
+def test_what_is_held_out_in_float32_is_not_trained_on_in_float64(saved):
+  inputs, labels = numbers(30)
+  held_out = saved(inputs[:4].astype(np.float32), labels[:4], "held_out").train
+  data = FeatureData(source=saved(inputs, labels, validation=held_out)).make(0)
+  assert data.examples() == 26 and "4 x is also held out" in str(data.kept_out())
+
+
+def test_finite_numbers_that_float32_does_not_hold_are_kept_out_and_large_means_lose_nothing(saved):
+  inputs, labels = numbers(300)
+  inputs[:, 3] = 0.1  # Never changes; its mean is rounded.
+  inputs[7, 1] = 1e39
+  data = FeatureData(source=saved(inputs + np.array([0, 0, 1e9, 0]), labels, validation=0.2)).make(
+    0
+  )
+  assert "1 x has a feature too large for float32" in str(data.kept_out())
+  batch = data.batch(0, data.examples())["inputs"]
+  np.testing.assert_allclose(batch.mean(0), 0, atol=1e-5)
+  np.testing.assert_allclose(batch.std(0), [1, 1, 1, 0], atol=1e-5)
+
+
+def test_examples_of_which_none_is_held_out_are_refused_unless_that_is_wanted(saved):
+  inputs, labels = numbers(6)
+  with pytest.raises(Refused, match=r"holds out none of its examples, 6 of which.*or to 0"):
+    FeatureData(source=saved(inputs, labels, validation=1e-9)).make(0).examples()
+  assert FeatureData(source=saved(inputs, labels, validation=0)).make(0).eval_examples() == 0

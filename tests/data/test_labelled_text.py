@@ -1,6 +1,7 @@
 """Labelled text: rows as the tokenizers library makes them, files of every kind, and bad rows."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -15,6 +16,8 @@ from bigtrain.data.labelled_text import LabelledText, cut
 from bigtrain.data.sources import Austen
 from bigtrain.data.text_classes import LabelledFile, Novels
 from bigtrain.data.tokenizers import BPE, TokenizerFile
+from bigtrain.models import presets
+from bigtrain.models.encoder import TextClassifierConfig
 from bigtrain.objectives.classification import Classification
 from bigtrain.validate import validate
 from tests import toys
@@ -179,3 +182,19 @@ def test_tokens_cannot_be_mixed():
   batch = {"tokens": np.zeros((2, 8), np.int32), "labels": np.zeros(2, np.int32)}
   with pytest.raises(Refused, match="mixup and cutmix"):
     Classification(mixup=0.2)(None, batch | {"weights": np.ones(2, np.float32)}, key=0)
+
+
+def test_pairs_for_a_model_without_a_second_type_are_refused(tmp_path):
+  path = tmp_path / "pairs.jsonl"
+  path.write_text(
+    "".join(json.dumps({"a": f"x {i}", "b": "y", "label": "no"}) + "\n" for i in range(9))
+  )
+  encoder = presets.bert("base")
+  encoder.token_types, encoder.vocab = 1, 300
+  model = TextClassifierConfig(encoder=encoder, classes=2)
+  pairs = LabelledFile(train=str(path), names=("no", "yes"), texts=("a", "b"))
+  with pytest.raises(
+    Refused, match="tells 2 texts of a row apart but the model 1; set the encoder's"
+  ):
+    validate(toys.experiment(model=model, data=data(pairs)))
+  validate(toys.experiment(model=model, data=data(dataclasses.replace(pairs, texts=("a",)))))

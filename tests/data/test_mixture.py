@@ -7,7 +7,8 @@ import pytest
 
 from bigtrain.config import Refused
 from bigtrain.data.mixture import BLOCK, Mixture, Source, places
-from bigtrain.data.sources import Files
+from bigtrain.data.sources import Files, check_apart
+from bigtrain.data.stages import Stages
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import BPE, Bytes
 from bigtrain.experiment import Logging
@@ -169,3 +170,26 @@ def test_the_losses_of_all_sources_add_up_to_the_whole_and_are_evaluated(tmp_pat
   assert np.dot(tokens, losses) / sum(tokens) == pytest.approx(run.metrics["loss"][0], rel=1e-5)
   assert len({round(float(loss), 4) for loss in losses}) == 3
   assert {f"eval/validation/loss/{n}" for n in "abc"} <= run.evaluations.keys()
+
+
+@pytest.mark.parametrize(
+  "sides", [("a", 0.1, "a", 0.01), ("a", "b", "b", 0.1), ("a", 0.0, "b", "a")]
+)
+def test_a_file_that_one_source_holds_out_and_another_trains_on_is_refused(tmp_path, sides):
+  for name in "ab":
+    (tmp_path / f"{name}.txt").write_text(name)
+  place = lambda side: f"{tmp_path}/{side}.txt" if isinstance(side, str) else side
+  text = lambda train, held_out: TextData(
+    source=Files(pattern=place(train), validation=place(held_out)), tokenizer=Bytes(), seq=packed.T
+  )
+  mixed = lambda *texts: Mixture(
+    sources=tuple(Source(name=f"{i}", data=t, weight=1.0) for i, t in enumerate(texts))
+  )
+  first, second = text(*sides[:2]), text(*sides[2:])
+  staged = Stages(stages=((0, mixed(first)), (5, second)))
+  for data in (mixed(first, second), staged):
+    with pytest.raises(
+      Refused, match=r"/[ab]\.txt is trained on in one of data\..*source and data"
+    ):
+      check_apart(data)
+  check_apart(mixed(first, first))

@@ -1,4 +1,6 @@
 import io
+import os
+import pathlib
 import re
 import sys
 
@@ -8,7 +10,7 @@ from PIL import Image
 
 from bigtrain.config import Refused
 from bigtrain.data.features import FeatureData
-from bigtrain.data.tfds import TFDS
+from bigtrain.data.tfds import TFDS, TFDSSplit
 from bigtrain.data.vision import ImageData
 from bigtrain.validate import validate
 from tests import toys
@@ -29,6 +31,7 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
           "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
           "vector": tfds.features.Tensor(shape=(4,), dtype=np.float32),
           "label": tfds.features.ClassLabel(num_classes=3),
+          "other": tfds.features.ClassLabel(num_classes=3),
         }
       ),
     )
@@ -42,7 +45,7 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
       Image.fromarray(np.full((10 + i, 20, 3), 100 * (i % 3) + part, np.uint8)).save(file, "png")
       data = file.getvalue()[:50] if (i, part) == (4, 0) else file.getvalue()
       vector = np.full(4, i + 100 * part, np.float32)
-      yield i, {"image": data, "vector": vector, "label": i % 3}
+      yield i, {"image": data, "vector": vector, "label": i % 3, "other": (i + 1) % 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,3 +107,16 @@ def test_wrong_names_are_refused(prepared, fields, said):
   with pytest.raises(Refused, match=said):
     validate(toys.experiment(data=data))
     data.make(0).examples()
+
+
+def test_another_label_or_a_dataset_built_anew_is_looked_at_anew(prepared):
+  classes = lambda label: dict(source=source(prepared, label=label, classes=3), size=8)
+  labels = lambda label: ImageData(**classes(label)).make(0).eval_batch(0, 9)["labels"]
+  digest = lambda label: ImageData(**classes(label)).make(0).digest()
+  np.testing.assert_array_equal(labels("other"), (labels("label") + 1) % 3)
+  assert digest("other") != digest("label")
+  key = TFDSSplit(source(prepared), "train").key
+  assert TFDSSplit(source(prepared), "train").key == key
+  for shard in pathlib.Path(prepared).rglob("*train*.array_record*"):
+    os.utime(shard, (10**9, 10**9))
+  assert TFDSSplit(source(prepared), "train").key != key

@@ -8,8 +8,10 @@ import pytest
 from flax import nnx
 
 import bigtrain
-from bigtrain.config import config
-from bigtrain.interop.nnx_module import NNXModule, WithNNXModule
+from bigtrain.config import Refused, config
+from bigtrain.data.datasets import Synthetic
+from bigtrain.data.features import FeatureData
+from bigtrain.interop.nnx_module import Live, NNXModule, WithNNXModule, _streams
 from bigtrain.mesh import Mesh
 from bigtrain.objectives.classification import Classification
 from bigtrain.optim.schedule import Constant
@@ -17,7 +19,8 @@ from bigtrain.optim.sgd import SGD
 from bigtrain.program import Program
 from bigtrain.state import combine
 from bigtrain.train import train
-from tests import classes, packed
+from bigtrain.validate import validate
+from tests import classes, packed, toys
 
 
 class CNN(nnx.Module):
@@ -101,3 +104,44 @@ def test_dropout_follows_the_key_and_evaluation_has_none():
   assert not [
     x for x in jax.tree.leaves(state) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
   ]
+
+
+class Scores(nnx.Module):
+  """A product alone, with a dropout that shows which numbers it drew."""
+
+  def __init__(self, classes: int, rngs: nnx.Rngs):
+    self.linear = nnx.Linear(100, classes, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return self.linear(self.dropout(x))
+
+
+@config
+class ScoresConfig(NNXModule):
+  last: int
+
+  def module(self, rngs):
+    return Scores(self.last, rngs)
+
+
+def test_a_module_with_another_number_of_outputs_than_classes_is_refused():
+  data = FeatureData(source=Synthetic())
+  e = toys.experiment(model=ScoresConfig(last=10), data=data, objective=WithNNXModule())
+  validate(e)
+  with pytest.raises(Refused, match="gives 5 scores but the data has 10 classes; make its last"):
+    validate(dataclasses.replace(e, model=ScoresConfig(last=5)))
+  with pytest.raises(Refused, match=r"cannot take inputs of shape \(1, 7\)"):
+    validate(dataclasses.replace(e, data=FeatureData(source=Synthetic(features=7, classes=5))))
+
+
+def test_a_modules_streams_are_none_of_the_keys_that_an_objective_splits_off():
+  key = jax.random.key(0)
+  apart = ScoresConfig(last=3).make(key)
+  own = [k.get_value() for _, k in nnx.to_flat_state(_streams(apart.streams, key)) if k.ndim == 0]
+  own = [k for k in own if jax.dtypes.issubdtype(k.dtype, jax.dtypes.prng_key)]
+  live = Live(apart, key)
+  live(np.zeros((2, 100), np.float32))
+  bits = lambda keys: {tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}
+  split = [k for n in range(2, 5) for k in jax.random.split(key, n)]
+  assert own and not bits([*own, live.key]) & bits(split)

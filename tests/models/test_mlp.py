@@ -6,6 +6,7 @@ import pytest
 
 from bigtrain.config import Refused
 from bigtrain.models.count import count_parameters
+from bigtrain.models.initial import Mup
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.models.norm import RMSNormConfig
 from tests.models.build import filled, normal
@@ -74,6 +75,7 @@ def test_rows_of_another_length_are_refused_with_the_one_to_set():
     ({"hidden": (128, 0)}, r"hidden\.1 is 0"),
     ({"classes": 0}, "classes is 0"),
     ({"dropout": 1.0}, "dropout is 1.0"),
+    ({"hidden": (), "init": Mup(base=8)}, "Mup is about hidden layers"),
     ({"hidden": (64, 32), "residual": True}, "no two neighbours are equally wide"),
   ],
 )

@@ -14,6 +14,7 @@ from bigtrain.interop.huggingface import load_weights
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models import presets
 from bigtrain.models.count import count_parameters
+from bigtrain.models.initial import Mup
 from bigtrain.models.norm import LayerNormConfig
 from bigtrain.models.vit import AttentionPoolConfig, patches, waves
 from tests import golden
@@ -172,6 +173,14 @@ def test_stochastic_depth_drops_whole_branches_by_example_and_more_of_them_with_
     ({"classes": 0}, "classes is 0"),
     ({"pool": AttentionPoolConfig(heads=5, hidden=40)}, "dim 24 is not divisible by 5 heads"),
     ({"drop_path": 1.0}, "drop_path is 1.0"),
+    (
+      {"pool": AttentionPoolConfig(heads=2, hidden=40), "init": Mup(base=12, head_dim=4)},
+      "heads of one width, not of 8 and 12",
+    ),
+    (
+      {"pool": AttentionPoolConfig(heads=3, hidden=41), "init": Mup(base=12, head_dim=4)},
+      "hidden is 41, so at the base of 12 it would be 20.5",
+    ),
   ],
 )
 def test_impossible_values_are_refused(fields, message):

@@ -179,3 +179,26 @@ def test_impossible_values_are_refused_by_name():
       Classification(**fields).check()
   with pytest.raises(Refused, match=r"cutmix is for images.*\(8, 7\)"):
     Classification(cutmix=1.0)(Echo(), scores(), KEY)
+
+
+def test_of_a_mixture_each_source_has_a_loss_of_its_own():
+  batch = scores()
+  sides = [np.arange(B) % 3 == k for k in range(3)]
+  batch |= {f"source/{k}": side.astype(np.float32) for k, side in enumerate(sides)}
+  found = means(Classification(label_smoothing=0.1)(Echo(), batch, None))
+  nll = -log_p(batch["inputs"])[np.arange(B), batch["labels"]]
+  for k, side in enumerate(sides):
+    wanted = np.average(nll[side], weights=batch["weights"][side])
+    assert found[f"loss/{k}"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_label_that_the_model_has_no_score_for_is_no_perfect_guess():
+  batch = scores() | {"labels": np.arange(B, dtype=np.int32)}  # The last one is not below C.
+  found = means(Classification()(Echo(), batch, None))
+  assert np.isnan(found["loss"]) and found["accuracy"] < 1
+
+
+def test_a_row_alone_has_nothing_to_be_mixed_with():
+  with pytest.raises(Refused, match="only one; take fewer microbatches"):
+    Classification(mixup=0.2)(Echo(), scores(rows=1), KEY)
+  Classification(mixup=0.2)(Echo(), scores(rows=1), None)

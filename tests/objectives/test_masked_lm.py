@@ -128,6 +128,8 @@ def test_the_loss_is_the_mean_over_guessed_tokens_plus_that_over_pairs_weighted_
   e = experiment()
   model = filled(e.model.make)
   batch = e.data.make(0).batch(0, 6)
+  batch["source/a"] = np.float32([1, 0, 1, 1, 0, 0])
+  batch["source/b"] = 1 - batch["source/a"]
   out = e.objective(model, batch, None)
   rows = (batch[name] for name in ("tokens", "positions", "segments", "token_types"))
   rows = tuple(rows)
@@ -139,6 +141,9 @@ def test_the_loss_is_the_mean_over_guessed_tokens_plus_that_over_pairs_weighted_
   weights = batch["weights"]
   value = {name: float(total / weight) for name, (total, weight) in out.metrics.items()}
   assert value["loss"] == pytest.approx((nll_BT * weights).sum() / weights.sum(), rel=1e-5)
+  for name in "ab":
+    own = weights * batch[f"source/{name}"][:, None]
+    assert value[f"loss/{name}"] == pytest.approx((nll_BT * own).sum() / own.sum(), rel=1e-5)
   right = (logits_BTV.argmax(-1) == batch["targets"]) * weights
   assert value["accuracy"] == pytest.approx(right.sum() / weights.sum())
   assert value["next_sentence_loss"] == pytest.approx(nll_B.mean(), rel=1e-5)

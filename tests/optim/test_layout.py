@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bigtrain.mesh import Mesh
-from bigtrain.optim.layout import Layout, layout, map_layers, spread
+from bigtrain.optim.layout import TABLES, Layout, is_matrix, layout, map_layers, spread
 
 
 def of(name, *shape):
@@ -57,3 +57,20 @@ def test_every_layer_is_whole_on_one_device_and_comes_back_to_its_place(layers):
     assert gram.sharding == same.sharding == placed.sharding
   np.testing.assert_allclose(gram, x @ x.swapaxes(1, 2), rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(same, x)
+
+
+@pytest.mark.parametrize("letters", ["DF", "FD", "DKGH", "KGHD", "DM"])
+def test_hidden_matrices_are_not_spared(letters):
+  path = (jax.tree_util.GetAttrKey("transformer"), jax.tree_util.GetAttrKey(f"w_{letters}"))
+  assert is_matrix(path, jnp.zeros((2,) * len(letters)), TABLES)
+
+
+@pytest.mark.parametrize(
+  "name",
+  (
+    *("embed_VD", "output_table_VD", "position_TD", "type_YD", "head_DC", "patch_PD"),
+    *("class_QD", "classes_MC", "next_MC", "query_QD", "embedding"),
+  ),
+)
+def test_look_up_tables_and_what_meets_inputs_and_outputs_are_spared(name):
+  assert not is_matrix((jax.tree_util.GetAttrKey(name),), jnp.zeros((4, 4)), TABLES)

@@ -33,6 +33,7 @@ from bigtrain.load import read
 SAMPLES = 3  # Of each reason, a task.
 EXCERPT = 700  # Characters of a sample.
 CONTEXT = 80  # Characters around a change.
+TAKEN = "lines taken out"  # Of a document that goes on without them.
 BINS = 64  # Of the histograms: two for each doubling of a length in characters.
 
 
@@ -98,10 +99,13 @@ class Cleaning:
     self.names = [type(step).__name__ for step in on]
     self.counts = [Counts() for _ in on]
     self.changes = Samples()
+    self.taken: dict[str, str] = {}  # By step, the lines that it took out of the last text.
     self._steps = [step.make() for step in on]
+    self._takes_lines = [step.takes_lines for step in on]
 
   def __call__(self, text: str, name: str) -> tuple[str, str, str] | str:
     """The cleaned text; or, of one that a step rejects, that step, why, and what it was given."""
+    self.taken = {}
     for i, (apply, count) in enumerate(zip(self._steps, self.counts, strict=True)):
       started = time.perf_counter()
       try:
@@ -119,8 +123,22 @@ class Cleaning:
         count.changed += 1
         count.chars_changed += len(found) - len(text)
         self.changes.add_change(f"{i:03} {self.names[i]}", name, text, found)
+        if self._takes_lines[i] and (lost := _lost(text, found)):
+          self.taken[self.names[i]] = lost
       text = found
     return text
+
+
+def _lost(before: str, after: str) -> str:
+  """The lines that a text had before and has no more; blank ones left out."""
+  left = collections.Counter(line.strip() for line in after.split("\n"))
+  lost = []
+  for line in filter(str.strip, before.split("\n")):
+    if left[line.strip()]:
+      left[line.strip()] -= 1
+    else:
+      lost.append(line)
+  return "\n".join(lost)
 
 
 def clean(out: str, _: Any, rank: int, world_size: int) -> None:
@@ -151,6 +169,8 @@ def clean(out: str, _: Any, rank: int, world_size: int) -> None:
         reading.chars_in += len(found)
         before[bin_of(len(found))] += 1
         made = cleaning(found, name)
+        for step, lost in cleaning.taken.items():
+          rejected.add({"id": name, "step": step, "reason": TAKEN, "text": lost})
         if isinstance(made, str):
           kept.add({"id": name, "text": made})
           digests.write(digest(made))

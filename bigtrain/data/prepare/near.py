@@ -1,6 +1,6 @@
-"""Near duplicates: datatrove's MinHash, the pairs it finds checked exactly, and their clusters.
+"""Near duplicates: datatrove's MinHash, the documents that meet compared exactly, their clusters.
 
-Stages: signatures (every document), bands (pairs that share one), shingles (of documents in pairs),
+Stages: signatures (every document), bands (which documents meet in one), shingles (of those),
 verified (pairs at or above the threshold), clusters. Memory grows with the duplicates alone.
 """
 
@@ -25,6 +25,9 @@ WORD = re.compile(
   r"|(?:(?![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])\S)+"
 )
 MOST = 10
+# Of the documents that one has met in a band, it is compared with the last ones: work grows with
+# the square of this number at most, then in proportion to the documents.
+COMPARED = 1000
 SHINGLES = 4096  # Hashed at once.
 
 
@@ -84,6 +87,41 @@ def stages(c: NearDuplicates, out: pathlib.Path, tasks: int) -> list[Stage]:
   ]
 
 
+def groups(pairs: np.ndarray) -> Iterator[list[tuple[int, int]]]:
+  """The documents that meet in a band, as (task, document): a pair links each to the next."""
+  begins = np.append(True, (pairs[1:, :2] != pairs[:-1, 2:]).any(1))[: len(pairs)]
+  for chain in np.split(pairs, np.flatnonzero(begins)[1:]) if len(pairs) else ():
+    yield [tuple(chain[0, :2].tolist()), *map(tuple, chain[:, 2:].tolist())]
+
+
+def similar(one: np.ndarray, two: np.ndarray, threshold: float) -> bool:
+  """Whether two sets, sorted, have at least that Jaccard similarity."""
+  few, many = sorted((one, two), key=len)
+  if not len(few) or len(few) < threshold * len(many):
+    return False
+  at = np.minimum(np.searchsorted(many, few), len(many) - 1)
+  shared = np.count_nonzero(many[at] == few)
+  return bool(shared >= threshold * (len(few) + len(many) - shared))
+
+
+def joined(sets: list[np.ndarray], threshold: float, counts: dict[str, int]) -> Iterator[tuple]:
+  """Pairs of indices of similar sets, one for each two clusters that they make one."""
+  cluster = np.arange(len(sets))
+  for i, own in enumerate(sets):
+    first = max(0, i - COMPARED)
+    counts["left_out"] += first
+    recent, others = cluster[first:i], np.arange(first, i)
+    while len(others):
+      j, others = int(others[-1]), others[:-1]
+      counts["pairs"] += 1
+      if similar(own, sets[j], threshold):
+        recent[recent == cluster[j]] = i
+        others = others[cluster[others] != i]  # They are together already.
+        yield j, i
+      else:
+        counts["below_threshold"] += 1
+
+
 def _pairs(path: pathlib.Path) -> np.ndarray:
   """(n, 4) of `PAIR`."""
   return np.fromfile(path, "<u4").reshape(-1, 4)
@@ -112,7 +150,11 @@ def shingles(out: str, documents: Iterator[Any], rank: int, world_size: int) -> 
 
 
 def verify(out: str, _: Any, rank: int, world_size: int) -> None:
-  """The task: of the pairs of one band, keeps those that are at or above the threshold."""
+  """The task: pairs that meet in one band and are at or above the threshold.
+
+  Of similar documents so many that all of them are connected. datatrove's own pairs would not do:
+  each is of neighbours, and those may be less similar than others that met with them.
+  """
   folder, recipe = pathlib.Path(out), recipe_of(out)
   assert recipe.near is not None
   work = folder / "work"
@@ -123,19 +165,15 @@ def verify(out: str, _: Any, rank: int, world_size: int) -> None:
   def of(r: int, document: int) -> np.ndarray:
     documents, starts, ends = index[r]
     at = np.searchsorted(documents, document)
-    return hashes[r][starts[at] : ends[at]]
+    return np.asarray(hashes[r][starts[at] : ends[at]])
 
   [path] = (work / "bands").glob(f"{rank:05}_*.dups")
-  kept = 0
-  pairs = _pairs(path)
+  counts = {"pairs": 0, "below_threshold": 0, "left_out": 0}
   with whole(work / "verified" / path.name) as file:
-    for a, b, c, d in pairs.tolist():
-      one, two = of(a, b), of(c, d)
-      shared = len(np.intersect1d(one, two, assume_unique=True))
-      if shared >= recipe.near.threshold * (len(one) + len(two) - shared):
-        file.write(PAIR.pack(a, b, c, d))
-        kept += 1
-  counts = {"pairs": len(pairs), "below_threshold": len(pairs) - kept}
+    for members in groups(_pairs(path)):
+      sets = [of(*member) for member in members]
+      for i, j in joined(sets, recipe.near.threshold, counts):
+        file.write(PAIR.pack(*members[i], *members[j]))
   write_json(work / "verified" / f"{rank:05}.json", counts)
 
 

@@ -148,12 +148,17 @@ def read_shard(path: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def learn_tokenizer(out: str, _: Any, rank: int, world_size: int) -> None:
-  """The task: learns the tokenizer from the training split, evenly thinned, as tokenizer.json."""
+  """The task: learns the tokenizer from the training split, evenly thinned, as tokenizer.json.
+
+  Of no text it learns none.
+  """
   from bigtrain.data.cache import LEARN_BYTES
 
   recipe, folder = recipe_of(out), pathlib.Path(out)
   assert recipe.tokenizer is not None
   shards = sorted((folder / "shards").glob("train-*.array_record"))
+  if not shards:
+    return
   every = max(1, round(sum(path.stat().st_size for path in shards) / LEARN_BYTES))
 
   def texts() -> Iterator[str]:

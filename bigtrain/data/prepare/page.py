@@ -138,10 +138,12 @@ def _duplicates(most: list[dict], near: dict | None) -> str:
   out = ""
   if near is not None:
     chance = lambda s: 1 - (1 - s ** near["rows"]) ** near["bands"]
+    left_out = near["left_out"]
+    more = f" {left_out:,} more were not compared: too many met at once." if left_out else ""
     out += (
       f"<p>Near duplicates: {near['pairs']:,} pairs met in one of {near['bands']} bands of "
       f"{near['rows']} hashes and were compared exactly; {near['below_threshold']:,} of them were "
-      f"below the threshold and so no duplicates.</p>{curve(chance, near['threshold'])}"
+      f"below the threshold and so no duplicates.{more}</p>{curve(chance, near['threshold'])}"
     )
   if not most:
     return out + "<p>There are no duplicates.</p>"

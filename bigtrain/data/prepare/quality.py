@@ -6,7 +6,7 @@ stop words of Gopher are English.
 
 import importlib.util
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 from bigtrain.config import Refused, config
 from bigtrain.data.prepare.steps import Apply, Rejected, Step
@@ -79,6 +79,7 @@ class GopherRepetition(Step):
 class C4(Step):
   """Lines and pages by the rules of C4 (Raffel et al. 2020, section 2.2). Drops lines, too."""
 
+  takes_lines: ClassVar[bool] = True
   min_sentences: int = 5  # Of a document, after its lines were chosen.
   min_words_per_line: int = 3
   terminal_punctuation: bool = True  # Only lines that end a sentence are kept.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from bigtrain.data.prepare.recipe import Prepare
 
 KINDS = ".txt, .md, .html, .jsonl, .warc (also .gz, .zst) or .parquet"
+SNIFFED = 1024  # Bytes of a page without a type in which HTML begins.
 WARC_CUT = 2**24  # Bytes of a web page that are looked at; longer ones are rejected.
 
 
@@ -109,6 +110,11 @@ def _cut_off(record) -> bool:
   return left() > 0
 
 
+def _status(record) -> str | None:
+  """Of a response, such as 404."""
+  return record.http_headers and record.http_headers.get_statuscode()
+
+
 def _warc(path, limit, advance) -> Iterator[str | Problem]:
   """The pages among the responses of a web archive."""
   from warcio.archiveiterator import ArchiveIterator
@@ -121,12 +127,20 @@ def _warc(path, limit, advance) -> Iterator[str | Problem]:
       number += 1
       if record.rec_type not in ("response", "conversion", "resource"):
         continue
-      kind = (record.http_headers or record.rec_headers).get_header("Content-Type") or ""
-      if record.rec_type == "response" and "html" not in kind and "text/plain" not in kind:
+      kind = ((record.http_headers or record.rec_headers).get_header("Content-Type") or "").lower()
+      if (status := _status(record)) and not status.startswith("2"):
+        yield Problem(path, number, "error page or redirect", f"HTTP status {status}")
+        continue
+      if kind and "html" not in kind and "text/plain" not in kind:
+        yield Problem(path, number, "not a page", kind)
         continue
       cut = min(limit, WARC_CUT)
       page = record.content_stream().read(cut + 1)
-      if len(page) > cut:
+      if not kind and b"<html" in page[:SNIFFED].lower():
+        kind = "html"
+      if not kind and record.rec_type == "response":
+        yield Problem(path, number, "not a page", "no Content-Type, and no HTML")
+      elif len(page) > cut:
         yield Problem(path, number, "too long", f"a page of more than {cut} bytes")
       elif _cut_off(record.raw_stream):
         if source.problem is None:

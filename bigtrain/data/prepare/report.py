@@ -41,7 +41,7 @@ def finish(out: str, _: Any, rank: int, world_size: int) -> None:
     "inputs": [{"file": p, "bytes": n} for p, n, _ in read_json(folder / "work" / "inputs.json")],
     "splits": {name: {k: s[k] for k in ("documents", "bytes")} for name, s in splits.items()},
     "shards": [shard for split in splits.values() for shard in split["shards"]],
-    "tokenizer": "tokenizer.json" if recipe.tokenizer is not None else None,
+    "tokenizer": "tokenizer.json" if (folder / "tokenizer.json").exists() else None,
   }
   report = _report(recipe, folder, made, packed) | {"splits": manifest["splits"]}
   if recipe.previous is not None:
@@ -155,6 +155,7 @@ def _near(recipe: Prepare, folder: pathlib.Path) -> dict[str, Any] | None:
   return {
     "pairs": sum(f["pairs"] for f in found),
     "below_threshold": sum(f["below_threshold"] for f in found),
+    "left_out": sum(f["left_out"] for f in found),
     "threshold": recipe.near.threshold,
     "bands": recipe.near.bands,
     "rows": recipe.near.rows,

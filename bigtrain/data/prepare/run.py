@@ -48,7 +48,8 @@ def prepare(
     The manifest; None if the work was queued elsewhere and is not done.
 
   Raises:
-    Refused: the recipe cannot work, or the folder is of another recipe or of other input.
+    Refused: the recipe cannot work, the folder is of another recipe or of other input, or no
+      document is left in the end.
   """
   from filelock import FileLock, Timeout
 
@@ -143,7 +144,7 @@ def _run(recipe: Prepare, out: pathlib.Path) -> dict[str, Any] | None:
   total, before = sum(s.tasks for s in todo), sum(done(out, s) for s in todo)
   if _finished(out):
     say(f"{out} is finished: nothing to do")
-    return read_json(out / "manifest.json")
+    return _manifest(out)
   if not recipe.engine.at_work(out):
     for left in out.rglob(f"*{PART}"):
       left.unlink()
@@ -153,7 +154,25 @@ def _run(recipe: Prepare, out: pathlib.Path) -> dict[str, Any] | None:
   if not _finished(out):
     say(f"queued; the same command tells how far it is ({sum(done(out, s) for s in todo)}/{total})")
     return None
-  return read_json(out / "manifest.json")
+  return _manifest(out)
+
+
+def _manifest(out: pathlib.Path) -> dict[str, Any]:
+  """Of a finished preparation.
+
+  Raises:
+    Refused: nothing is left of the input.
+  """
+  manifest = read_json(out / "manifest.json")
+  if not any(split["documents"] for split in manifest["splits"].values()):
+    steps = {s["name"]: s["rejected"] for s in read_json(out / "report.json")["steps"]}
+    most = max(steps, key=lambda name: sum(steps[name].values()))
+    why = ", ".join(f"{n:,} x {reason}" for reason, n in steps[most].items())
+    raise Refused(
+      f"no document is left: the step {most} rejected the most ({why}); {out}/report.html shows "
+      "some of them; change the recipe, and take another --out"
+    )
+  return manifest
 
 
 def _work(recipe: Prepare, todo: list[Stage], out: pathlib.Path, total: int, before: int) -> None:

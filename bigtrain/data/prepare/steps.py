@@ -10,7 +10,7 @@ import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from bigtrain.config import Refused, config
 
@@ -29,6 +29,9 @@ class Step(abc.ABC):
   """One thing done to every text."""
 
   on: bool = True
+  takes_lines: ClassVar[bool] = (
+    False  # Whether it takes lines out, to be kept with what is rejected.
+  )
 
   @abc.abstractmethod
   def make(self) -> Apply:
@@ -113,6 +116,7 @@ class Whitespace(Step):
 class RepeatedLines(Step):
   """Lines that stood before in the same document are dropped: menus, footers, broken scrapes."""
 
+  takes_lines: ClassVar[bool] = True
   min_chars: int = 20  # Shorter ones, such as refrains and brackets, may repeat.
 
   def check(self) -> None:

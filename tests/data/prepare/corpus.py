@@ -6,6 +6,7 @@ import pathlib
 import random
 import re
 
+from bigtrain.data.prepare.clean import TAKEN
 from bigtrain.data.prepare.engine import Local
 from bigtrain.data.prepare.files import read_json, read_lines
 from bigtrain.data.prepare.pack import LINES, SPLITS, read_shard
@@ -81,7 +82,7 @@ def kept(out: pathlib.Path) -> dict[str, str]:
 def rejected(out: pathlib.Path) -> list[dict]:
   """The documents that were rejected."""
   found = [r for path in sorted((out / "rejected").iterdir()) for r in read_lines(path)]
-  return [r for r in found if r["reason"] != LINES]
+  return [r for r in found if r["reason"] not in (LINES, TAKEN)]
 
 
 def reasons(out: pathlib.Path) -> dict[str, tuple[str, str]]:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from bigtrain.data.prepare.near import signing
+from bigtrain.data.prepare.near import groups, joined, signing
 from bigtrain.data.prepare.pack import LINES, ONLY_SHARED, RESIDUE, SPLITS
 from bigtrain.data.prepare.recipe import NearDuplicates, SharedLines
 from bigtrain.data.prepare.run import prepare
@@ -137,3 +137,33 @@ def test_documents_that_are_equal_without_their_shared_lines_stay_once(tmp_path)
   [lost] = [t for t, (_, reason) in why.items() if reason == RESIDUE]
   # Both are in the split of the smaller digest, whichever document stays.
   assert lost == max(texts[0], texts[12], key=digest)
+
+
+def test_twins_among_pages_that_share_less_are_found_at_the_recall_of_the_bands(tmp_path):
+  # Pages of one template meet in crowds, in which datatrove pairs neighbours alone.
+  rng = random.Random(0)
+  near = NearDuplicates(threshold=0.75, bands=14, rows=8)
+  template = document(0, 500)
+  own = [document(i, 110) for i in range(1, 101)]
+  pages = [f"{template} {text}" for text in own]
+  twins = [f"{template} {varied(text, 0.5, rng)}" for text in own]
+  similarities = [jaccard(a, b) for a, b in zip(pages, twins, strict=True)]
+  assert jaccard(pages[0], pages[1]) < 0.71 and min(similarities) > 0.75
+  prepare(recipe(jsonl(tmp_path / "a.jsonl", pages + twins), near=near), tmp_path / "out")
+  texts = kept(tmp_path / "out")
+  found = sum((a in texts) + (b in texts) < 2 for a, b in zip(pages, twins, strict=True))
+  promised = [near.recall(s) for s in similarities]
+  assert found >= sum(promised) - 3 * sum(p * (1 - p) for p in promised) ** 0.5
+
+
+def test_of_documents_that_met_each_is_compared_until_all_similar_ones_are_together(monkeypatch):
+  sets = [np.arange(i * 100, i * 100 + 10) for i in range(6)]
+  sets = [*sets, sets[0] + 1, sets[4], sets[0] + 2]  # Of 11 numbers 9 are shared, of 12 only 8.
+  counts = {"pairs": 0, "below_threshold": 0, "left_out": 0}
+  assert list(joined(sets, 0.8, counts)) == [(0, 6), (4, 7), (6, 8)]
+  assert counts["pairs"] - counts["below_threshold"] == 3 and counts["left_out"] == 0
+  monkeypatch.setattr("bigtrain.data.prepare.near.COMPARED", 4)
+  assert list(joined(sets, 0.8, counts)) == [(4, 7), (6, 8)] and counts["left_out"] == 10
+  chains = np.array([(0, 1, 0, 2), (0, 2, 1, 0), (1, 5, 1, 6)], np.uint32)
+  assert list(groups(chains)) == [[(0, 1), (0, 2), (1, 0)], [(1, 5), (1, 6)]]
+  assert list(groups(chains[:0])) == []

@@ -14,6 +14,7 @@ pytest.importorskip("datatrove")
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
+from bigtrain.data.prepare.readers import documents
 from bigtrain.data.prepare.run import prepare
 from tests.data.prepare.corpus import document, kept, recipe, rejected, report
 
@@ -30,12 +31,13 @@ def page(text: str) -> bytes:
 
 
 def warc(compressed: bool, responses) -> bytes:
-  """A web archive of (content type, body), with a request that is no document."""
+  """A web archive of (content type, body[, status]), with a request that is no document."""
   file = io.BytesIO()
   writer = WARCWriter(file, gzip=compressed)
   uri = "http://example.org/"
-  for kind, body in responses:
-    headers = StatusAndHeaders("200 OK", [("Content-Type", kind)], protocol="HTTP/1.1")
+  for kind, body, *status in responses:
+    types = [("Content-Type", kind)] if kind else []
+    headers = StatusAndHeaders(*status or ["200 OK"], types, protocol="HTTP/1.1")
     request = StatusAndHeaders("GET / HTTP/1.1", [("Host", "example.org")], is_http_request=True)
     writer.write_record(writer.create_warc_record(uri, "request", http_headers=request))
     record = writer.create_warc_record(
@@ -74,7 +76,8 @@ def test_every_kind_of_file_is_read(tmp_path):
   found = list(kept(tmp_path / "out"))
   for name, text in texts.items():
     assert sum(text in f for f in found) == 1, name
-  assert len(found) == len(texts) and not rejected(tmp_path / "out")
+  assert len(found) == len(texts)
+  assert [r["reason"] for r in rejected(tmp_path / "out")] == ["not a page"]  # The image.
   for menu in ("Home", "About us", "Imprint"):
     assert not any(menu in f for f in found)
   # All bytes of all files but parquet's, whose columns are read.
@@ -96,6 +99,26 @@ def test_a_truncated_archive_gives_what_is_before_the_damage(tmp_path):
   found = {r["id"].split("/")[-1].split("#")[0]: r["reason"] for r in wrong}
   assert found["cut.warc.gz"] == "truncated .gz" and found["cut.warc"] == "truncated .warc"
   assert found["noise.warc"] == "damaged .warc" and found["noise.parquet"] == "damaged .parquet"
+
+
+def test_of_a_web_archive_every_response_is_a_document_or_counted(tmp_path):
+  body = lambda name: page(f"Of {name}: {document(len(name))}")
+  responses = [
+    ("Text/HTML; Charset=UTF-8", body("capitals")),
+    (None, b"\n<!doctype html>" + body("untyped")),
+    (None, b"GIF89a"),
+    ("application/pdf", b"%PDF"),
+    ("text/html", body("missing"), "404 Not Found"),
+    ("text/html", body("moved"), "301 Moved Permanently"),
+  ]
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "a.warc").write_bytes(warc(False, responses))
+  found = list(documents(tmp_path / "in" / "a.warc", recipe(tmp_path / "in"), lambda n: None))
+  for name, text in zip(("capitals", "untyped"), found[:2], strict=True):
+    assert f"Of {name}" in text
+  error, other = "error page or redirect", "not a page"
+  assert [problem.kind for problem in found[2:]] == [other, other, error, error]
+  assert "HTTP status 404" in str(found[4]) and "a.warc:" in str(found[4])
 
 
 def test_a_text_file_is_cut_into_documents(tmp_path):

@@ -15,11 +15,12 @@ from bigtrain.config import Refused
 from bigtrain.data import cache
 from bigtrain.data.prepare import run
 from bigtrain.data.prepare.engine import Local, Ray
+from bigtrain.data.prepare.quality import Gopher
 from bigtrain.data.prepare.recipe import NearDuplicates, Prepare, SharedLines
 from bigtrain.data.prepare.run import prepare
 from bigtrain.data.prepare.steps import RepeatedLines, Whitespace
 from bigtrain.data.sources import Files
-from bigtrain.data.tokenizers import Bytes
+from bigtrain.data.tokenizers import BPE, Bytes
 from bigtrain.exit_codes import Exit
 from tests.data.prepare.corpus import contents, jsonl, prepared, recipe
 
@@ -170,3 +171,14 @@ def test_a_prepared_folder_that_lost_a_shard_is_refused(tmp_path):
   with pytest.raises(Refused, match=r"is not there: bigtrain data prepare CONFIG.py --out"):
     PreparedText(path=str(tmp_path / "nowhere")).check()
   assert Prepare(inputs=("x",)).near is not None
+
+
+def test_a_preparation_of_which_nothing_is_left_is_refused_by_the_step_that_rejected_most(tmp_path):
+  jsonl(tmp_path / "in" / "a.jsonl", ["one two three", "four five", ""])
+  r = recipe(tmp_path / "in", steps=(Gopher(),), tokenizer=BPE(vocab=300))
+  for _ in range(2):  # Also where all is done already.
+    with pytest.raises(
+      Refused, match=r"no document is left: the step Gopher.*2 x short doc.*report"
+    ):
+      prepare(r, tmp_path / "out")
+  assert not (tmp_path / "out" / "tokenizer.json").exists()

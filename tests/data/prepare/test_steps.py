@@ -8,6 +8,7 @@ pytest.importorskip("datatrove")
 
 from bigtrain.config import Refused
 from bigtrain.data.prepare import quality
+from bigtrain.data.prepare.files import read_lines
 from bigtrain.data.prepare.quality import C4, FineWeb, Gopher, GopherRepetition, Language
 from bigtrain.data.prepare.steps import (
   ControlCharacters,
@@ -170,3 +171,14 @@ def test_a_step_that_fails_names_the_document(tmp_path, monkeypatch):
     prepared(tmp_path, ["x"], steps=(Scrub(),))
   assert "in the step Scrub, of the document" in raised.value.__notes__[0]
   assert "a.jsonl#0" in raised.value.__notes__[0]
+
+
+def test_lines_that_steps_take_out_are_kept_with_their_step(tmp_path):
+  text = GOOD.replace("\n", "\nHome | About | Contact\n")
+  out = prepared(tmp_path, [text], steps=(RepeatedLines(), C4()))
+  found = [r for path in sorted((out / "rejected").iterdir()) for r in read_lines(path)]
+  repeated = "\n".join(["Home | About | Contact"] * (text.count("Home |") - 1))
+  assert [(r["step"], r["reason"], r["text"]) for r in found] == [
+    ("RepeatedLines", "lines taken out", repeated),
+    ("C4", "lines taken out", "Home | About | Contact"),
+  ]
