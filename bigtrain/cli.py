@@ -41,6 +41,7 @@ COMMANDS = {
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
+  "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what one device does"),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 
@@ -123,8 +124,8 @@ RESERVED = (*(field.name for field in dataclasses.fields(RunFlags)), "supervise"
 
 def train(arguments: list[str]) -> int | None:
   """bigtrain train EXPERIMENT [flags] [overrides]."""
-  target = _target(arguments, "train", "EXPERIMENT", "experiments/quickstart.py:base")
-  if target is None:
+  name = target(arguments, "train", "EXPERIMENT", "experiments/quickstart.py:base")
+  if name is None:
     about = (
       "Trains path.py[:function] (base unless given), or goes on with a run directory. "
       "`bigtrain train EXPERIMENT --help` also lists every field of that experiment."
@@ -133,8 +134,8 @@ def train(arguments: list[str]) -> int | None:
     return Exit.DONE
   from bigtrain.load import load
 
-  experiment, source = load(target)
-  flags, experiment = override(experiment, arguments[1:], f"bigtrain train {target}")
+  experiment, source = load(name)
+  flags, experiment = override(experiment, arguments[1:], f"bigtrain train {name}")
   from bigtrain.validate import validate
 
   validate(experiment)
@@ -250,14 +251,14 @@ def sample(arguments: list[str]) -> None:
 def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str, T]:
   """The run directory and the settings of a command about a run."""
   command = type(default).__name__.lower()
-  run_dir = _target(arguments, command, "RUN", example)
+  run_dir = target(arguments, command, "RUN", example)
   about = inspect.getdoc(type(default)) or ""
   rest = arguments if run_dir is None else arguments[1:]
   [chosen] = parse([default], rest, f"bigtrain {command} {run_dir or 'RUN'}", about)
   return str(run_dir), chosen
 
 
-def _target(arguments: list[str], command: str, name: str, example: str) -> str | None:
+def target(arguments: list[str], command: str, name: str, example: str) -> str | None:
   """What the command is about: its first argument. None if that asks for help."""
   first = arguments[0] if arguments else ""
   if first in ("-h", "--help"):

@@ -6,6 +6,7 @@ a `smoke` of its own. The mesh becomes what is attached, for the experiment's ow
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 
 from bigtrain.config import configs
 from bigtrain.experiment import Experiment
@@ -23,7 +24,7 @@ WIDTHS = {"dim": 64, "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "hea
 def shrink(experiment: Experiment) -> Experiment:
   """A small copy of `experiment` that passes through every phase of a run."""
   e = copy.deepcopy(experiment)
-  e.model, e.data = _capped(e.model).smoke(), _capped(e.data).smoke()
+  e.model, e.data = (capped(c, LENGTHS | WIDTHS).smoke() for c in (e.model, e.data))
   known, needed = e.model.vocabulary(), e.data.vocabulary()
   if known is not None and needed is not None and not needed <= known <= padded(needed):
     for _, node in configs(e.model):
@@ -56,11 +57,18 @@ def shrink(experiment: Experiment) -> Experiment:
   return e
 
 
-def _capped(root):
-  """`root` with every size capped, widths to a power of two, so that one divides another."""
+def capped(root, caps: Mapping[str, int]):
+  """`root` with the sizes that have these names capped, widths to a power of two, so that one
+  divides another."""
+
+  def cap(size: int, name: str) -> int:
+    return min(size if name in LENGTHS else 1 << (size.bit_length() - 1), caps[name])
+
   for _, node in configs(root):
-    for name, cap in (LENGTHS | WIDTHS).items():
+    for name in caps:
       size = getattr(node, name, None)
       if type(size) is int and size > 0:
-        setattr(node, name, min(size if name in LENGTHS else 1 << (size.bit_length() - 1), cap))
+        setattr(node, name, cap(size, name))
+      elif isinstance(size, tuple):  # Of one layer after the other.
+        setattr(node, name, tuple(cap(n, name) for n in size))
   return root
