@@ -45,11 +45,11 @@ def parity(arguments: list[str]) -> int:
     [Parity(), experiment], arguments[1:], f"bigtrain parity {file}", about
   )
   from bigtrain.parity import Reference, compare, shrink
-  from bigtrain.parity.shrink import size
+  from bigtrain.parity.shrink import size, small_mesh
   from bigtrain.program import enable_compilation_cache
 
+  devices = virtual_devices(size(small_mesh(experiment.mesh)))
   small = shrink(experiment)
-  devices = virtual_devices(size(small.mesh))
   enable_compilation_cache()
   report = compare(small, Reference(small), devices)
   if chosen.json:

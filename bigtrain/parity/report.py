@@ -10,7 +10,7 @@ its rounding where that is more. The least fault there is, of one shard in n, is
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from bigtrain.checkpoint import flatten
 from bigtrain.statistics import unstacked
 
 LEAST = 1e-5
-TIMES = 30
+TIMES = 10
 BLIND = 1e-2  # A tensor whose rounding allows more than this shows no small fault.
 # In the order of a step: what layers say of their outputs, the sums of the loss and of metrics,
 # what becomes of parameters and variables.
@@ -105,29 +105,28 @@ class Report:
     Layers come in the order of the forward pass. Where that is equal, a fault of the backward pass
     shows in what lies between it and the inputs: the deepest layer is the first.
     """
-    kind = next((k for k in KINDS if self.different(k)), None)
+    kind = next((kind for kind in KINDS if self.different(kind)), None)
     if kind is None:
       return None
-    found, reports = self.different(kind), any(t.kind == "output" for t in self.tensors)
-    if kind == "loss" and not reports and self.different("gradient"):
-      first = min(self.different("gradient"), key=self._depth)
-      return f"the forward pass differs, at the latest behind {first.name}", first
-    worst = max(found, key=lambda t: t.difference / t.allowed)
+    found = self.different(kind)
     if kind == "output":
-      depth = min(map(self._depth, found))
-      worst = max(
-        (t for t in found if self._depth(t) == depth), key=lambda t: t.difference / t.allowed
-      )
-      statistic, _, layer = worst.name.partition("/")
+      nearest = min(map(self._depth, found))
+      found = [t for t in found if self._depth(t) == nearest]
+    worst = max(found, key=_excess)
+    statistic, _, layer = worst.name.rpartition("/")
+    if kind == "output":
       return f"in the forward pass {layer} is the first layer that differs: its {statistic}", worst
     if kind == "loss":
-      return f"all layers give the same, and then {worst.name} differs", worst
+      reported = max((self._depth(t) for t in self.tensors if t.kind == "output"), default=-1)
+      behind = [t for t in self.different("gradient") if self._depth(t) > reported]
+      if not behind:
+        return f"all layers give the same, and then {worst.name} differs", worst
+      first = min(behind, key=self._depth)
+      return f"the loss differs; the first to differ behind equal layers is {first.name}", first
     if kind == "gradient":
       first = max(found, key=self._depth)
-      return (
-        f"the forward pass is equal; in the backward pass {first.name} is the first whose gradient "
-        "differs"
-      ), first
+      said = "the forward pass is equal; in the backward pass the first gradient that differs is"
+      return f"{said} that of {first.name}", first
     if kind == "variables":
       return f"gradients are equal; of the variables behind the step {worst.name} differs", worst
     return f"gradients are equal; of what the optimizer makes of them {worst.name} differs", worst
@@ -142,16 +141,14 @@ class Report:
     """Everything, for other programs; JSON has no NaN, so those are strings."""
     first = self.first()
     number = lambda x: x if not isinstance(x, float) or np.isfinite(x) else str(x)
-    row = lambda t: {
-      k: number(x)
-      for k, x in (dataclasses.asdict(t) | {"allowed": t.allowed, "equal": t.equal}).items()
-    }
+    judged = lambda t: dataclasses.asdict(t) | {"allowed": t.allowed, "equal": t.equal}
+    row = lambda t: {name: number(x) for name, x in judged(t).items()}
     return {
       "equal": self.equal,
       "mesh": self.axes,
       "steps": self.steps,
       "first": first and {"said": first[0]} | row(first[1]),
-      "tensors": [row(t) for t in self._worst_first(self.tensors)],
+      "tensors": [row(t) for t in self._worst_first()],
     }
 
   def print(self, rows: int) -> None:
@@ -163,7 +160,7 @@ class Report:
     for title, right in (("what", 0), ("name", 0), ("norm", 1), ("differs by", 1), ("allowed", 1)):
       table.add_column(title, justify="right" if right else "left", no_wrap=right or None)
     table.add_column("at step", justify="right")
-    shown = self._worst_first(self.tensors)[:rows]
+    shown = self._worst_first()[:rows]
     for t in shown:
       numbers = (f"{x:.1e}" for x in (t.norm, t.difference, t.allowed))
       style = None if t.equal else "bold red"
@@ -193,6 +190,11 @@ class Report:
       f"{said}, by {t.difference:.1e} of its norm, where rounding allows {t.allowed:.1e}",
     ]
 
-  def _worst_first(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-    worse = lambda t: t.difference / t.allowed if np.isfinite(t.difference) else np.inf
-    return sorted(tensors, key=worse, reverse=True)
+  def _worst_first(self) -> list[Tensor]:
+    return sorted(self.tensors, key=_excess, reverse=True)
+
+
+def _excess(tensor: Tensor) -> float:
+  """How many times what is allowed a tensor differs by."""
+  difference = tensor.difference / tensor.allowed
+  return difference if np.isfinite(difference) else np.inf

@@ -50,7 +50,7 @@ def shrink(experiment: Experiment) -> Experiment:
   """
   check_mesh(experiment, size(experiment.mesh))
   e = copy.deepcopy(experiment)
-  e.mesh = _small_mesh(e.mesh)
+  e.mesh = small_mesh(e.mesh)
   if (devices := size(e.mesh)) == 1:
     raise Refused(
       "parity compares a mesh with one device, and this mesh is one device; give it another axis, "
@@ -82,7 +82,8 @@ def size(mesh: Mesh) -> int:
   return math.prod(max(getattr(mesh, axis), 1) for axis in FIELDS)
 
 
-def _small_mesh(mesh: Mesh) -> Mesh:
+def small_mesh(mesh: Mesh) -> Mesh:
+  """The same axes with two devices each, rings with four where there is room."""
   sizes = {axis: getattr(mesh, axis) for axis in FIELDS}
   small = {axis: 2 if n == -1 else min(n, 2) for axis, n in sizes.items()}
   for axis in RINGS:

@@ -9,6 +9,7 @@ equal in a row.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,12 @@ from bigtrain.program import Program
 from bigtrain.state import State, combine
 
 NOISE = 0.1  # Largest standard deviation of what weights are moved by at the beginning.
-# LLVM's optimisation takes longer than it saves, and adds no rounding of its own without it.
-QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+# A program that runs a few times is compiled in a third of the time without these, and rounds as
+# it would. (jax 0.12 has no emitters to leave out.)
+QUICK: tuple[dict[str, str | bool], ...] = (
+  {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False},
+  {"xla_backend_optimization_level": "0"},
+)
 
 Trees = dict[str, Any]  # What a half of a step returns, by its kind, in numpy.
 
@@ -43,9 +48,8 @@ class Halves:
       self.state, self.rows = self.program.abstract(), sharding.batch_sharding()
       spec = e.data.make(e.seed).spec(e.batch)
       batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows) for k, s in spec.items()}
-      compiled = lambda f, *args: jax.jit(f).lower(*args).compile(compiler_options=QUICK)
-      self._gradient = compiled(self._backward, self.state, batch)
-      self._update = compiled(self._follow, self.state, self.state.model)
+      self._gradient = _compiled(self._backward, self.state, batch)
+      self._update = _compiled(self._follow, self.state, self.state.model)
 
   def gradient(self, state: State, batch: Callable) -> Trees:
     """The loss, the sums, what layers report, the gradient and the variables behind a batch."""
@@ -85,6 +89,20 @@ class Halves:
 
 
 PARTS = ("sum", "weight")
+
+
+def _compiled(function: Callable, *args) -> jax.stages.Compiled:
+  return jax.jit(function).lower(*args).compile(compiler_options=_quick())
+
+
+@functools.cache
+def _quick() -> dict[str, str | bool]:
+  """The first of the options that this compiler has."""
+  for options in QUICK:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      jax.jit(lambda x: x + 1).lower(0).compile(compiler_options=options)
+      return options
+  return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +173,8 @@ def _begun(program: Program, random: np.random.Generator) -> State:
 
   A matrix of many rows is moved by less, so that what it makes stays as large as its input.
   """
-  state = program.compile_init()(jax.random.key(program.experiment.seed))
+  key = jax.random.key(program.experiment.seed)
+  state = _compiled(program.init, key)(key)
 
   def moved(path, w):
     rows = layout(path, w).sides(w)[0] if layout(path, w).rows else 1
@@ -163,7 +182,7 @@ def _begun(program: Program, random: np.random.Generator) -> State:
     return w + noise.astype(w.dtype)
 
   model = jax.tree_util.tree_map_with_path(moved, jax.device_get(state.model))
-  optimizer = jax.jit(program.transformation.init)(model)
+  optimizer = _compiled(program.transformation.init, model)(model)
   return jax.device_get(dataclasses.replace(state, model=model, optimizer=optimizer))
 
 
