@@ -41,7 +41,7 @@ COMMANDS = {
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
-  "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what one device does"),
+  "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what a device does"),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 

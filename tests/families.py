@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import jax
+
 from bigtrain.data.masked import MaskedText
 from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
@@ -13,6 +15,7 @@ from bigtrain.models import presets
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder import MaskedLMConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.initial import Mup
 from bigtrain.models.language_model import LanguageModelConfig
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
@@ -28,6 +31,7 @@ from bigtrain.optim.schedule_free import ScheduleFreeAdamW
 from bigtrain.optim.sgd import SGD
 from bigtrain.optim.soap import SOAP
 from bigtrain.parity import Reference, Report, compare, shrink
+from bigtrain.parity.shrink import size
 from tests import classes
 from tests.interop.test_nnx_module import CNNConfig
 
@@ -51,6 +55,12 @@ def study(model: ModelConfig, data, objective, optimizer: str, **fields) -> Expe
 def gpt2() -> LanguageModelConfig:
   model = presets.gpt2("124m")
   model.vocab = 50304
+  return model
+
+
+def mup() -> LanguageModelConfig:
+  model = gpt2()
+  model.init = Mup(base=256, head_dim=32)
   return model
 
 
@@ -83,6 +93,7 @@ BERT = MaskedLMConfig(encoder=presets.bert("base"), next_sentence=True)
 # The one place where a family is added.
 STUDIES = {
   "gpt2": study(gpt2(), TextData(), CausalLM(), "adamw", microbatches=2),
+  "mup": study(mup(), TextData(), CausalLM(), "adamw"),
   "llama": study(llama(), TextData(), CausalLM(z_loss=1e-4), "muon"),
   "bert": study(BERT, MaskedText(next_sentence=True), MaskedLM(), "schedule-free"),
   "t5": study(presets.t5("small"), Spans(), SpanCorruption(), "adafactor"),
@@ -122,5 +133,6 @@ def reference(e: Experiment) -> Reference:
   return _reference(dataclasses.replace(e, mesh=Mesh()))
 
 
-def check(e: Experiment, devices) -> Report:
-  return compare(e, reference(e), devices)
+def check(e: Experiment) -> Report:
+  """On the experiment's mesh over as many devices as it wants."""
+  return compare(e, reference(e), e.mesh.make(jax.devices()[: size(e.mesh)]))

@@ -1,22 +1,28 @@
-"""A mesh changes where numbers are computed, not which: the gate proves it, and itself by faults."""
+"""A mesh changes where numbers are computed, not which: so says the gate, which faults prove."""
 
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bigtrain import cli, sharding
 from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
 from bigtrain.kernels import cross_entropy
+from bigtrain.load import load
 from bigtrain.mesh import Mesh
 from bigtrain.models import attention, norm
 from bigtrain.optim import clip
 from bigtrain.parity import shrink
+from bigtrain.parity.shrink import small_mesh
 from bigtrain.program import Program
 from bigtrain.validate import validate
 from tests import families, packed
@@ -58,7 +64,7 @@ def named(cases, **marks):
   ("family", "axes"), [*named(FAST), *named(set(SLOW) - set(FAST), marks=pytest.mark.slow)]
 )
 def test_five_steps_on_a_mesh_equal_those_of_one_device(family, axes):
-  report = families.check(families.small(family, mesh_of(axes)), jax.devices())
+  report = families.check(families.small(family, mesh_of(axes)))
   assert report.equal, report.verdict()
   assert_says_something(report)
 
@@ -66,7 +72,7 @@ def test_five_steps_on_a_mesh_equal_those_of_one_device(family, axes):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_of_every_optimizer_equal_those_of_one_device(optimizer):
-  report = families.check(families.small("llama", mesh_of(MESHES[-1]), optimizer), jax.devices())
+  report = families.check(families.small("llama", mesh_of(MESHES[-1]), optimizer))
   assert report.equal, report.verdict()
   assert_says_something(report)
 
@@ -166,8 +172,8 @@ FAULTS = {
   norm_of_a_shard: ("output", "transformer.00.attention"),
   unsummed_norm: ("update", ""),
   # Room for two more, once `plain` has experts: a token that the exchange drops on one shard must
-  # show as ("output", "transformer.00.feed_forward"), and a router whose logits or balance are those
-  # of one shard as the same, or, if it is the gradient alone, as ("gradient", "...router...").
+  # show as ("output", "transformer.00.feed_forward"), a router that sees one shard likewise, or, if
+  # it is the gradient alone, as ("gradient", the router's name).
 }
 
 
@@ -176,7 +182,7 @@ def test_a_planted_fault_is_found_and_named(fault, monkeypatch):
   e = families.plain()
   families.reference(e)  # Without the fault.
   fault(monkeypatch)
-  report = families.check(e, jax.devices()[:4])
+  report = families.check(e)
   kind, name = FAULTS[fault]
   said, first = report.first()
   assert not report.equal
@@ -187,6 +193,153 @@ def test_a_planted_fault_is_found_and_named(fault, monkeypatch):
 
 
 def test_without_a_fault_the_same_experiment_is_equal():
-  report = families.check(families.plain(), jax.devices()[:4])
+  report = families.check(families.plain())
   assert report.equal, report.verdict()
   assert report.first() is None
+
+
+# The command.
+
+
+def run(capsys, *arguments) -> tuple[int, str]:
+  code = cli.main(["parity", *arguments])
+  return code, capsys.readouterr().out
+
+
+def test_the_command_prints_a_table_and_says_equal(capsys):
+  code, out = run(capsys, "experiments/mlp.py", "--mesh.fsdp", "4", "--rows", "3")
+  assert code == Exit.DONE
+  assert out.splitlines()[0].split()[:2] == ["what", "name"] and "\n... and " in out
+  assert "steps on the mesh (fsdp=2) and on one device" in out.splitlines()[-1]
+
+
+def test_the_command_fails_with_the_name_of_what_differs_also_as_json(capsys, monkeypatch):
+  use = sharding.use
+
+  def planted(w, dims, *args, **kwargs):
+    w = w[...] if dims != "FC" or jax.sharding.get_abstract_mesh().empty else w[...] * 1.001
+    return use(w, dims, *args, **kwargs)
+
+  monkeypatch.setattr(sharding, "use", planted)
+  code, out = run(capsys, "experiments/mlp.py", "--mesh.fsdp", "4", "--json")
+  found = json.loads(out)
+  assert (code, found["equal"], found["mesh"]) == (Exit.CHECK, False, {"fsdp": 2})
+  assert found["first"]["name"] == "layers.2.weight", found["first"]["said"]
+  assert 5e-4 < found["first"]["difference"] < 5e-3
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--mesh.fsdp", "1"], "parity compares a mesh with one device"),
+    (["--mesh.fsdp", "3"], "batch 32 is not divisible by the 3 batch shards"),
+    (["--mesh.tensr", "2"], "did you mean --mesh.tensor?"),
+  ],
+)
+def test_the_command_refuses_what_it_cannot_compare(arguments, message, capsys):
+  assert cli.main(["parity", "experiments/mlp.py", *arguments]) == Exit.REFUSED
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_makes_its_own_devices_on_one_core_for_all_axes_together(tmp_path):
+  arguments = [f"--mesh.{axis}=2" for axis in AXES]
+  command = [sys.executable, "-m", "bigtrain.cli", "parity", "experiments/llama3.py:windowed"]
+  core = {min(os.sched_getaffinity(0))}
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "BIGTRAIN_CACHE": str(tmp_path)}
+  environment.pop("XLA_FLAGS")
+  pin = lambda: os.sched_setaffinity(0, core)
+  done = subprocess.run(
+    [*command, *arguments], env=environment, preexec_fn=pin, capture_output=True, text=True
+  )
+  assert done.returncode == Exit.DONE, done.stdout + done.stderr
+  assert f"({', '.join(f'{axis}=2' for axis in AXES)})" in done.stdout
+
+
+# The small copy.
+
+
+def test_the_small_copy_keeps_the_structure_on_two_devices_an_axis_and_drops():
+  e, _ = load("experiments/llama3.py:windowed")
+  e.mesh = Mesh(data=8, fsdp=16, tensor=4)
+  small = shrink(e)
+  assert small.mesh == Mesh(data=2, fsdp=2, tensor=2)
+  windows = [block.attention.window for block in small.model.pattern]
+  assert windows == [5, 5, 5, None] and small.model.layers == 8  # Each block twice.
+  assert {type(small.model), type(small.optimizer)} == {type(e.model), type(e.optimizer)}
+  assert small.model.dropout == small.model.pattern[0].attention.dropout == 0.1
+  assert (small.model.dtype, small.steps, small.batch) == ("float32", 5, 8)
+  assert e.model.dim == 2048 and e.model.dropout == 0.0  # The experiment itself stays.
+
+
+def test_a_ring_has_four_devices_where_there_is_room():
+  sizes = lambda mesh: (mesh.fsdp, mesh.context, mesh.pipeline)
+  assert sizes(small_mesh(Mesh(context=16))) == (2, 4, 1)
+  assert sizes(small_mesh(Mesh(context=16, fsdp=64, pipeline=8))) == (2, 2, 2)
+  assert sizes(small_mesh(Mesh(context=2, fsdp=1))) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_made_up_batches_are_ragged_in_range_and_pure(name):
+  e = families.small(name, Mesh(fsdp=2))
+  data = e.data.make(0)
+  batch, spec = data.batch(0, 16), data.spec(16)
+  assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
+    k: (x.shape, x.dtype) for k, x in spec.items()
+  }
+  chex.assert_trees_all_equal(data.batch(4, 16, slice(2, 5)), data.batch(6, 3))
+  weights = batch["weights"].reshape(16, -1)
+  assert 0 < weights.mean() < 1
+  if "tokens" in batch:
+    assert 0 <= batch["tokens"].min() < batch["tokens"].max() < e.model.vocabulary()
+    segments, positions = batch["segments"], batch["positions"]
+    assert len(np.unique(segments.max(1))) > 1 and len(np.unique((segments == 0).sum(1))) > 1
+    starts = np.diff(segments, prepend=0, axis=1) > 0
+    assert (positions[starts] == 0).all() and (positions[(segments > 0) & ~starts] > 0).all()
+  if "labels" in batch:
+    assert len(np.unique(batch["labels"])) > 1 and batch["labels"].max() < e.model.n_classes()
+
+
+# What the gate leaves out.
+
+
+def test_five_steps_in_a_row_of_the_compiled_step_equal_those_of_one_device():
+  e = packed.experiment(optimizer=packed.ADAMW, mesh=Mesh(data=2, fsdp=2, tensor=2))
+  state = packed.start(e)
+  (got, metrics), (wanted, alone) = (packed.run(e, state, meshed=m) for m in (True, False))
+  assert int(got.step) == e.steps and int(got.example) == e.steps * e.batch
+  distances = packed.distances(
+    (got.model, got.optimizer, metrics), (wanted.model, wanted.optimizer, alone)
+  )
+  assert {k: d for k, d in distances.items() if not d <= 1e-5} == {}
+  assert alone[-1]["loss"] < alone[0]["loss"] - 0.05
+  assert alone[0]["gradient_norm"] > e.optimizer.clip
+  weights = [m["weight"] for m in alone]
+  assert len(np.unique(weights)) > 1 and max(weights) < packed.B * packed.T
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_the_quickstart_equal_a_single_device():
+  e, _ = load("experiments/quickstart.py")
+  e = dataclasses.replace(e, steps=20, batch=8, mesh=Mesh(data=2, fsdp=2, tensor=2))
+  e.optimizer.schedule.warmup = 5
+  state = jax.device_get(Program(e, None).compile_init()(jax.random.key(e.seed)))
+  (_, metrics), (_, alone) = (packed.run(e, state, meshed=meshed) for meshed in (True, False))
+  losses, wanted = ([m["loss"] for m in rows] for rows in (metrics, alone))
+  np.testing.assert_allclose(losses, wanted, atol=1e-5, rtol=0)
+  assert wanted[-1] < wanted[0] - 1
+
+
+def test_initialisation_gives_the_same_bits_on_a_mesh():
+  e = packed.experiment(mesh=Mesh(data=2, fsdp=2, tensor=2))
+  alone = Program(e, None).compile_init()(jax.random.key(7))
+  with jax.set_mesh(mesh := e.mesh.make()):
+    spread = Program(e, mesh).compile_init()(jax.random.key(7))
+  chex.assert_trees_all_equal(jax.device_get(spread), jax.device_get(alone))
+
+
+def test_fewer_key_value_heads_than_the_tensor_axis_are_refused():
+  e = packed.experiment(attention={"kv_heads": 4}, mesh=Mesh(fsdp=1, tensor=8))
+  message = r"kv_heads 4 is not divisible by 8, the mesh's tensor=8; use 8, or a smaller --mesh"
+  with pytest.raises(Refused, match=message):
+    validate(e, devices=8)

@@ -13,6 +13,8 @@ from bigtrain.flags import parse
 if TYPE_CHECKING:
   import jax
 
+  from bigtrain.mesh import Mesh
+
 
 @config
 class Parity:
@@ -45,13 +47,13 @@ def parity(arguments: list[str]) -> int:
     [Parity(), experiment], arguments[1:], f"bigtrain parity {file}", about
   )
   from bigtrain.parity import Reference, compare, shrink
-  from bigtrain.parity.shrink import size, small_mesh
+  from bigtrain.parity.shrink import small_mesh
   from bigtrain.program import enable_compilation_cache
 
-  devices = virtual_devices(size(small_mesh(experiment.mesh)))
+  mesh = virtual(small_mesh(experiment.mesh))  # First: what checks a mesh makes jax begin.
   small = shrink(experiment)
   enable_compilation_cache()
-  report = compare(small, Reference(small), devices)
+  report = compare(small, Reference(small), mesh)
   if chosen.json:
     print(json.dumps(report.json(), indent=2))
   else:
@@ -59,14 +61,17 @@ def parity(arguments: list[str]) -> int:
   return Exit.DONE if report.equal else Exit.CHECK
 
 
-def virtual_devices(count: int) -> "list[jax.Device]":
-  """So many devices on this machine's CPU, whatever else is attached.
+def virtual(mesh: "Mesh") -> "jax.sharding.Mesh":
+  """The mesh over devices on this machine's CPU, whatever else is attached.
 
   Raises:
     Refused: jax has begun already, with fewer.
   """
   import jax
 
+  from bigtrain.parity.shrink import size
+
+  count = size(mesh)
   try:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
@@ -79,4 +84,4 @@ def virtual_devices(count: int) -> "list[jax.Device]":
       f"{len(devices)} while it was read; move what computes there into functions, or set "
       f"JAX_NUM_CPU_DEVICES={count}"
     )
-  return devices[:count]
+  return mesh.make(devices[:count])

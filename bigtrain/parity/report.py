@@ -75,7 +75,9 @@ def named(kind: str, tree: Any) -> dict[str, Any]:
 
 def by_layer(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Parameters by path, each layer of a stack by itself, in the order they are given."""
-  return {k.removeprefix("/"): x for k, x in unstacked({f"/{k}": x for k, x in flat.items()}).items()}
+  return {
+    k.removeprefix("/"): x for k, x in unstacked({f"/{k}": x for k, x in flat.items()}).items()
+  }
 
 
 class Report:
@@ -157,9 +159,10 @@ class Report:
     if not console.is_terminal:
       console.width = 120
     table = Table(box=None, pad_edge=False)
-    for title, right in (("what", 0), ("name", 0), ("norm", 1), ("differs by", 1), ("allowed", 1)):
-      table.add_column(title, justify="right" if right else "left", no_wrap=right or None)
-    table.add_column("at step", justify="right")
+    table.add_column("what")
+    table.add_column("name", overflow="fold")
+    for title in ("norm", "differs by", "allowed", "at step"):
+      table.add_column(title, justify="right", no_wrap=True)
     shown = self._worst_first()[:rows]
     for t in shown:
       numbers = (f"{x:.1e}" for x in (t.norm, t.difference, t.allowed))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import Var
 
 from bigtrain import sharding
 from bigtrain.checkpoint import path_name
@@ -47,7 +48,9 @@ class Halves:
     with self._in_mesh():
       self.state, self.rows = self.program.abstract(), sharding.batch_sharding()
       spec = e.data.make(e.seed).spec(e.batch)
-      batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows) for k, s in spec.items()}
+      batch = {
+        k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows) for k, s in spec.items()
+      }
       self._gradient = _compiled(self._backward, self.state, batch)
       self._update = _compiled(self._follow, self.state, self.state.model)
 
@@ -68,10 +71,10 @@ class Halves:
     gradient, output, variables = self.program.gradient(
       state.model, state.variables, batch, key, statistics=True
     )
-    sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
+    sums = {"objective": (output.loss_sum, output.weight)} | output.metrics
     return {
       "output": output.taps,
-      "loss": {f"{name}.{part}": x for name, pair in sums.items() for part, x in zip(PARTS, pair)},
+      "loss": {name: jnp.stack(pair) for name, pair in sums.items()},  # Sum and weight.
       "gradient": gradient,
       "variables": variables,
     }
@@ -86,9 +89,6 @@ class Halves:
 
   def _in_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-PARTS = ("sum", "weight")
 
 
 def _compiled(function: Callable, *args) -> jax.stages.Compiled:
@@ -143,9 +143,8 @@ class Reference:
       )
 
 
-def compare(e: Experiment, reference: Reference, devices: list[jax.Device]) -> Report:
-  """What the experiment's mesh over these devices makes of the steps of `reference`."""
-  mesh = e.mesh.make(devices)
+def compare(e: Experiment, reference: Reference, mesh: jax.sharding.Mesh) -> Report:
+  """What a mesh makes of the steps of `reference`, which are those of `e` on one device."""
   halves, tensors = Halves(e, mesh), {}
   for i, step in enumerate(reference.steps):
     got = halves.gradient(step.state, batches(e, i))
@@ -215,10 +214,10 @@ def _first_uses(jaxpr, inputs: dict | None, found: dict[int, None]) -> None:
     for inner in _inner(eqn.params.values()):
       # What comes before the arguments, such as the index of a branch, is not handed on.
       pairs = zip(reversed(inner.invars), reversed(eqn.invars), strict=False)
-      known = {i: inputs[v] for i, v in pairs if isinstance(v, jax.extend.core.Var) and v in inputs}
+      known = {i: inputs[v] for i, v in pairs if isinstance(v, Var) and v in inputs}
       _first_uses(inner, known, found)
     for v in eqn.invars:
-      if isinstance(v, jax.extend.core.Var) and v in inputs:
+      if isinstance(v, Var) and v in inputs:
         found[inputs[v]] = None
 
 
