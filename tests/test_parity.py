@@ -140,7 +140,8 @@ def own_dropout(monkeypatch):
       keep = jax.random.bernoulli(key, 1 - rate, x.shape)
       return jnp.where(keep, x / (1 - rate), 0)
 
-    if key is None or (isinstance(rate, float) and rate == 0.0):
+    off = key is None or (isinstance(rate, float) and rate == 0.0)
+    if off or jax.sharding.get_abstract_mesh().empty:
       return x
     spec = jax.typeof(x).sharding.spec
     return jax.shard_map(local, in_specs=(spec, jax.P()), out_specs=spec)(x, key)
@@ -187,7 +188,7 @@ def test_a_planted_fault_is_found_and_named(fault, monkeypatch):
   said, first = report.first()
   assert not report.equal
   assert (first.kind, first.name.rpartition("/")[2].startswith(name)) == (kind, True), said
-  assert first.difference > 100 * first.allowed, said
+  assert first.difference > 10 * first.allowed, said
   if kind == "gradient":  # Nothing but what the fault touches.
     assert {t.name.rpartition(".")[2] for t in report.different()} == {name.rpartition(".")[2]}
 
@@ -297,7 +298,7 @@ def test_made_up_batches_are_ragged_in_range_and_pure(name):
     starts = np.diff(segments, prepend=0, axis=1) > 0
     assert (positions[starts] == 0).all() and (positions[(segments > 0) & ~starts] > 0).all()
   if "labels" in batch:
-    assert len(np.unique(batch["labels"])) > 1 and batch["labels"].max() < e.model.n_classes()
+    assert len(np.unique(batch["labels"])) > 1 and batch["labels"].max() < (e.data.n_classes() or 2)
 
 
 # What the gate leaves out.
