@@ -124,7 +124,9 @@ class Report:
       if not behind:
         return f"all layers give the same, and then {worst.name} differs", worst
       first = min(behind, key=self._depth)
-      return f"the loss differs; the first to differ behind equal layers is {first.name}", first
+      where = "among" if reported < 0 else "behind equal layers, among"
+      said = f"the loss differs; {where} gradients in the order of the forward pass the first is"
+      return f"{said} that of {first.name}", first
     if kind == "gradient":
       first = max(found, key=self._depth)
       said = "the forward pass is equal; in the backward pass the first gradient that differs is"
@@ -172,7 +174,7 @@ class Report:
     if len(shown) < len(self.tensors):
       console.print(f"... and {len(self.tensors) - len(shown)} that differ by less")
     for line in self.verdict():
-      console.print(line)
+      console.print(line, soft_wrap=True)
 
   def verdict(self) -> list[str]:
     """What the table comes to, in sentences."""

@@ -56,10 +56,10 @@ class Standardized(nnx.Module):
 
   def standardized(self, x_BF):
     mesh = jax.sharding.get_abstract_mesh()
-    rows = () if mesh.empty else sharding.axes("B")
+    rows = () if mesh.empty else tuple(a for a in sharding.axes("B") if mesh.shape[a] > 1)
 
     def local(x_BF):
-      mean = lambda x: jax.lax.pmean(x.mean(0), rows) if self.c.averages and rows else x.mean(0)
+      mean = lambda x: jax.lax.pmean(x.mean(0), rows if self.c.averages else ())
       x_BF -= mean(x_BF)
       return x_BF * jax.lax.rsqrt(mean(x_BF**2) + 1e-5)
 
