@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from typing import TYPE_CHECKING
 
 from bigtrain.annotations import check_types
@@ -39,6 +40,7 @@ def parity(arguments: list[str]) -> int:
   if file is None:
     parse([Parity()], arguments, "bigtrain parity EXPERIMENT", about)
     return Exit.DONE
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # No compiler's advice on speed, as to Muon.
   from bigtrain.load import load
 
   experiment, _ = load(file)

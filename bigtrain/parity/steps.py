@@ -5,6 +5,10 @@ from its weights, and the update from its gradient. So nothing drifts apart, a f
 is and not in all that follows, and Adam, which divides by the size of the gradient, cannot make an
 update of its rounding. As all that a step returns is compared, steps that are equal one by one are
 equal in a row.
+
+The gradient that becomes an update has noise of its own size added. A gradient of few tokens has
+few directions, and optimizers that make all directions equally long (Muon, SOAP) would make the
+others of rounding alone.
 """
 
 import contextlib
@@ -48,9 +52,8 @@ class Halves:
     with self._in_mesh():
       self.state, self.rows = self.program.abstract(), sharding.batch_sharding()
       spec = e.data.make(e.seed).spec(e.batch)
-      batch = {
-        k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows) for k, s in spec.items()
-      }
+      laid = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows)
+      batch = {name: laid(s) for name, s in spec.items()}
       self._gradient = _compiled(self._backward, self.state, batch)
       self._update = _compiled(self._follow, self.state, self.state.model)
 
@@ -107,33 +110,29 @@ def _quick() -> dict[str, str | bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A step on one device: what each half was given, made of it, and how far rounding moves that."""
+  """A step on one device: what its halves were given, and what they made of it."""
 
   state: State
-  gradient: Trees
-  update: Trees
-  # The same halves from numbers that were moved by their last bit.
-  moved_gradient: Trees
-  moved_update: Trees
+  given: Any  # The gradient that became an update.
+  trees: Trees
+  moved: Trees  # The same from numbers that were moved by their last bit.
 
 
 class Reference:
   """The steps of an experiment on one device, which do not depend on its mesh."""
 
   def __init__(self, e: Experiment):
-    self.e = e
     halves, random = Halves(e, None), np.random.default_rng(e.seed)
     state = _begun(halves.program, random)
     self.steps: list[Step] = []
     for i in range(e.steps):
       batch = batches(e, i)
       near = lambda tree: jax.tree.map(lambda x: _last_bit(x, random), tree)
-      gradient = halves.gradient(state, batch)
-      update = halves.update(state, gradient["gradient"])
-      moved = near(state)
-      moved_gradient = halves.gradient(moved, batch)
-      moved_update = halves.update(moved, near(gradient["gradient"]))
-      self.steps.append(Step(state, gradient, update, moved_gradient, moved_update))
+      gradient, moved = halves.gradient(state, batch), near(state)
+      given = jax.tree.map(lambda g: _with_noise(g, random), gradient["gradient"])
+      update = halves.update(state, given)
+      moved_trees = halves.gradient(moved, batch) | halves.update(moved, near(given))
+      self.steps.append(Step(state, given, gradient | update, moved_trees))
       state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -147,15 +146,12 @@ def compare(e: Experiment, reference: Reference, mesh: jax.sharding.Mesh) -> Rep
   """What a mesh makes of the steps of `reference`, which are those of `e` on one device."""
   halves, tensors = Halves(e, mesh), {}
   for i, step in enumerate(reference.steps):
-    got = halves.gradient(step.state, batches(e, i))
-    got |= halves.update(step.state, step.gradient["gradient"])
-    wanted, moved = step.gradient | step.update, step.moved_gradient | step.moved_update
+    trees = halves.gradient(step.state, batches(e, i)) | halves.update(step.state, step.given)
     for kind in KINDS:
-      trees = (named(kind, trees[kind]) for trees in (got, wanted, moved))
-      found, others, nudged = trees
-      for name in others:
+      got, wanted, moved = (named(kind, x[kind]) for x in (trees, step.trees, step.moved))
+      for name in wanted:
         tensor = tensors.setdefault((kind, name), Tensor(kind, name))
-        tensor.see(found[name], others[name], nudged[name])
+        tensor.see(got[name], wanted[name], moved[name])
   axes = {axis: n for axis, n in mesh.shape.items() if n > 1}
   order = lambda: forward_order(e, reference.steps[0].state)
   return Report(axes, list(tensors.values()), order)
@@ -190,6 +186,11 @@ def _last_bit(x, random: np.random.Generator):
   if not jnp.issubdtype(x.dtype, jnp.floating):
     return x
   return (x * (1 + np.finfo(x.dtype).eps * random.integers(-1, 2, x.shape))).astype(x.dtype)
+
+
+def _with_noise(x, random: np.random.Generator):
+  size = np.sqrt(np.mean(np.square(x, dtype=np.float64)))
+  return (x + size * random.normal(size=x.shape)).astype(x.dtype)
 
 
 def forward_order(e: Experiment, state: State) -> list[str]:
