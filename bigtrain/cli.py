@@ -43,6 +43,7 @@ COMMANDS = {
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
+  "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what a device does"),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 
@@ -136,8 +137,8 @@ RESERVED = (*(field.name for field in dataclasses.fields(RunFlags)), "supervise"
 
 def train(arguments: list[str]) -> int | None:
   """bigtrain train EXPERIMENT [flags] [overrides]."""
-  target = _target(arguments, "train", "EXPERIMENT", "experiments/quickstart.py:base")
-  if target is None:
+  name = target(arguments, "train", "EXPERIMENT", "experiments/quickstart.py:base")
+  if name is None:
     about = (
       "Trains path.py[:function] (base unless given), or goes on with a run directory. "
       f"`{spelt('train EXPERIMENT --help')}` also lists every field of that experiment."
@@ -146,8 +147,8 @@ def train(arguments: list[str]) -> int | None:
     return Exit.DONE
   from bigtrain.load import load
 
-  experiment, source = load(target)
-  flags, experiment = override(experiment, arguments[1:], spelt(f"train {target}"))
+  experiment, source = load(name)
+  flags, experiment = override(experiment, arguments[1:], spelt(f"train {name}"))
   from bigtrain.validate import validate
 
   validate(experiment)
@@ -263,7 +264,7 @@ def sample(arguments: list[str]) -> None:
 def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str, T]:
   """The run directory and the settings of a command about a run."""
   command = type(default).__name__.lower()
-  run_dir = _target(arguments, command, "RUN", example)
+  run_dir = target(arguments, command, "RUN", example)
   if run_dir is not None and run_dir.partition(":")[0].endswith(".py"):
     from bigtrain.load import named
 
@@ -274,7 +275,7 @@ def _run_arguments(default: T, arguments: list[str], example: str) -> tuple[str,
   return str(run_dir), chosen
 
 
-def _target(arguments: list[str], command: str, name: str, example: str) -> str | None:
+def target(arguments: list[str], command: str, name: str, example: str) -> str | None:
   """What the command is about: its first argument. None if that asks for help."""
   first = arguments[0] if arguments else ""
   if first in ("-h", "--help"):

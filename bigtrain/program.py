@@ -42,11 +42,8 @@ class Program:
   ) -> tuple[State, dict[str, Any]]:
     """One update, and its metrics as float32 scalars; with `statistics`, a dict of these by layer
     is among them as "layers"."""
-    # Folding in a small number gives a key that `init` has split off: a branch beside those.
-    steps = jax.random.fold_in(jax.random.key(self.experiment.seed), 2**32 - 1)
-    key = jax.random.fold_in(steps, state.step)
     gradient, output, variables = self.gradient(
-      state.model, state.variables, batch, key, statistics=statistics
+      state.model, state.variables, batch, self.key(state.step), statistics=statistics
     )
     updates, optimizer = self.transformation.update(gradient, state.optimizer, state.model)
     model = optax.apply_updates(state.model, updates)
@@ -69,6 +66,12 @@ class Program:
       variables=variables,
     )
     return state, metrics
+
+  def key(self, step) -> jax.Array:
+    """Of what the update after `step` completed ones draws."""
+    # Folding in a small number gives a key that `init` has split off: a branch beside those.
+    steps = jax.random.fold_in(jax.random.key(self.experiment.seed), 2**32 - 1)
+    return jax.random.fold_in(steps, step)
 
   def gradient(
     self, model, variables, batch: dict[str, jax.Array], key, *, statistics: bool = False

@@ -6,6 +6,7 @@ a `smoke` of its own. The mesh becomes what is attached, for the experiment's ow
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 
 from bigtrain.config import Refused, configs, join
 from bigtrain.console import say
@@ -27,7 +28,7 @@ def shrink(experiment: Experiment) -> Experiment:
   Says what it takes in the place of files that are not there, or too large to try.
   """
   e = copy.deepcopy(experiment)
-  e.model, e.data = _capped(e.model).smoke(), _capped(e.data).smoke()
+  e.model, e.data = (capped(c, LENGTHS | WIDTHS).smoke() for c in (e.model, e.data))
   _say_replaced(experiment.data, e.data)
   known, needed = e.model.vocabulary(), e.data.vocabulary()
   if known is not None and needed is not None and not needed <= known <= padded(needed):
@@ -74,11 +75,18 @@ def _say_replaced(before: DataConfig, after: DataConfig) -> None:
       say(f"{join('data', path)}: {why}; --smoke takes {kind.__name__} in its place")
 
 
-def _capped(root):
-  """`root` with every size capped, widths to a power of two, so that one divides another."""
+def capped(root, caps: Mapping[str, int]):
+  """`root` with the sizes that have these names capped, widths to a power of two, so that one
+  divides another."""
+
+  def cap(size: int, name: str) -> int:
+    return min(size if name in LENGTHS else 1 << (size.bit_length() - 1), caps[name])
+
   for _, node in configs(root):
-    for name, cap in (LENGTHS | WIDTHS).items():
+    for name in caps:
       size = getattr(node, name, None)
       if type(size) is int and size > 0:
-        setattr(node, name, min(size if name in LENGTHS else 1 << (size.bit_length() - 1), cap))
+        setattr(node, name, cap(size, name))
+      elif isinstance(size, tuple):  # Of one layer after the other.
+        setattr(node, name, tuple(cap(n, name) for n in size))
   return root

@@ -8,6 +8,7 @@ import collections
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,25 +45,35 @@ def _rms(leaves: list[jax.Array], stacked: bool) -> jax.Array:
 
 def by_layer(found: Mapping[str, np.ndarray]) -> dict[str, float]:
   """{"name/layer": value} with every layer of a stack by its number, two digits or more."""
+  return {name: float(value) for name, value in unstacked(found).items()}
+
+
+def unstacked(found: Mapping[str, Any]) -> dict[str, Any]:
+  """{"name/layer...": array} of single layers, those of a stack one after the other by depth.
+
+  Elsewhere the order stays as it is. Of a stack, what lies at `i.j` has its repeats in front.
+  """
   shapes: dict[tuple[str, int], dict[int, int]] = collections.defaultdict(dict)
   for name, value in found.items():
     if match := _stacked(name):
       stack, segment, block, _ = match
       shapes[stack, segment][block] = len(value)
-  layers = {}
-  for name, value in found.items():
+  placed, begun = [], {}  # A stack stands where its first array stands.
+  for i, (name, value) in enumerate(found.items()):
     match = _stacked(name)
     if match is None:
-      layers[name] = float(value)
+      placed.append(((i, 0, i), name, value))
       continue
     stack, segment, block, rest = match
+    at = begun.setdefault(stack, i)
     before = [
-      n for (s, i), blocks in shapes.items() if s == stack and i < segment for n in blocks.values()
+      n for (s, k), blocks in shapes.items() if s == stack and k < segment for n in blocks.values()
     ]
-    for repeat, number in enumerate(value):
+    for repeat, layer in enumerate(value):
       depth = sum(before) + repeat * len(shapes[stack, segment]) + block
-      layers[f"{name.partition('/')[0]}/{stack}{depth:02}{rest}"] = float(number)
-  return layers
+      path = f"{name.partition('/')[0]}/{stack}{depth:02}{rest}"
+      placed.append(((at, depth, i), path, layer))
+  return {name: value for _, name, value in sorted(placed, key=lambda p: p[0])}
 
 
 def _stacked(name: str) -> tuple[str, int, int, str] | None:

@@ -11,11 +11,49 @@ import numpy as np
 from bigtrain.config import config
 from bigtrain.experiment import Data, DataConfig, Evaluation, Experiment, Logging, ModelConfig
 from bigtrain.mesh import Mesh
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.mlp import MLPConfig
+from bigtrain.models.norm import LayerNormConfig
+from bigtrain.models.transformer import BlockConfig
+from bigtrain.models.vit import AttentionPoolConfig, ViTConfig
 from bigtrain.objectives.classification import Classification
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine
 
 B, R, S, CHANNELS, C = 16, 8, 8, 2, 7
+PIXELS = R * S * CHANNELS
+MODELS = {
+  "mlp": MLPConfig(
+    inputs=PIXELS,
+    hidden=(16, 24, 24),
+    classes=C,
+    activation="prelu",
+    norm=LayerNormConfig(),
+    residual=True,
+    dropout=0.1,
+    dtype="float32",
+  ),
+  "vit": ViTConfig(
+    image=R,
+    channels=CHANNELS,
+    patch=4,
+    classes=C,
+    pool=AttentionPoolConfig(heads=8, hidden=24, bias=False),
+    dim=32,
+    layers=2,
+    pattern=(
+      BlockConfig(
+        # Without biases: that of the keys has no gradient but rounding, which Adam would enlarge.
+        attention=AttentionConfig(heads=8, causal=False),
+        feed_forward=FeedForwardConfig(hidden=40, bias=True),
+      ),
+    ),
+    drop_path=0.3,
+    dropout=0.1,
+    dtype="float32",
+  ),
+}
 
 
 @config
@@ -70,7 +108,7 @@ def experiment(model: ModelConfig, **fields) -> Experiment:
   """Five steps with every mixture on; some fields replaced."""
   parts = {
     "data": Blobs(),
-    # As in test_parity.py: a larger eps, so that rounding does not become the update.
+    # As in packed.py: a larger eps, so that rounding does not become the update.
     "optimizer": AdamW(lr=1e-2, eps=1e-5, clip=0.5, average=0.9, schedule=Cosine(warmup=2)),
     "objective": Classification(label_smoothing=0.1, mixup=0.4, cutmix=1.0),
     "mesh": Mesh(),

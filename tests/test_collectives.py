@@ -15,8 +15,7 @@ from bigtrain.mesh import Mesh
 from bigtrain.optim import optimizer
 from tests import packed
 from tests.collectives import Collective, collectives
-from tests.packed import B, D, F, G, H, K, T, V
-from tests.test_parity import ADAMW
+from tests.packed import ADAMW, B, D, F, G, H, K, T, V
 
 SMALL = 128  # Elements: a bias, a norm, a number for each token. Every weight has more.
 ALL = Mesh(data=2, fsdp=2, tensor=2)

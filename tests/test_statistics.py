@@ -22,7 +22,6 @@ from bigtrain.train import train
 from tests import classes, packed
 from tests.interop import test_nnx_module
 from tests.objectives import test_masked_lm, test_span_corruption
-from tests.test_parity_classification import MODELS
 
 
 def experiment(**fields):
@@ -189,10 +188,10 @@ def test_sizes_of_leaves_outside_any_layer_go_by_their_own_name():
 
 
 FAMILIES = {
-  "mlp": lambda: classes.experiment(MODELS["mlp"]),
+  "mlp": lambda: classes.experiment(classes.MODELS["mlp"]),
   "decoder": packed.experiment,
   "bert": test_masked_lm.experiment,
-  "vit": lambda: classes.experiment(MODELS["vit"]),
+  "vit": lambda: classes.experiment(classes.MODELS["vit"]),
   "t5": test_span_corruption.experiment,
   "own": test_nnx_module.experiment,
 }

@@ -20,7 +20,6 @@ from bigtrain.train import train
 from bigtrain.writers import Console, TensorBoard, default_writers
 from tests import classes, packed, runs
 from tests.bigram import Bigram
-from tests.test_parity_classification import MODELS
 
 pytestmark = pytest.mark.usefixtures("prepared")
 
@@ -96,7 +95,7 @@ def of_tokens_alone(steps):
 
 
 @pytest.mark.parametrize(
-  "make", [lambda steps: classes.experiment(MODELS["mlp"], steps=steps), of_tokens_alone]
+  "make", [lambda steps: classes.experiment(classes.MODELS["mlp"], steps=steps), of_tokens_alone]
 )
 def test_sampling_is_no_next_step_of_a_run_without_text(make, tmp_path, capsys):
   train(make(steps=1), tmp_path / "run")
