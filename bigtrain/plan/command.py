@@ -48,10 +48,10 @@ def command(arguments: list[str]) -> int | None:
   topology = topologies.topology(flags.topology, flags.slices)
   from rich.console import Console
 
-  from bigtrain.plan.compile import compile_step
+  from bigtrain.plan.compile import planned
   from bigtrain.plan.report import Plan, show
 
-  compiled = compile_step(experiment, topology)
+  compiled = planned(experiment, topology)
   if flags.hlo is not None:
     folder = pathlib.Path(flags.hlo)
     folder.mkdir(parents=True, exist_ok=True)

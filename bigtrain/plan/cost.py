@@ -142,11 +142,14 @@ class _Estimate:
 
     It reads no more than what it writes: a gather takes rows of a table, not the table.
     """
+    if i.opcode == "call-start":  # By the sparse cores, such as the look-up of an embedding.
+      inner = self.module.computations[i.called[0]]
+      return sum(self._moved(j, inner) for j in inner.instructions) or _written(inner.root)
     if i.opcode in FREE or i.opcode.endswith(("-start", "-done", "-update")):
       return 0.0
     if i.opcode == "custom-call":  # Such as AllocateBuffer, which does nothing.
       return 0.0
-    return 2.0 * sum(a.bytes for a in i.arrays if a.space == HBM)
+    return _written(i)
 
   def _collective(self, i: Instruction) -> tuple[Collective, str, str] | None:
     """(what, phase, key of the pair) if it is a collective; the phase is start, done or both."""
@@ -182,6 +185,11 @@ class _Estimate:
       size *= len(group)
     seconds = self.links.seconds(kind, size, group)
     return Collective(kind, axes, size, 1, seconds, 0.0, phase == "start", i.scope)
+
+
+def _written(i: Instruction) -> float:
+  """Twice the bytes of what an instruction writes to HBM: as many are read."""
+  return 2.0 * sum(a.bytes for a in i.arrays if a.space == HBM)
 
 
 def kernel(i: Instruction, computation: Computation, chip) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """What a plan says: tables for people, and one object for tools."""
 
 import dataclasses
-from collections import defaultdict
 from typing import Any
 
 from bigtrain.console import duration, human
@@ -9,8 +8,11 @@ from bigtrain.experiment import Experiment
 from bigtrain.plan import hlo
 from bigtrain.plan.compile import Compiled
 from bigtrain.plan.cost import PARTS, Collective, Cost, estimate
+from bigtrain.plan.memory import KINDS, Tensor, by, tensors
 
 GiB = 2**30
+SHOWN = 12  # Rows of a table of tensors or collectives.
+TOLD = 100  # Tensors in the object for tools.
 ABOUT = {
   "matrix": "instructions with a matrix product, by the compiler's cycles",
   "vector": "all other instructions, by the compiler's cycles",
@@ -28,11 +30,15 @@ class Plan:
   compiled: Compiled
   price: float | None  # Dollars an hour of a chip.
   cost: Cost
+  tensors: list[Tensor]  # At the peak, the largest first.
 
   @classmethod
   def of(cls, experiment: Experiment, compiled: Compiled, price: float | None) -> "Plan":
-    cost = estimate(hlo.parse(compiled.text), compiled.network) if compiled.text else Cost()
-    return cls(experiment, compiled, price, cost)
+    if not compiled.text:
+      return cls(experiment, compiled, price, Cost(), [])
+    module = hlo.parse(compiled.text)
+    cost, found = estimate(module, compiled.network), tensors(module, compiled)
+    return cls(experiment, compiled, price, cost, found)
 
   @property
   def flops(self) -> float:
@@ -76,11 +82,12 @@ class Plan:
       "topology": {"name": c.topology.name, "slices": c.topology.slices, "chips": c.topology.chips},
       "mesh": {axis: n for axis, n in c.network.axes.items() if n > 1},
       "compile_seconds": c.seconds,
-      "memory": memory | {"chip": c.topology.chip.hbm},
+      "memory": memory | {"chip": c.topology.chip.hbm, "kinds": by("kind", self.tensors)},
     }
     if not c.text:
       return found | {"problem": c.problem}
     return found | {
+      "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors[:TOLD]],
       "step_seconds": self.cost.step,
       "parts": self.cost.seconds,
       "uncounted_seconds": self.cost.uncounted,
@@ -102,6 +109,7 @@ def show(plan: Plan, console) -> None:
   slices = f"{c.topology.slices} slices of " if c.topology.slices > 1 else ""
   console.print(f"{slices}{name}, {n} chips; mesh {axes}; compiled in {c.seconds:.0f} s")
   console.print(_memory(plan))
+  console.print(_tensors(plan))
   console.print(_time(plan))
   console.print(_collectives(plan))
   rate = "tokens" if plan.experiment.data.row_length() else "examples"
@@ -128,19 +136,26 @@ def _table(title: str, *columns: str):
 
 
 def _memory(plan: Plan):
-  memory, there = plan.compiled.memory, plan.compiled.topology.chip.hbm
-  table = _table("Memory of each chip", "", "GiB")
-  kinds: dict[str, int] = defaultdict(int)
-  for path, size in plan.compiled.state:
-    kinds[{"model": "parameters", "optimizer": "optimizer state"}.get(path.split(".")[0], "")] += (
-      size
-    )
-  for kind in ("parameters", "optimizer state"):
-    table.add_row(kind, f"{kinds[kind] / GiB:.2f}")
-  table.add_row("temporaries and kept activations", f"{memory['temp'] / GiB:.2f}")
-  table.add_row("code", f"{memory['generated_code'] / GiB:.2f}")
-  table.add_row("peak", f"{memory['peak'] / GiB:.2f}")
-  table.add_row("left of the chip's", f"{(there - memory['peak']) / GiB:.2f} of {there / GiB:.2f}")
+  memory, chip = plan.compiled.memory, plan.compiled.topology.chip
+  table = _table("Memory of each chip at the peak", "", "GiB", "most of it")
+  for kind in KINDS:
+    found = [t for t in plan.tensors if t.kind == kind]
+    if size := sum(t.bytes for t in found):
+      most, bytes_ = next(iter(by("where", found).items()))
+      table.add_row(kind, f"{size / GiB:.2f}", f"{most} {bytes_ / GiB:.2f}")
+  found = sum(t.bytes for t in plan.tensors)
+  table.add_row("code", f"{memory['generated_code'] / GiB:.2f}", "")
+  table.add_row("sum", f"{found / GiB:.2f}", "of the buffers that are found here")
+  table.add_row("peak", f"{memory['peak'] / GiB:.2f}", "by the compiler's own account")
+  left = chip.hbm - memory["peak"]
+  table.add_row("left", f"{left / GiB:.2f}", f"of the chip's {chip.hbm / GiB:.2f}")
+  return table
+
+
+def _tensors(plan: Plan):
+  table = _table("Largest tensors at the peak", "tensor", "GiB", "kind", "of")
+  for t in plan.tensors[:SHOWN]:
+    table.add_row(t.shape, f"{t.bytes / GiB:.3f}", t.kind, t.where)
   return table
 
 
@@ -168,6 +183,3 @@ def _collectives(plan: Plan):
     sums = sum(c.seconds for c in rest), sum(c.exposed for c in rest)
     table.add_row(f"{len(rest)} more", "", "", "", f"{sums[0]:.4f}", f"{sums[1]:.4f}", "")
   return table
-
-
-SHOWN = 16  # Collectives, each with a row of its own.
