@@ -116,6 +116,7 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
   from bigtrain.program import Program
   from bigtrain.validate import validate
 
+  experiment.mesh.shape(topology.chips, where=f"in {topology.slices} x {topology.name}")
   devices = topology.devices()
   validate(experiment, len(devices), data=False)
   mesh = experiment.mesh.make(devices)

@@ -195,7 +195,7 @@ def _written(i: Instruction) -> float:
 def kernel(i: Instruction, computation: Computation, chip) -> tuple[float, float]:
   """(FLOPs, seconds) of a Pallas kernel by the stated model."""
   name = f"{i.scope} {i.attribute('kernel_name') or ''} {i.name}"
-  products = _products_of(name)
+  products = _products_of(name, len(i.arrays))
   given = [computation.by_name[o].arrays for o in i.operands if o in computation.by_name]
   whole = [a[0].dims for a in given if a and len(a[0].dims) >= 3 and a[0].dtype in FLOATS]
   if products and len(whole) >= 2:
@@ -213,10 +213,10 @@ def kernel(i: Instruction, computation: Computation, chip) -> tuple[float, float
 FLOATS = ("bf16", "f32", "f16")
 
 
-def _products_of(name: str) -> int:
+def _products_of(name: str, results: int) -> int:
   """How many matrix products of the size of the scores a kernel of attention makes."""
   if not re.search("attention|splash|flash|mha", name):
     return 0
-  if re.search(r"dkv", name):
-    return 5 if "no_dq" not in name and "fused" in name else 4
-  return 3 if re.search(r"dq", name) else 2
+  if "dkv" in name:  # A fused backward pass also returns dq.
+    return 5 if results > 2 else 4
+  return 3 if "dq" in name else 2

@@ -171,18 +171,19 @@ class Module:
 def parse(text: str) -> Module:
   """The module that XLA printed. Raises ValueError if there is no entry computation in it."""
   computations: dict[str, Computation] = {}
-  entry, name, found = "", "", []
+  entry, name, lines = "", "", []
   for line in text.splitlines():
-    if line.startswith((" ", "\t")):
-      if name and (instruction := _instruction(line)):
-        found.append(instruction)
-    elif line.startswith("}"):
-      if name:
-        computations[name] = Computation(name, tuple(found))
-      name = ""
-    elif begin := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
-      name, found = begin[2], []
-      entry = name if begin[1] else entry
+    if not name:
+      if begin := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
+        name, lines = begin[2], []
+        entry = name if begin[1] else entry
+    elif re.match(r"\}(, execution_thread=.*)?\s*$", line):
+      found = tuple(i for i in map(_instruction, lines) if i is not None)
+      computations[name], name = Computation(name, found), ""
+    elif re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
+      lines.append(line)
+    elif lines:  # Some attributes, such as those of kernels, hold text of several lines.
+      lines[-1] += line
   if entry not in computations:
     raise ValueError("this is no text of an HLO module: there is no entry computation")
   return Module(computations, entry)

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 
 from bigtrain.plan import live
-from bigtrain.plan.compile import Compiled, Leaf
+from bigtrain.plan.compile import Leaf
 from bigtrain.plan.hlo import Module
 from bigtrain.plan.live import Buffer
 
@@ -36,9 +36,9 @@ class Tensor:
   bytes: int
 
 
-def tensors(module: Module, compiled: Compiled) -> list[Tensor]:
-  """What is alive at the peak on each chip, the largest first."""
-  found = [_named(buffer, compiled.state) for buffer in live.at_peak(module) if buffer.bytes]
+def tensors(module: Module, state: list[Leaf]) -> list[Tensor]:
+  """What is alive at the peak on each chip, the largest first; `state` is what the step takes."""
+  found = [_named(buffer, state) for buffer in live.at_peak(module) if buffer.bytes]
   return sorted(found, key=lambda t: -t.bytes)
 
 

@@ -11,6 +11,7 @@ collectives share are not counted. Between slices the rate is that of the data c
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -49,16 +50,19 @@ class Network:
 
   def group(self, i: Instruction) -> tuple[list[int], tuple[str, ...]]:
     """The chips of a collective's first group, and the mesh axes that it spans."""
-    grid = np.arange(len(self.places)).reshape(tuple(self.axes.values()))
     named = re.search(r"replica_groups=mesh\[[^\]]*\]\s*(?:\([^)]*\)\s*)?\{([^}]*)\}", i.attributes)
     if named:  # As in replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}.
       spans = tuple(a for a in self.axes if a in re.findall(r"'(\w+)'", named[1]))
-      at = tuple(slice(None) if axis in spans else 0 for axis in self.axes)
-      return grid[at].reshape(-1).tolist(), spans
+      return self.along(spans), spans
     chips = _listed(i.attributes) or list(range(len(self.places)))
-    where = np.stack(np.unravel_index(chips, grid.shape), -1)
+    where = np.stack(np.unravel_index(chips, tuple(self.axes.values())), -1)
     spans = [axis for axis, at in zip(self.axes, where.T, strict=True) if len(set(at.tolist())) > 1]
     return chips, tuple(spans)
+
+  def along(self, axes: Iterable[str]) -> list[int]:
+    """The chips that differ from the first along these mesh axes alone."""
+    grid = np.arange(len(self.places)).reshape(tuple(self.axes.values()))
+    return grid[tuple(slice(None) if a in axes else 0 for a in self.axes)].reshape(-1).tolist()
 
   def seconds(self, kind: str, size: int, group: list[int]) -> float:
     """Of one collective that moves `size` bytes (whole, of one chip) within a group."""

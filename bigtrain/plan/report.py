@@ -8,7 +8,9 @@ from bigtrain.experiment import Experiment
 from bigtrain.plan import hlo
 from bigtrain.plan.compile import Compiled
 from bigtrain.plan.cost import PARTS, Collective, Cost, estimate
+from bigtrain.plan.explain import changes, largest, wanted
 from bigtrain.plan.memory import KINDS, Tensor, by, tensors
+from bigtrain.plan.search import Candidate, Found
 
 GiB = 2**30
 SHOWN = 12  # Rows of a table of tensors or collectives.
@@ -37,7 +39,7 @@ class Plan:
     if not compiled.text:
       return cls(experiment, compiled, price, Cost(), [])
     module = hlo.parse(compiled.text)
-    cost, found = estimate(module, compiled.network), tensors(module, compiled)
+    cost, found = estimate(module, compiled.network), tensors(module, compiled.state)
     return cls(experiment, compiled, price, cost, found)
 
   @property
@@ -183,3 +185,49 @@ def _collectives(plan: Plan):
     sums = sum(c.seconds for c in rest), sum(c.exposed for c in rest)
     table.add_row(f"{len(rest)} more", "", "", "", f"{sums[0]:.4f}", f"{sums[1]:.4f}", "")
   return table
+
+
+def explain(plan: Plan, console) -> None:
+  """Prints why a step does not fit, and what would."""
+  c, e = plan.compiled, plan.experiment
+  needs, there = wanted(c), c.topology.chip.hbm
+  if needs is None:
+    console.print(c.problem)
+  else:
+    console.print(
+      f"does not fit {c.topology.name}: a chip needs {needs / GiB:.1f} GiB and has "
+      f"{there / GiB:.2f}; parameters and optimizer state are "
+      f"{sum(leaf.bytes for leaf in c.state) / GiB:.2f} of it"
+    )
+  columns = ("array", "GiB each", "of", "made by")
+  table = _table("Largest arrays of the step on a chip, before the compiler fuses any", *columns)
+  for t in largest(e, c.topology):
+    table.add_row(t.shape, f"{t.bytes / GiB:.2f}", t.where, ", ".join(t.made_by[:4]))
+  console.print(table)
+  table = _table("Single changes that should fit, by closed form", "", "GiB", "step takes")
+  for change in changes(e, c.topology, c):
+    table.add_row(change.line(), f"{change.memory / GiB:.1f}", f"{change.slower:.2f} x")
+  if table.row_count:
+    console.print(table)
+  else:
+    console.print("no single change fits: take more chips, or let --search combine several")
+
+
+def show_search(found: Found, asked: list[Candidate], console) -> None:
+  """Prints what a search looked at, what it compiled, and the best of it."""
+  n = len(found.candidates)
+  for why, count in found.dropped.items():
+    console.print(f"{count} dropped: {why}", highlight=False)
+  console.print(f"{n} left, of which {len(asked)} were compiled", highlight=False)
+  columns = ("settings", "seconds", "GiB", "closed form", "seconds there")
+  table = _table("Compiled, the best first", *columns)
+  for c in asked:
+    plan = c.plan or {}
+    took = f"{plan['step_seconds']:.4f}" if "step_seconds" in plan else "does not fit"
+    peak = f"{plan['memory']['peak'] / GiB:.2f}" if "peak" in plan.get("memory", {}) else ""
+    table.add_row(c.line(), took, peak, f"{c.guess.seconds:.4f}", c.guess.why())
+  console.print(table)
+  if asked[0].fits:
+    console.print(f"best:\n{asked[0].line()}", soft_wrap=True, highlight=False)
+  else:
+    console.print("none of these fits: raise --few, or take more chips")
