@@ -11,7 +11,7 @@ import itertools
 import re
 from typing import Any
 
-from bigtrain.plan.hlo import HBM, Array, Computation, Instruction, Module, arrays
+from bigtrain.plan.hlo import ALIASES, HBM, Array, Computation, Instruction, Module, arrays
 
 FIRST = ("copy-done", "all-reduce-done", "bitcast", "opt-barrier")
 
@@ -81,13 +81,20 @@ class _Liveness:
     """(what each name is, where each buffer is last used, what each instruction makes)."""
     values: dict[str, Tree] = {}
     used: dict[int, int] = {}
-    made: list[list[Buffer]] = []
+    made: list[list[Buffer]] = [[] for _ in computation.instructions]
+    waiting: dict[int, Buffer] = {}
     for at, i in enumerate(computation.instructions):
-      for buffer in itertools.chain(*(_leaves(values.get(name, [])) for name in i.operands)):
-        used[id(buffer)], buffer.last = at, i
+      if i.opcode not in ALIASES:
+        for buffer in itertools.chain(*(_leaves(values.get(name, [])) for name in i.operands)):
+          if id(buffer) in waiting:
+            made[at].append(waiting.pop(id(buffer)))
+          used[id(buffer)], buffer.last = at, i
       here: list[Buffer] = []
       values[i.name] = self._value(i, computation, values, given, here)
-      made.append(here)
+      if i.target == "AllocateBuffer":  # It takes memory from its first use on.
+        waiting |= {id(buffer): buffer for buffer in here}
+      else:
+        made[at] += here
     return values, used, made
 
   def _value(self, i: Instruction, computation, values, given, here: list[Buffer]) -> Tree:

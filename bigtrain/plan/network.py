@@ -42,9 +42,9 @@ class Network:
   def of(cls, topology: Topology, mesh) -> "Network":
     """The network under a mesh of the topology's devices."""
     devices = mesh.devices.flatten()
-    places = [
-      tuple(getattr(d, "coords", (i,)))[: topology.chip.axes] for i, d in enumerate(devices)
-    ]
+    places = list(np.ndindex(topology.shape)) * topology.slices
+    if devices[0].platform == "tpu":
+      places = [device.coords[: topology.chip.axes] for device in devices]
     slices = [getattr(d, "slice_index", None) or 0 for d in devices]
     return cls(topology, dict(mesh.shape), np.asarray(places), np.asarray(slices))
 

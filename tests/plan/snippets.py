@@ -13,8 +13,8 @@ def module(name: str) -> hlo.Module:
   return hlo.parse((pathlib.Path(__file__).parent / f"{name}.hlo.txt").read_text())
 
 
-def links(name: str, slices: int = 1, **axes: int) -> Network:
+def links(name: str, count: int = 1, **axes: int) -> Network:
   """The chips of a topology in order, under a mesh of these axes."""
-  found = topology(name, slices)
-  places = np.asarray(list(np.ndindex(found.shape)) * slices)
-  return Network(found, axes, places, np.repeat(np.arange(slices), len(places) // slices))
+  found = topology(name, count)
+  places = np.asarray(list(np.ndindex(found.shape)) * count)
+  return Network(found, axes, places, np.repeat(np.arange(count), len(places) // count))
