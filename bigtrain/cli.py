@@ -40,6 +40,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
   "train": Command("bigtrain.cli", "train", "train an experiment, or go on with a run"),
+  "plan": Command("bigtrain.plan.command", "command", "will it fit, and how fast: by the compiler"),
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),

@@ -53,8 +53,10 @@ def check_memory(compiled: "jax.stages.Compiled") -> None:
   """
   import jax
 
+  from bigtrain.mesh import platform
+
   analysis = compiled.memory_analysis()
-  if jax.default_backend() != "cpu" or analysis is None:
+  if platform() != "cpu" or analysis is None:
     return
   needs = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
   needs *= jax.local_device_count() if jax.device_count() > 1 else 1

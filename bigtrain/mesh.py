@@ -29,8 +29,8 @@ class Mesh:
   slices: int = 1  # Replicas across the slow network between slices, outside `data`.
   sequence: bool = False  # `tensor` also shards the positions of the residual stream.
 
-  def shape(self, devices: int) -> dict[str, int]:
-    """The size of every axis on that many devices.
+  def shape(self, devices: int, where: str = "attached") -> dict[str, int]:
+    """The size of every axis on that many devices; `where` these are is for the message.
 
     Raises:
       Refused: the axes do not multiply to `devices`, or more than one is -1.
@@ -47,10 +47,11 @@ class Mesh:
       others = "the other axes"
       if not free:
         others = f"{hints.either('mesh.fsdp -1', 'mesh.fsdp = -1')} and the other axes"
-      cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+      here = where == "attached" and jax.process_count() == 1
+      cpu = here and jax.default_backend() == "cpu"
       raise Refused(
         f"mesh wants {'a multiple of ' if free else ''}{fixed} devices ({said}) but {devices} "
-        f"{'is' if devices == 1 else 'are'} attached; set {others} to a divisor of {devices} to "
+        f"{'is' if devices == 1 else 'are'} {where}; set {others} to a divisor of {devices} to "
         f"use what is there{f', or JAX_NUM_CPU_DEVICES={fixed} to try it on CPU' if cpu else ''}"
       )
     sizes["sequence"] = 1

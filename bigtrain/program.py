@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigtrain import failures, sharding, taps
+from bigtrain import compiler_options, failures, sharding, taps
 from bigtrain.data import cache
 from bigtrain.experiment import Experiment
+from bigtrain.mesh import platform
 from bigtrain.objectives import Output
 from bigtrain.optim.clip import global_norm
 from bigtrain.state import State, combine, partition
@@ -119,6 +120,7 @@ class Program:
 
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""
+    # The key too is traced: on the devices of a topology nothing can run.
     tree, mesh = jax.eval_shape(lambda: self.init(jax.random.key(0))), self.mesh
     if mesh is None:
       return tree
@@ -129,7 +131,7 @@ class Program:
   def compile_init(self):
     """Initialisation, compiled. On CPU it is not optimised: it runs once, for a moment."""
     options: dict[str, str | bool] = {}
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
       options["xla_backend_optimization_level"] = "0"
     return jax.jit(self.init).lower(jax.random.key(0)).compile(compiler_options=options)
 
@@ -152,7 +154,8 @@ class Program:
         raise TypeError(f"an update made of the state\n{structure}\nanother tree:\n{after}")
       return leaves, metrics
 
-    compiled = jax.jit(step, donate_argnums=0).lower(leaves, batch).compile()
+    lowered = jax.jit(step, donate_argnums=0).lower(leaves, batch)
+    compiled = lowered.compile(compiler_options=compiler_options.options(self.mesh))
     failures.check_memory(compiled)
     return compiled
 

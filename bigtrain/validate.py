@@ -37,34 +37,35 @@ LEAST = {
 VOCABULARY_MULTIPLE = 128  # A vocabulary may be padded to this, the tile of a TPU's matrix unit.
 
 
-def validate(experiment: Experiment, devices: int | None = None) -> None:
+def validate(experiment: Experiment, devices: int | None = None, *, data: bool = True) -> None:
   """Refuses an experiment that cannot run.
 
   Args:
     experiment: what is checked.
     devices: how many are attached, to check the mesh against; None checks everything else.
+    data: whether it is here; if not, what only its files can tell is not checked.
 
   Raises:
     Refused: a line for each problem: the cause, the nearest right value, and what to change.
   """
   check_types(experiment)
+  nodes = [found for found in configs(experiment) if data or found[0].split(".")[0] != "data"]
   _all(
     functools.partial(_check_length, experiment),
     *(functools.partial(_check_least, experiment, *least) for least in LEAST.items()),
-    *(functools.partial(_check_node, *found) for found in configs(experiment)),
+    *(functools.partial(_check_node, *node) for node in nodes),
     functools.partial(_check_stages, experiment),
     functools.partial(_check_new_weights, experiment),
   )
+  apart = lambda experiment: check_apart(experiment.data)
+  with_data = (_check_vocabulary, _check_classes, _check_inputs, apart) if data else ()
   _all(
     functools.partial(_check_microbatches, experiment),
-    functools.partial(_check_vocabulary, experiment),
     functools.partial(_check_rows, experiment),
     functools.partial(_check_token_types, experiment),
-    functools.partial(check_apart, experiment.data),
-    functools.partial(_check_classes, experiment),
-    functools.partial(_check_inputs, experiment),
     functools.partial(experiment.model.check_objective, experiment.objective),
     functools.partial(_check_width, experiment),
+    *(functools.partial(check, experiment) for check in with_data),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
 

@@ -1,0 +1,131 @@
+"""Time and memory of a transformer's step in closed form, to prune a search before any compilation.
+
+The reasoning is that of "How to scale your model" (jax-ml.github.io/scaling-book/training):
+
+- Compute is the model's FLOPs, and what is computed again, at 80% of the chip's peak.
+- Over `fsdp` each layer's weights are gathered in the forward pass and in the backward pass, for
+  every microbatch, while the layer before computes: only what takes longer than the compute shows.
+  Its gradients are reduce-scattered once a microbatch, which nothing hides.
+- Over `tensor` a layer's activations are summed twice forward and twice backward, and nothing hides
+  that either. So it pays only where there are too few tokens a chip to hide the gathers.
+- Over `data` and `slices` gradients are all-reduced once a step.
+
+Memory is the state, one gradient of it, what the remat policy keeps of every layer, and what one
+layer and the loss work with. It does not know attention's scores, which a kernel never stores.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from bigtrain.experiment import Experiment
+from bigtrain.models.transformer import KEPT, TransformerConfig
+from bigtrain.plan.network import Network
+from bigtrain.plan.topologies import Topology
+
+EFFICIENCY = 0.8  # Of the peak, in compute.
+BF16, F32 = 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What a search need find out only once: bytes of the whole state, and parameters."""
+
+  state: int
+  parameters: int
+
+  @classmethod
+  def of(cls, experiment: Experiment) -> "Sizes":
+    import jax
+
+    from bigtrain.program import Program
+
+    state = jax.eval_shape(lambda: Program(experiment, None).init(jax.random.key(0)))
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return cls(
+      size((state.model, state.optimizer)), sum(x.size for x in jax.tree.leaves(state.model))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+  """A step on each chip in closed form."""
+
+  compute: float  # Seconds, as all of these.
+  gathers: float
+  scatters: float
+  tensor: float
+  replicas: float
+  state: float  # Bytes, as all of these.
+  kept: float
+  working: float
+
+  @property
+  def seconds(self) -> float:
+    return max(self.compute, self.gathers) + self.scatters + self.tensor + self.replicas
+
+  @property
+  def memory(self) -> float:
+    return self.state + self.kept + self.working
+
+  def why(self) -> str:
+    """What the time is made of, in a line."""
+    parts = {"compute": self.compute, "gathers": self.gathers, "scatters": self.scatters}
+    parts |= {"tensor": self.tensor, "replicas": self.replicas}
+    return ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items() if seconds)
+
+
+def guess(e: Experiment, topology: Topology, sizes: Sizes, network: Network) -> Guess:
+  """The closed forms for an experiment whose model is a stack of blocks."""
+  c: Any = e.model
+  axes = network.axes
+  split = axes["tensor"] * axes["sequence"]
+  shards = math.prod(axes[a] for a in ("fsdp", "expert", "context"))
+  rows = e.batch / math.prod(axes[a] for a in ("slices", "data", "fsdp", "expert"))
+  length = e.data.row_length() or 1
+  tokens = rows * length / e.microbatches / axes["context"]  # That a chip has at a time.
+  layers = c.layers / axes["pipeline"]
+  weights = sizes.parameters * BF16 / split / axes["pipeline"]
+  link = lambda kind, size, *over: network.seconds(kind, size, network.along(over))
+  flops = (e.model.flops(length) or 0.0) * e.batch / topology.chips
+  forward = tokens * c.dim * BF16 * layers * e.microbatches
+  sums = 4 + 2 * (c.remat not in ("none", "products"))
+  gradient = sizes.parameters * F32 / split / shards / axes["pipeline"]
+  kept = layers * tokens * _kept(c, split)
+  return Guess(
+    compute=flops * (1 + _again(c)) / (EFFICIENCY * topology.chip.bf16),
+    gathers=2 * e.microbatches * link("all-gather", weights, "fsdp", "expert", "context"),
+    scatters=e.microbatches * link("reduce-scatter", weights, "fsdp", "expert", "context"),
+    tensor=sums * link("all-reduce", forward, "tensor", "sequence"),
+    replicas=link("all-reduce", gradient, "data") + link("all-reduce", gradient, "slices"),
+    state=sizes.state / split / shards / axes["pipeline"],
+    kept=kept,
+    working=gradient * (1 + (e.microbatches > 1)) + _working(e, tokens, weights / layers, split),
+  )
+
+
+def _again(c: TransformerConfig) -> float:
+  """Of the model's FLOPs, the share that the backward pass computes again."""
+  return {"none": 0.0, "products": 0.03, "qkv": 0.2, "attention": 0.28}.get(c.remat, 1 / 3)
+
+
+def _kept(c: TransformerConfig, split: int) -> float:
+  """Bytes that the remat policy keeps of one token of one layer, on average over the pattern."""
+  block = c.pattern[0]
+  s = block.attention.sizes(c.dim)
+  head, hidden = s["H"] / split, block.feed_forward.hidden / split
+  widths = {"q": s["K"] * s["G"] * head, "k": s["K"] * head, "v": s["K"] * head}
+  widths |= {"attention": widths["q"], "up": hidden, "gate": hidden * block.feed_forward.gated}
+  names = KEPT.get(c.remat, KEPT["products"])
+  return BF16 * (c.dim * (8 if c.remat == "none" else 1) + sum(widths[name] for name in names))
+
+
+def _working(e: Experiment, tokens: float, layer: float, split: int) -> float:
+  """Bytes of the weights, activations and logits that are worked on."""
+  c: Any = e.model
+  block, vocabulary = c.pattern[0], (c.vocabulary() or 0) / split
+  s = block.attention.sizes(c.dim)
+  wide = 4 * c.dim + 3 * block.feed_forward.hidden / split + 4 * s["K"] * s["G"] * s["H"] / split
+  chunk = min(getattr(e.objective, "loss_chunk", None) or tokens, tokens)
+  loss = chunk * vocabulary * (F32 + F32 + BF16) + vocabulary * c.dim * (BF16 + F32)
+  return 2 * layer + max(tokens * wide * BF16, loss)

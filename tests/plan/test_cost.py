@@ -1,0 +1,83 @@
+"""The predicted time: each rule against a sum by hand."""
+
+import pytest
+
+from bigtrain.plan import cost, hlo
+from tests.plan.snippets import links, module
+
+CLOCK, LINK, BANDWIDTH = 1.5e9, 4.5e10, 8.19e11  # Of v5e.
+GATHER = 512 * 1024 * 2 * 3 / 4 / (2 * LINK)  # Four chips in a square, one link along each axis.
+
+
+def test_loops_multiply_cycles_and_flops():
+  found = cost.estimate(module("loops"), links("v5e:2x2", data=1, fsdp=4))
+  assert found.seconds["matrix"] == pytest.approx(7 * 3 * 1000 / CLOCK)
+  assert found.seconds["vector"] == pytest.approx(7 * 50 / CLOCK)
+  assert found.flops == 7 * 3 * 2 * 64 * 32 * 16
+  assert found.loops == 0
+  scope = "jit(step)/jvp()/while/body/block0/feed_forward/dot_general"
+  assert found.scopes[scope] == pytest.approx(7 * 3 * 1000 / CLOCK)
+
+
+def test_a_collective_is_hidden_by_what_is_computed_between_its_start_and_its_end():
+  found = cost.estimate(module("pairs"), links("v5e:2x2", data=1, fsdp=4))
+  continued, reduced, started = found.collectives
+  assert [c.kind for c in found.collectives] == ["all-gather", "all-reduce", "all-gather"]
+  assert all(c.axes == ("fsdp",) and c.times == 1 for c in found.collectives)
+  assert continued.seconds == pytest.approx(GATHER)
+  assert continued.asynchronous and not reduced.asynchronous and started.asynchronous
+  assert GATHER > 15000 / CLOCK - 2e-6
+  assert continued.exposed == pytest.approx(max(0.0, GATHER - 15000 / CLOCK), abs=1e-12)
+  assert reduced.seconds == reduced.exposed == pytest.approx(4 * GATHER)  # float32, and twice.
+  assert started.exposed == 0.0  # 2 ms of compute hide it.
+  assert found.seconds["exposed"] == pytest.approx(continued.exposed + reduced.exposed)
+
+
+def test_collectives_wait_for_the_network():
+  """Two that are issued together take twice as long; compute for one of them hides one."""
+  text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[128,1024]) -> bf16[512,1024] {
+  %a = bf16[128,1024]{1,0} parameter(0)
+  %s1 = (bf16[128,1024]{1,0}, bf16[512,1024]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}
+  %s2 = (bf16[128,1024]{1,0}, bf16[512,1024]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}
+  %b = bf16[128,1024]{1,0} add(%a, %a), backend_config={"estimated_cycles":"CYCLES"}
+  %d1 = bf16[512,1024]{1,0} all-gather-done(%s1)
+  ROOT %d2 = bf16[512,1024]{1,0} all-gather-done(%s2)
+}
+"""
+  text = text.replace("CYCLES", str(round(GATHER * CLOCK)))
+  found = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4))
+  assert [c.exposed for c in found.collectives] == pytest.approx([0.0, GATHER], abs=1e-9)
+
+
+def test_what_has_no_estimate_takes_its_bytes_and_is_called_uncounted():
+  found = cost.estimate(module("pairs"), links("v5e:2x2", data=1, fsdp=4))
+  assert found.seconds["moved"] == pytest.approx(2 * 512 * 1024 * 2 / BANDWIDTH)
+  assert found.uncounted == found.seconds["moved"]
+  assert found.step == pytest.approx(sum(found.seconds.values()))
+
+
+def test_kernels_of_attention_take_their_products_at_60_percent():
+  """Splash attention with a fused backward pass, as it was printed for v5e."""
+  found = cost.estimate(module("kernels"), links("v5e:2x2", fsdp=4))
+  rows, heads, positions, width = 2, 4, 512, 128
+  product = 2 * rows * heads * positions**2 * width / 2  # A causal mask leaves half.
+  assert found.flops == (2 + 5) * product
+  assert found.seconds["kernels"] == pytest.approx(7 * product / 0.6 / 197e12)
+  assert found.uncounted == pytest.approx(found.seconds["kernels"] + found.seconds["moved"])
+
+
+def test_a_backward_pass_of_two_kernels_makes_two_products_more():
+  text = """HloModule m
+
+ENTRY %main (q: bf16[4,512,128], k: bf16[2,512,128]) -> bf16[4,512,128] {
+  %q = bf16[4,512,128]{2,1,0} parameter(0)
+  %k = bf16[2,512,128]{2,1,0} parameter(1)
+  %splash_mha_dkv_no_residuals = (bf16[2,512,128]{2,1,0}, bf16[2,512,128]{2,1,0}) KERNEL
+  ROOT %splash_mha_dq_no_residuals = bf16[4,512,128]{2,1,0} KERNEL
+}
+"""
+  text = text.replace("KERNEL", 'custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"')
+  found = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4))
+  assert found.flops == (4 + 3) * 2 * 4 * 512**2 * 128 / 2

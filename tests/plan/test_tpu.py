@@ -1,0 +1,32 @@
+"""The real TPU compiler, where it is installed; there need be no TPU."""
+
+import pytest
+
+from bigtrain import Mesh
+from bigtrain.plan import cost, hlo, memory
+from bigtrain.plan.compile import compile_step
+from bigtrain.plan.topologies import topology
+from tests.plan.test_search import study
+
+pytest.importorskip("libtpu", reason="TPU programs are compiled by libtpu")
+
+
+@pytest.mark.tpu
+@pytest.mark.smoke
+def test_a_step_is_compiled_and_its_products_are_the_model_s():
+  """All FLOPs of the products that the compiler left are those of the model's formula."""
+  e = study(mesh=Mesh(fsdp=2, tensor=2))
+  e.model.pattern[0].attention.causal = False  # The plain form computes what a mask leaves out.
+  e.model.remat = "none"
+  where = topology("v5e:2x2")
+  made = compile_step(e, where)
+  module = hlo.parse(made.text)
+  found = cost.estimate(module, made.network)
+  assert found.flops == pytest.approx(e.model.flops(256) * e.batch / 4, rel=0.01)
+  assert found.loops == 0 and found.step > 0
+  assert {("fsdp",), ("tensor",)} <= {c.axes for c in found.collectives}
+  assert 0 < made.memory["peak"] < where.chip.hbm
+  tensors = memory.tensors(module, made.state)
+  kinds = memory.by("kind", tensors)
+  assert kinds["parameters"] >= sum(x.bytes for x in made.state if x.group == "model")
+  assert kinds["optimizer state"] >= 2 * kinds["parameters"] * 0.9
