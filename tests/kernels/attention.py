@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigtrain import sharding
 from bigtrain.kernels.attention import Form, Tokens
 from bigtrain.kernels.attention.call import Call
 
-B, K, G, H = 2, 2, 3, 8
+B, K, G, H = 4, 2, 3, 8
 
 FORMS = {
   "causal": Form(causal=True, aligned=True),
@@ -25,17 +26,17 @@ FORMS = {
 }
 
 
-def call(form: Form, T: int, *, segments=True, bias=False, dtype=np.float32) -> Call:
+def call(form: Form, T: int, *, rows=B, segments=True, bias=False, dtype=np.float32) -> Call:
   """Random arrays for rows of T: packed documents, then padding; or one document and empty slots.
 
   Where columns do not tell the order of positions, they are shuffled.
   """
   r = np.random.default_rng(0)
   normal = lambda *shape: r.normal(size=shape).astype(dtype)
-  arrays = normal(B, T, K, G, H), normal(B, T, K, H), normal(B, T, K, H)
+  arrays = normal(rows, T, K, G, H), normal(rows, T, K, H), normal(rows, T, K, H)
   columns = np.arange(T)
-  ends = np.sort(r.choice(columns[1:], (B, 3), replace=False), axis=1)
-  ends[:, -1] = T - 2 - np.arange(B)
+  ends = np.sort(r.permuted(np.tile(columns[1 : T - 5], (rows, 1)), axis=1)[:, :3], axis=1)
+  ends[:, -1] = T - 2 - np.arange(rows)
   document = (columns[None] >= ends[..., None]).sum(1)
   starts = np.pad(ends, ((0, 0), (1, 0)))
   if segments:
@@ -89,9 +90,9 @@ def gradients(function, c: Call):
   names = ("q_BTKGH", "k_BSKH", "v_BSKH", "bias_KGP")
 
   def run(arrays, tokens, dout):
-    given = c._replace(queries=tokens, keys=tokens, key=c.key)
+    given = c._replace(queries=tokens, keys=tokens)
     out, pull = jax.vjp(lambda a: function(given._replace(**dict(zip(names, a, strict=True)))), arrays)
-    return out, *pull(dout.astype(out.dtype))[0]
+    return out, *pull(sharding.lay(dout.astype(out.dtype), "BTKGH"))[0]
 
   arrays = tuple(getattr(c, name) for name in names)
   return jax.jit(run)(arrays, c.queries, cotangent(c))

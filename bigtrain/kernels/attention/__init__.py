@@ -6,12 +6,12 @@ distance: of a query and a key, T + S - 1 of them.
 
 import jax
 
+from bigtrain import mesh
 from bigtrain.config import Refused
 from bigtrain.kernels.attention import blockwise, cudnn, plain, splash, statistics, tokamax
 from bigtrain.kernels.attention.call import Call, Form, Kernel, Tokens, visible
-from bigtrain.mesh import platform
 
-__all__ = ["Form", "Kernel", "Tokens", "attend", "refuse", "visible"]
+__all__ = ["Form", "Kernel", "Tokens", "attend", "kernel_of", "refuse", "visible"]
 
 KERNELS = {
   "plain": plain,
@@ -52,7 +52,7 @@ def attend(
   dropped = {"dropout": dropout, "key": key} if dropout and key is not None else {}
   call = Call(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, **dropped)
   statistics.report(call)
-  return _kernel(call).attend(call)
+  return kernel_of(call).attend(call)
 
 
 def refuse(form: Form, dropout: float) -> None:
@@ -61,7 +61,8 @@ def refuse(form: Form, dropout: float) -> None:
     raise Refused(_message(form.kernel, cause))
 
 
-def _kernel(call: Call):
+def kernel_of(call: Call):
+  """The module that answers a call."""
   if call.form.kernel != "auto":
     kernel = KERNELS[call.form.kernel]
     if cause := kernel.limit(call.form, call.dropout) or kernel.unfit(call):
@@ -70,7 +71,7 @@ def _kernel(call: Call):
   if call.q_BTKGH.shape[1] <= FEW:
     return plain
   fits = lambda kernel: not (kernel.limit(call.form, call.dropout) or kernel.unfit(call))
-  return next(filter(fits, BEST[platform()]), plain)
+  return next(filter(fits, BEST[mesh.platform()]), plain)
 
 
 def _message(name: str, cause: str) -> str:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from bigtrain import mesh
 from bigtrain.kernels.attention.call import Call, Form, documents
 from bigtrain.kernels.attention.island import apart, shards_positions, tells_varying
-from bigtrain.mesh import platform
 
 # Documents reach cuDNN as a bias of (B, T, S) scores, of which it has no smaller form that fits
 # packed rows of any number of documents: 32 MiB a row at this length. Longer rows go blockwise.
@@ -33,7 +33,7 @@ def limit(form: Form, dropout: float) -> str | None:
 def unfit(call: Call) -> str | None:
   """Why this kernel cannot answer this call, if it cannot."""
   form, H, dtype = call.form, call.q_BTKGH.shape[-1], call.q_BTKGH.dtype
-  if (here := platform()) != "gpu":
+  if (here := mesh.platform()) != "gpu":
     return f"it runs on GPU, not on {here}"
   if call.bias_KGP is not None:
     return "biases of scores would reach it as an array of all scores"

@@ -7,15 +7,19 @@ heads, H head.
 import jax
 import jax.numpy as jnp
 
+from bigtrain import mesh
 from bigtrain.kernels.attention.call import Call, Form, documents
 from bigtrain.kernels.attention.island import apart, shards_positions, tells_varying
-from bigtrain.mesh import platform
 
 LANES = 128  # Of a TPU's vectors: what a block of queries or keys is a multiple of.
 # The largest that divides the row. Larger blocks mean fewer steps and fewer reads of k and v, until
 # a step's scores, 512 * 512 in float32, crowd out of a core's vector memory what comes next; much
 # above that, blocks on the diagonal are also computed that are half masked.
 BLOCKS = (512, 256, 128)
+
+# Keys up to which the backward pass is one kernel, of five products instead of the seven of two. It
+# writes the gradient of the queries once for each block of keys, to be summed: 16 times their size.
+FUSED = 16 * BLOCKS[0]
 
 
 def limit(form: Form, dropout: float) -> str | None:
@@ -26,7 +30,7 @@ def limit(form: Form, dropout: float) -> str | None:
 def unfit(call: Call) -> str | None:
   """Why this kernel cannot answer this call, if it cannot."""
   form, T, S = call.form, call.q_BTKGH.shape[1], call.k_BSKH.shape[1]
-  if (here := platform()) != "tpu":
+  if (here := mesh.platform()) != "tpu":
     return f"it runs on TPU, not on {here}"
   if call.bias_KGP is not None:
     return "it has no biases of scores"
@@ -71,12 +75,15 @@ def _kernel(form: Form, heads: int, T: int, S: int, interpret: bool):
   else:
     mask = masks.CausalMask((T, S)) if form.causal else masks.FullMask((T, S))
   queries, keys = (next(n for n in BLOCKS if size % n == 0) for size in (T, S))
+  fused = S <= FUSED
   sizes = splash.BlockSizes(
     block_q=queries,
     block_kv=keys,
     block_q_dkv=queries,
     block_kv_dkv=keys,
-    use_fused_bwd_kernel=True,  # Five products instead of seven: the scores are made again once.
+    use_fused_bwd_kernel=fused,
+    block_q_dq=None if fused else queries,
+    block_kv_dq=None if fused else keys,
   )
   return splash.make_splash_mha(
     masks.MultiHeadMask([mask] * heads),
