@@ -91,7 +91,9 @@ def gradients(function, c: Call):
 
   def run(arrays, tokens, dout):
     given = c._replace(queries=tokens, keys=tokens)
-    out, pull = jax.vjp(lambda a: function(given._replace(**dict(zip(names, a, strict=True)))), arrays)
+    out, pull = jax.vjp(
+      lambda a: function(given._replace(**dict(zip(names, a, strict=True)))), arrays
+    )
     return out, *pull(sharding.lay(dout.astype(out.dtype), "BTKGH"))[0]
 
   arrays = tuple(getattr(c, name) for name in names)

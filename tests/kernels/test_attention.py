@@ -11,7 +11,17 @@ import pytest
 
 from bigtrain import mesh, sharding, taps
 from bigtrain.config import Refused
-from bigtrain.kernels.attention import Form, Tokens, attend, blockwise, cudnn, kernel_of, plain, splash, tokamax
+from bigtrain.kernels.attention import (
+  Form,
+  Tokens,
+  attend,
+  blockwise,
+  cudnn,
+  kernel_of,
+  plain,
+  splash,
+  tokamax,
+)
 from bigtrain.kernels.attention.call import Call
 from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig

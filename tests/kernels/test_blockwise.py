@@ -95,7 +95,10 @@ def test_dropout_drops_the_same_weights_forward_and_backward(small_blocks):
 def test_a_mesh_changes_no_number_and_no_dropped_weight(small_blocks, mode):
   small_blocks(mode)
   dropped.cache_clear()
-  (_, alone), (_, spread) = dropped(None), dropped(Mesh(data=2, fsdp=1, tensor=2, context=1, expert=2))
+  (_, alone), (_, spread) = (
+    dropped(None),
+    dropped(Mesh(data=2, fsdp=1, tensor=2, context=1, expert=2)),
+  )
   assert max(distances(spread, alone)) < 1e-6
 
 
