@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
-from bigtrain.kernels.attention import Form, Tokens, attend
+from bigtrain.kernels.attention import Form, Kernel, Tokens, attend, refuse
 from bigtrain.models.initial import Initializer
 from bigtrain.models.norm import NormConfig
 from bigtrain.models.position import Rotary, rotate
@@ -36,6 +36,7 @@ class AttentionConfig:
   bias: bool = False  # On the q, k and v products.
   out_bias: bool = False  # On the output product.
   dropout: float = 0.0  # Of attention weights.
+  kernel: Kernel = "auto"  # What computes it: the best for the chip that can, or the one named.
 
   def sizes(self, dim: int) -> dict[str, int]:
     """The letters of the weights and their sizes."""
@@ -45,7 +46,7 @@ class AttentionConfig:
 
   def form(self) -> Form:
     """What of it concerns scores."""
-    return Form(causal=self.causal, window=self.window, softcap=self.softcap)
+    return Form(self.causal, self.window, self.softcap, kernel=self.kernel)
 
   def dims(self) -> dict[str, tuple[str, int]]:
     """As in ModelConfig: what the mesh must divide."""
@@ -72,6 +73,7 @@ class AttentionConfig:
       raise Refused(f"attention: {self.heads} heads are not divisible by kv_heads={self.kv_heads}")
     if not 0 <= self.dropout < 1:
       raise Refused(f"attention: dropout is {self.dropout}; it is a rate, from 0 to below 1")
+    refuse(self.form(), self.dropout)
 
   def check_dim(self, dim: int) -> None:
     """Refuses what cannot be, or does not fit a model of that width."""
@@ -129,20 +131,19 @@ class Attention(nnx.Module):
     if cache is not None:
       cache = cache.extended(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
-    form = self.c.form()
+    form = self.c.form()._replace(aligned=cache is None)
     return self._attend(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, key, bias_KGP), cache
 
   def across(self, x_BTD, tokens: Tokens, memory: Memory, key=None) -> jax.Array:
     """Attends to a memory: to what is of the same document there. Returns (B, T, D)."""
     k_BSKH, v_BSKH = memory.pairs or self.keys_values(sharding.shared(memory.x_BSD), memory.tokens)
-    q_BTKGH, form = self._queries(x_BTD, tokens), Form(causal=False, softcap=self.c.softcap)
+    q_BTKGH, form = self._queries(x_BTD, tokens), self.c.form()._replace(causal=False, window=None)
     return self._attend(q_BTKGH, k_BSKH, v_BSKH, tokens, memory.tokens, form, key)
 
   def _attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, form: Form, key, bias_KGP=None):
     q_BTKGH = q_BTKGH * self.score_scale if self.c.scaled else q_BTKGH
     extras = {"bias_KGP": bias_KGP, "dropout": self.c.dropout, "key": key}
     y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
-    y_BTKGH = checkpoint_name(y_BTKGH, "attention")
     return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)
 
   def _queries(self, x_BTD, tokens: Tokens) -> jax.Array:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigtrain.kernels.attention import Form, Tokens, attend, by_column, visible
+from bigtrain.kernels.attention import Form, Tokens, attend, visible
+from bigtrain.kernels.attention.plain import by_column
 from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.initial import Initializer, Normal

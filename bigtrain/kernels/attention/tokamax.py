@@ -1,0 +1,63 @@
+"""Attention of tokamax (an extra: `pip install bigtrain[kernels]`), which takes its best for a chip.
+
+Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, N all K*G query
+heads, H head.
+"""
+
+import importlib.util
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from bigtrain.kernels.attention.call import Call, Form, visible
+from bigtrain.kernels.attention.island import apart, shards_positions, tells_varying
+
+
+def limit(form: Form, dropout: float) -> str | None:
+  """Why this kernel cannot compute such a form, if it cannot."""
+  if importlib.util.find_spec("tokamax") is None:
+    return "it is not installed (pip install 'bigtrain[kernels]', Python 3.12 or later)"
+  return "it has no dropout" if dropout else None
+
+
+def unfit(call: Call) -> str | None:
+  """Why this kernel cannot answer this call, if it cannot."""
+  if call.bias_KGP is not None:
+    return "biases of scores would reach it as an array of all scores"
+  if shards_positions(call.q_BTKGH):
+    return "positions are spread over devices"
+  if tells_varying(call.q_BTKGH):
+    return "an island around it checks over which axes values vary"
+  return None
+
+
+def attend(call: Call) -> jax.Array:
+  """See `bigtrain.kernels.attention.attend`.
+
+  Who sees whom reaches it as (B, T, S) bits where columns do not tell.
+  """
+  import tokamax
+
+  form = call.form
+  columns = form.aligned and call.queries.segments is None
+  tokens = None if columns else (call.queries, call.keys)
+  window = None
+  if columns and form.window is not None:
+    window = (form.window - 1, 0 if form.causal else form.window - 1)
+
+  def local(q_BTKGH, k_BSKH, v_BSKH, tokens):
+    B, T, K, G, H = q_BTKGH.shape
+    out_BTNH = tokamax.dot_product_attention(
+      q_BTKGH.reshape(B, T, K * G, H),
+      k_BSKH,
+      v_BSKH,
+      mask=None if tokens is None else visible(*tokens, form)[:, None],
+      scale=1.0,
+      is_causal=columns and form.causal,
+      local_window_size=window,
+      logits_soft_cap=form.softcap,
+    )
+    return out_BTNH.reshape(q_BTKGH.shape)
+
+  arrays = call.q_BTKGH, call.k_BSKH, call.v_BSKH, tokens
+  return checkpoint_name(apart(local, *arrays, opaque=True), "attention")
