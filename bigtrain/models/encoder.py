@@ -17,6 +17,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, lookup
 from bigtrain.models.transformer import Transformer, TransformerConfig
+from bigtrain.parallel.context import first
 from bigtrain.precision import Dtype, compute_dtype, project
 from bigtrain.width import Width, readout
 
@@ -99,7 +100,7 @@ class Encoder(nnx.Module):
 
   def pooled(self, x_BTD) -> jax.Array:
     """What stands for a row as a whole, (B, M): tanh of a dense layer over its first position."""
-    return jnp.tanh(project("BD,DM->BM", x_BTD[:, 0], self.pooler_DM, self.pooler_bias_M))
+    return jnp.tanh(project("BD,DM->BM", first(x_BTD), self.pooler_DM, self.pooler_bias_M))
 
 
 @config

@@ -15,6 +15,7 @@ from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
 from bigtrain.objectives.output import Output
+from bigtrain.parallel.context import cut
 
 TOP = 5  # Guesses of the second metric.
 
@@ -55,7 +56,8 @@ class Classification(ObjectiveConfig):
         raise Refused("mixup and cutmix mix numbers, not tokens; set both to 0")
       key, mixing = jax.random.split(key)
       inputs, share_B = self._mix(inputs, weights_B, mixing)
-    logits_BC = model.logits(inputs, key)
+    with cut(batch) as parts:
+      logits_BC = model.logits(parts if inputs is batch else inputs, key)
     with jax.named_scope("loss"):
       log_p_BC = jax.nn.log_softmax(logits_BC.astype(jnp.float32))
       found = _guesses(log_p_BC, labels_B)
