@@ -9,18 +9,19 @@ H head, F hidden, V vocabulary, E expert. A letter that is in no table is not sh
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import P
-from jax.extend.random import threefry2x32_p
 from jax.sharding import NamedSharding
 
 from bigtrain.mesh import AXES
+from bigtrain.parallel import zigzag
 
 CONTEXT = ("context", "ulysses")  # One or the other: see mesh.OTHER_NAMES.
 SPLIT = ("tensor", "sequence")  # The same.
@@ -37,10 +38,11 @@ ACTIVATION = {
   "S": (*CONTEXT, "sequence"),
 }
 POSITIONS = {"T", "S"}
+EXCHANGED = {"K": (*SPLIT, "ulysses")}  # Of attention, which has exchanged positions for heads.
 _cut: contextvars.ContextVar[bool] = contextvars.ContextVar("cut", default=False)
 
 
-def spec(table: dict[str, tuple[str, ...]], dims: str) -> P | None:
+def spec(table: Mapping[str, tuple[str, ...]], dims: str) -> P | None:
   """The partition spec of an array with these dimension letters; None without a mesh.
 
   An axis shards one dim. Of those that want it the one that comes first in the table gets it: heads
@@ -71,7 +73,7 @@ def act(dims: str) -> P | None:
   if not _cut.get():
     table = {letter: axes for letter, axes in table.items() if letter not in POSITIONS}
   elif POSITIONS.union("B").issuperset(dims):
-    table = table | dict.fromkeys(POSITIONS, CONTEXT)
+    table = {**table, "T": CONTEXT, "S": CONTEXT}
   return spec(table, dims)
 
 
@@ -94,16 +96,6 @@ def cut_over() -> str | None:
   mesh = jax.sharding.get_abstract_mesh()
   wide = [axis for axis in CONTEXT if not mesh.empty and mesh.shape[axis] > 1]
   return wide[0] if wide and _cut.get() else None
-
-
-def columns(length: int, shards: int) -> np.ndarray:
-  """Which column of a row of that length lies at each place, where `context` cuts rows.
-
-  Of 2n pieces device i holds pieces i and 2n - 1 - i, so that under a causal mask all devices have
-  as many keys to look at (zig-zag, arXiv:2311.09431).
-  """
-  pieces = np.arange(length).reshape(2 * shards, -1)
-  return np.concatenate([pieces[[i, -1 - i]].ravel() for i in range(shards)])
 
 
 def lay(x, dims: str) -> jax.Array:
@@ -148,14 +140,15 @@ def before_sum(dims: str, summed: str) -> P | None:
   if spec is None:
     return None
   both = axes_of(act(summed) or ()) & axes_of(spec)
-  return P(*(tuple(a for a in _tuple(dim) if a not in both) or None for dim in spec), unreduced=both)
+  kept = (tuple(a for a in _tuple(dim) if a not in both) or None for dim in spec)
+  return P(*kept, unreduced=both)
 
 
 def scattered(x, dims: str) -> jax.Array:
   """A product of these dims as `act` lays it: sums that `before_sum` left are reduce-scattered."""
-  if not (parts := jax.typeof(x).sharding.spec.unreduced):
+  spec, parts = act(dims), jax.typeof(x).sharding.spec.unreduced
+  if spec is None or not parts:
     return x
-  spec = act(dims)
 
   def scatter(x):
     for dim, axes in enumerate(spec):
@@ -290,27 +283,9 @@ def _bernoulli(key, p, x, dims: int) -> jax.Array:
   out_sharding = P(*jax.typeof(x).sharding.spec[:dims])
   if not any("context" in _tuple(axes) for axes in out_sharding[1:]):
     return jax.random.bernoulli(key, p, shape, out_sharding=out_sharding)
-  # Of (B, T, ...) in zig-zag order: what jax.random.bernoulli has at the column of each place.
-  mesh, (B, T, *rest) = jax.sharding.get_abstract_mesh(), shape
-
-  def draw(key, p):
-    place = np.uint32(T) * jnp.arange(B, dtype=np.uint32)[:, None]
-    place += columns(T, mesh.shape["context"]).astype(np.uint32)
-    at = jnp.arange(math.prod(rest), dtype=np.uint32)
-    high, low = _product(place, math.prod(rest))
-    low = low[..., None] + at
-    high = high[..., None] + (low < at)
-    a, b = threefry2x32_p.bind(*jax.random.key_data(key), high, low)
-    uniform = jax.lax.bitcast_convert_type((a ^ b) >> 9 | np.uint32(0x3F800000), np.float32) - 1
-    return (uniform < p).reshape(shape)
-
-  return jax.sharding.auto_axes(draw, axes=mesh.explicit_axes)(key, p, out_sharding=out_sharding)
-
-
-def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
-  """The upper and the lower 32 bits of the product of two uint32."""
-  (a1, a0), (b1, b0) = (a >> 16, a & 0xFFFF), (np.uint32(b >> 16), np.uint32(b & 0xFFFF))
-  low = a0 * b0
-  middle = a1 * b0 + (low >> 16)
-  other = a0 * b1 + (middle & 0xFFFF)
-  return a1 * b1 + (middle >> 16) + (other >> 16), (other << 16) | (low & 0xFFFF)
+  mesh = jax.sharding.get_abstract_mesh()
+  draw: Any = jax.sharding.auto_axes(
+    functools.partial(zigzag.bernoulli, shape=shape, shards=mesh.shape["context"]),
+    axes=mesh.explicit_axes,
+  )
+  return draw(key, p, out_sharding=out_sharding)

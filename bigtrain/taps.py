@@ -74,10 +74,24 @@ def hand_on(inner: Found) -> None:
     found |= under(".".join(_path.get()), inner)
 
 
+def _is_max(name: str) -> bool:
+  return name.partition("/")[0].endswith("max")
+
+
 def over_microbatches(found: Found) -> Found:
   """One value for each statistic, from those of all microbatches, stacked in front."""
-  reduce = lambda name: jnp.max if name.partition("/")[0].endswith("max") else jnp.mean
+  reduce = lambda name: jnp.max if _is_max(name) else jnp.mean
   return {name: reduce(name)(value, axis=0) for name, value in found.items()}
+
+
+def over_devices(found: Found) -> Found:
+  """One value for each statistic, from those of all devices, inside an island."""
+
+  def reduce(name: str, value: jax.Array) -> jax.Array:
+    over = jax.lax.pmax if _is_max(name) else jax.lax.pmean
+    return over(value, (*jax.typeof(value).mat.varying,))
+
+  return {name: reduce(name, value) for name, value in found.items()}
 
 
 def rms(x: jax.Array) -> jax.Array:

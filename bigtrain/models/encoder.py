@@ -40,6 +40,9 @@ class EncoderConfig(TransformerConfig, ModelConfig):
   def vocabulary(self) -> int:
     return self.vocab
 
+  def cuts_rows(self) -> bool:
+    return True
+
   def longest_row(self) -> int | None:
     return None if self.position is None else self.position.length
 
@@ -126,6 +129,9 @@ class MaskedLMConfig(ModelConfig):
   def vocabulary(self) -> int:
     return self.encoder.vocab
 
+  def cuts_rows(self) -> bool:
+    return True
+
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
 
@@ -201,6 +207,9 @@ class TextClassifierConfig(ModelConfig):
 
   def vocabulary(self) -> int:
     return self.encoder.vocab
+
+  def cuts_rows(self) -> bool:
+    return True
 
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()

@@ -119,6 +119,9 @@ class EncoderDecoderConfig(TransformerConfig, ModelConfig):
   def vocabulary(self) -> int:
     return self.vocab
 
+  def cuts_rows(self) -> bool:
+    return True
+
   def check(self) -> None:
     TransformerConfig.check(self)
     if not 0 <= self.start < self.vocab:

@@ -47,6 +47,9 @@ class LanguageModelConfig(TransformerConfig, ModelConfig):
   def vocabulary(self) -> int:
     return self.vocab
 
+  def cuts_rows(self) -> bool:
+    return True
+
   def longest_row(self) -> int | None:
     return self.position.length if isinstance(self.position, Learned) else None
 

@@ -1,7 +1,7 @@
 """Rows that are cut: their positions laid over the mesh, and what must look across the cuts.
 
 An objective cuts its batch (`cut`), and in what is traced there every array of positions is in
-pieces. Over the axis `context` they are in zig-zag order (`sharding.columns`), over `ulysses` in
+pieces. Over the axis `context` they are in zig-zag order (`zigzag.columns`), over `ulysses` in
 their own. Positions and segments travel with their tokens and losses are sums, so that few places
 need to know: attention, a neighbour's column, the first one.
 
@@ -11,14 +11,19 @@ P distance.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import P
 
-from bigtrain import sharding
-from bigtrain.config import Refused
+from bigtrain import sharding, taps
+from bigtrain.config import Refused, configs
+from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.position import RelativeBuckets
+from bigtrain.parallel import zigzag
 from bigtrain.parallel.ring_attention import ring_attention
 
 
@@ -36,11 +41,14 @@ def cut(batch: dict[str, jax.Array]) -> Iterator[dict[str, jax.Array]]:
 
 
 def _laid(x_BT: jax.Array) -> jax.Array:
+  mesh, (B, T) = jax.sharding.get_abstract_mesh(), x_BT.shape
+  if not mesh.empty:
+    check_length(T, mesh.shape)
   if sharding.cut_over() == "context":
-    n, (B, T) = jax.sharding.get_abstract_mesh().shape["context"], x_BT.shape
+    n = mesh.shape["context"]
     shaped = lambda x, *shape: jnp.reshape(x, shape, out_sharding=sharding.act("B"))
     pieces = shaped(x_BT, B, 2 * n, T // (2 * n))
-    x_BT = shaped(pieces[:, sharding.columns(2 * n, n)], B, T)
+    x_BT = shaped(pieces[:, zigzag.columns(2 * n, n)], B, T)
   return sharding.lay(x_BT, "BT")
 
 
@@ -48,32 +56,58 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, dropout: floa
   """`kernels.attention.attend` where rows are cut.
 
   Raises:
-    Refused: as `check`.
+    Refused: as `check_model`.
   """
   axis = sharding.cut_over()
-  check(axis, dropout, bias_KGP is not None)
+  _check_attention(axis, dropout, bias_KGP is not None)
   if axis == "context":
     return _island(functools.partial(ring_attention, form), q_BTKGH, k_BSKH, v_BSKH, queries, keys)
   exchanged = functools.partial(_exchanged, form)
-  return _island(exchanged, q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP)
+  args = q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP
+  y_BTKGH, found = _island(exchanged, *args, out=(jax.typeof(q_BTKGH).sharding.spec, P()))
+  taps.hand_on(found)
+  return y_BTKGH
 
 
-def check(axis: str | None, dropout: float, relative: bool) -> None:
-  """Refuses attention that has no form in which rows are cut over that axis."""
+def check_length(length: int, shape: Mapping[str, int]) -> None:
+  """Refuses rows that a mesh of that shape cannot cut."""
+  ring, exchanged, sequence = (shape[axis] for axis in ("context", "ulysses", "sequence"))
+  unit = ring * math.lcm(2, sequence) if ring > 1 else exchanged * sequence
+  if length % unit:
+    below = length // unit * unit
+    raise Refused(
+      f"rows of {length} tokens cannot be cut over the mesh (context={ring * exchanged}, sequence="
+      f"{sequence}), which takes multiples of {unit}{', two pieces a device' if ring > 1 else ''}; "
+      f"use {f'{below} or ' if below else ''}{below + unit} tokens"
+    )
+
+
+def check_model(model: Any, shape: Mapping[str, int]) -> None:
+  """Refuses a model's config with attention that has no form for a mesh of that shape."""
+  axis = next((axis for axis in sharding.CONTEXT if shape[axis] > 1), None)
+  nodes = [node for _, node in configs(model)]
+  relative = any(isinstance(node, RelativeBuckets) for node in nodes)
+  for node in nodes:
+    if isinstance(node, AttentionConfig):
+      _check_attention(axis, node.dropout, relative)
+
+
+def _check_attention(axis: str | None, dropout: float, relative: bool) -> None:
   if axis and dropout:
     raise Refused(
-      f"attention.dropout is {dropout}: over mesh.context no device has all weights of a row to "
-      "drop some of them; set it to 0 (the model's own dropout may stay), or --mesh.context 1"
+      f"attention.dropout is {dropout}, but over mesh.context attention does not drop weights; set "
+      "it to 0 (the other dropouts may stay), or --mesh.context 1"
     )
   if axis == "context" and relative:
     raise Refused(
-      "relative biases go by whole rows, of which a ring over mesh.context has parts; set "
-      "--mesh.ulysses True, or --mesh.context 1"
+      "relative biases go by the columns of whole rows, of which each device has pieces in a ring; "
+      "set --mesh.ulysses True, or --mesh.context 1"
     )
 
 
-def _exchanged(form, q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP) -> jax.Array:
-  """Attention of some heads over whole rows, between two exchanges (arXiv:2309.14509)."""
+def _exchanged(form, q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP) -> tuple[jax.Array, Any]:
+  """Attention of some heads over whole rows, between two exchanges (arXiv:2309.14509), and what was
+  tapped in it."""
   from bigtrain.kernels.attention import attend
 
   heads, positions = 2, 1
@@ -87,8 +121,9 @@ def _exchanged(form, q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP) -> jax.Ar
     first = size * jax.lax.axis_index("ulysses")
     bias_KGP = jax.lax.dynamic_slice_in_dim(bias_KGP, first, size)
   with sharding.rows(cut=False):
-    y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP=bias_KGP)
-  return swap(y_BTKGH, split_axis=positions, concat_axis=heads)
+    attend = taps.collected(functools.partial(attend, bias_KGP=bias_KGP))
+    y_BTKGH, found = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form)
+  return swap(y_BTKGH, split_axis=positions, concat_axis=heads), taps.over_devices(found)
 
 
 def before(x_BT: jax.Array) -> jax.Array:
@@ -130,8 +165,8 @@ def first(x_BTD: jax.Array) -> jax.Array:
   return jnp.where(jnp.arange(x_BTD.shape[1])[:, None] == 0, x_BTD, 0).sum(1)
 
 
-def _island(local: Callable, *args: Any) -> jax.Array:
-  """`local` of each device's part; the result is laid as the first argument.
+def _island(local: Callable, *args: Any, out: Any = None) -> Any:
+  """`local` of each device's part; the result is laid as `out` says, or as the first argument.
 
   Inside an island that is there already it just runs: they do not nest.
   """
@@ -140,4 +175,4 @@ def _island(local: Callable, *args: Any) -> jax.Array:
     return local(*args)
   specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
   taken = set(mesh.explicit_axes)
-  return jax.shard_map(local, in_specs=specs, out_specs=specs[0], axis_names=taken)(*args)
+  return jax.shard_map(local, in_specs=specs, out_specs=out or specs[0], axis_names=taken)(*args)

@@ -1,6 +1,6 @@
 """Ring attention (arXiv:2310.01889): keys and values go round, queries stay where they are.
 
-Inside an island, each device has the positions that `sharding.columns` gives it: a low piece of the
+Inside an island, each device has the positions that `zigzag.columns` gives it: a low piece of the
 row and a high one. Under a causal mask a high query sees every low key; and of the pieces that an
 earlier device holds the low query sees the low one, of a later device's the high query the high
 one. So a step is the same work for all: two pairs of pieces (zig-zag, arXiv:2311.09431).
@@ -36,9 +36,7 @@ AXIS = "context"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def ring_attention(
-  form: Form, q_BTKGH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens
-) -> jax.Array:
+def ring_attention(form: Form, q_BTKGH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens) -> jax.Array:
   """Softmax attention to the keys of all devices along `context`; (B, T, K, G, H)."""
   return _forward(form, q_BTKGH, k_BSKH, v_BSKH, queries, keys)[0]
 
