@@ -86,10 +86,9 @@ def check_model(model: Any, shape: Mapping[str, int]) -> None:
   """Refuses a model's config with attention that has no form for a mesh of that shape."""
   axis = next((axis for axis in sharding.CONTEXT if shape[axis] > 1), None)
   nodes = [node for _, node in configs(model)]
+  dropout = max((node.dropout for node in nodes if isinstance(node, AttentionConfig)), default=0.0)
   relative = any(isinstance(node, RelativeBuckets) for node in nodes)
-  for node in nodes:
-    if isinstance(node, AttentionConfig):
-      _check_attention(axis, node.dropout, relative)
+  _check_attention(axis, dropout, relative)
 
 
 def _check_attention(axis: str | None, dropout: float, relative: bool) -> None:

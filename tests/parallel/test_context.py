@@ -122,9 +122,7 @@ def test_parts_that_are_merged_equal_the_whole():
   found = blockwise.nothing(jnp.asarray(arrays["q"]))
   for part in (slice(20, None), slice(0, 3), slice(3, 20)):
     there = jax.tree.map(lambda x, part=part: x[:, part], (arrays["k"], arrays["v"], tokens))
-    found = blockwise.merged(
-      found, blockwise.partial_attention(own, blockwise.Keys(*there), form)
-    )
+    found = blockwise.merged(found, blockwise.partial_attention(own, blockwise.Keys(*there), form))
   assert_close(of_tokens(found.out_BTKGH), of_tokens(loss(form, arrays)[1]))
 
 

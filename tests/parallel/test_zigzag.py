@@ -33,4 +33,5 @@ def test_dropout_of_cut_rows_has_the_bits_of_whole_rows():
 def test_elements_are_numbered_right_beyond_32_bits():
   a, b = [2**32 - 1, 2**32 - 7, 65_536, 65_535, 3], 2**31 + 12_345
   high, low = zigzag._product(jnp.asarray(a, jnp.uint32), b)
-  assert [(int(h) << 32) + int(l) for h, l in zip(high, low, strict=True)] == [n * b for n in a]
+  found = [(int(x) << 32) + int(y) for x, y in zip(high, low, strict=True)]
+  assert found == [n * b for n in a]
