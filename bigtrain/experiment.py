@@ -51,6 +51,13 @@ class ModelConfig(abc.ABC):
     """How many types of tokens the model tells apart; None without types."""
     return None
 
+  def cuts_rows(self) -> bool:
+    """Whether the model can be given rows whose positions lie on several devices.
+
+    That is, whether all that looks at neighbours in a row goes through parallel/context.py.
+    """
+    return False
+
   def n_classes(self) -> int | None:
     """How many classes the model tells apart, checked against the data's; None without classes."""
     return None

@@ -12,8 +12,9 @@ from bigtrain import hints
 from bigtrain.config import Refused, config
 
 # From the slowest network to the fastest: neighbours along a later axis are nearer to each other.
-# `sequence` is `tensor` under the name by which residual streams are sharded along it too.
-AXES = ("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor", "sequence")
+AXES = ("slices", "pipeline", "data", "fsdp", "expert", "context", "ulysses", "tensor", "sequence")
+# An axis under another name, by which it is used differently: its size is that of the other field.
+OTHER_NAMES = {"ulysses": "context", "sequence": "tensor"}
 
 
 @config
@@ -27,6 +28,9 @@ class Mesh:
   expert: int = 1  # Shards of the experts; for all that is no expert they are more fsdp.
   pipeline: int = 1  # Stages: shards of the layers.
   slices: int = 1  # Replicas across the slow network between slices, outside `data`.
+  # Attention exchanges positions for heads over `context` (all-to-all, arXiv:2309.14509), where it
+  # otherwise passes keys and values around (a ring, arXiv:2310.01889).
+  ulysses: bool = False
   sequence: bool = False  # `tensor` also shards the positions of the residual stream.
 
   def shape(self, devices: int, where: str = "attached") -> dict[str, int]:
@@ -35,7 +39,7 @@ class Mesh:
     Raises:
       Refused: the axes do not multiply to `devices`, or more than one is -1.
     """
-    sizes = {axis: getattr(self, axis) for axis in AXES[:-1]}
+    sizes = {axis: 1 if axis in OTHER_NAMES else getattr(self, axis) for axis in AXES}
     said = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1 or axis in USUAL)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -54,9 +58,14 @@ class Mesh:
         f"{'is' if devices == 1 else 'are'} {where}; set {others} to a divisor of {devices} to "
         f"use what is there{f', or JAX_NUM_CPU_DEVICES={fixed} to try it on CPU' if cpu else ''}"
       )
-    sizes["sequence"] = 1
-    if self.sequence:
-      sizes["tensor"], sizes["sequence"] = 1, sizes["tensor"]
+    for other, axis in OTHER_NAMES.items():
+      if getattr(self, other):
+        if sizes[axis] == 1:
+          raise Refused(
+            f"mesh.{other} is a way to use mesh.{axis}, which spans one device; set --mesh.{axis} "
+            f"to more, or --mesh.{other} False"
+          )
+        sizes[axis], sizes[other] = 1, sizes[axis]
     return sizes
 
   def make(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

@@ -43,13 +43,14 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
   rows, inner, columns = x_dims[:-n], w_dims[:n], w_dims[n:]
   assert x_dims[-n:] == inner and rows + columns == out, dims
   w = sharding.use(w, w_dims, x.dtype, over=sharding.split_over(x, len(rows)))
-  if all(map(sharding.mergeable, (rows, inner, columns))):
+  if sharding.mergeable(rows, inner) and sharding.mergeable(rows, columns):
     shape = (*x.shape[:-n], *w.shape[n:])
     x_NC, w_CM = _matrix(x, rows, inner), _matrix(w, inner, columns)
     y_NM = jnp.matmul(x_NC, w_CM, out_sharding=sharding.merged(rows, columns))
     y = jnp.reshape(y_NM, shape, out_sharding=sharding.act(out))
   else:
-    y = jnp.einsum(dims.lower(), x, w, out_sharding=sharding.act(out))
+    y = jnp.einsum(dims.lower(), x, w, out_sharding=sharding.before_sum(out, inner))
+    y = sharding.scattered(y, out)
   return y if bias is None else y + bias[...].astype(y.dtype)
 
 

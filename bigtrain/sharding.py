@@ -7,8 +7,13 @@ Letters: B batch, T query position, S key position, D model, K kv heads, G queri
 H head, F hidden, V vocabulary, E expert. A letter that is in no table is not sharded.
 """
 
+import contextlib
+import contextvars
+import functools
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +21,12 @@ from jax import P
 from jax.sharding import NamedSharding
 
 from bigtrain.mesh import AXES
+from bigtrain.parallel import zigzag
 
+CONTEXT = ("context", "ulysses")  # One or the other: see mesh.OTHER_NAMES.
+SPLIT = ("tensor", "sequence")  # The same.
 # Parameters are stored sharded over these axes and gathered where they are used.
-GATHERED = ("fsdp", "expert", "context")
-SPLIT = ("tensor", "sequence")  # One or the other: see mesh.AXES.
+GATHERED = ("fsdp", "expert", *CONTEXT)
 WEIGHT = {"E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
 ACTIVATION = {
   "B": ("slices", "data", "fsdp", "expert"),
@@ -27,12 +34,15 @@ ACTIVATION = {
   "K": SPLIT,
   "F": SPLIT,
   "V": SPLIT,
-  "T": ("context", "sequence"),
-  "S": ("context", "sequence"),
+  "T": (*CONTEXT, "sequence"),  # Where rows are cut.
+  "S": (*CONTEXT, "sequence"),
 }
+POSITIONS = {"T", "S"}
+EXCHANGED = {"K": (*SPLIT, "ulysses")}  # Of attention, which has exchanged positions for heads.
+_cut: contextvars.ContextVar[bool] = contextvars.ContextVar("cut", default=False)
 
 
-def spec(table: dict[str, tuple[str, ...]], dims: str) -> P | None:
+def spec(table: Mapping[str, tuple[str, ...]], dims: str) -> P | None:
   """The partition spec of an array with these dimension letters; None without a mesh.
 
   An axis shards one dim. Of those that want it the one that comes first in the table gets it: heads
@@ -54,8 +64,38 @@ def weight(dims: str) -> P | None:
 
 
 def act(dims: str) -> P | None:
-  """The spec of an activation, or of a batch."""
-  return spec(ACTIVATION, dims)
+  """The spec of an activation, or of a batch.
+
+  Positions are sharded where rows are cut alone. What is of a token as a whole, such as its id, is
+  not sharded over `sequence`: attention wants the ids of all, and to slice them costs nothing.
+  """
+  table = ACTIVATION
+  if not _cut.get():
+    table = {letter: axes for letter, axes in table.items() if letter not in POSITIONS}
+  elif POSITIONS.union("B").issuperset(dims):
+    table = {**table, "T": CONTEXT, "S": CONTEXT}
+  return spec(table, dims)
+
+
+@contextlib.contextmanager
+def rows(*, cut: bool) -> Iterator[None]:
+  """Whether the positions of rows are laid over the mesh in what is traced here.
+
+  They are not, unless an objective says so: what is sampled or called by hand has rows of any
+  length. Backward passes are traced later, outside: they take their sharding from types.
+  """
+  token = _cut.set(cut)
+  try:
+    yield
+  finally:
+    _cut.reset(token)
+
+
+def cut_over() -> str | None:
+  """The axis of `CONTEXT` over which rows are cut here, if there is one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  wide = [axis for axis in CONTEXT if not mesh.empty and mesh.shape[axis] > 1]
+  return wide[0] if wide and _cut.get() else None
 
 
 def lay(x, dims: str) -> jax.Array:
@@ -77,14 +117,47 @@ def spread(w) -> jax.Array:
   return jax.sharding.reshard(w, P(*place))
 
 
-def mergeable(dims: str) -> bool:
-  """Whether dims of an activation can become one without moving data: only the first is sharded."""
-  return not any(act(dims[1:]) or ())
+def mergeable(*groups: str) -> bool:
+  """Whether each group of an activation's dims can become one dim without moving data: in each no
+  dim but the first is sharded."""
+  spec, dims = act("".join(groups)), itertools.count()
+  split = [[bool(spec and spec[next(dims)]) for _ in group] for group in groups]
+  return not any(any(group[1:]) for group in split)
 
 
 def merged(*groups: str) -> P | None:
   """The spec of an activation whose groups of (mergeable) dims have each become one dim."""
   return act("".join(group[0] for group in groups))
+
+
+def before_sum(dims: str, summed: str) -> P | None:
+  """The spec of a product of these dims before it is summed over devices.
+
+  That is `act(dims)`, except where an axis splits both the dims that were contracted (`summed`) and
+  one that stays: there each device has a part of every sum, until `scattered` adds these up.
+  """
+  spec = act(dims)
+  if spec is None:
+    return None
+  both = axes_of(act(summed) or ()) & axes_of(spec)
+  kept = (tuple(a for a in _tuple(dim) if a not in both) or None for dim in spec)
+  return P(*kept, unreduced=both)
+
+
+def scattered(x, dims: str) -> jax.Array:
+  """A product of these dims as `act` lays it: sums that `before_sum` left are reduce-scattered."""
+  spec, parts = act(dims), jax.typeof(x).sharding.spec.unreduced
+  if spec is None or not parts:
+    return x
+
+  def scatter(x):
+    for dim, axes in enumerate(spec):
+      for axis in _tuple(axes):
+        if axis in parts:
+          x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+    return x
+
+  return jax.shard_map(scatter, in_specs=jax.typeof(x).sharding.spec, out_specs=spec)(x)
 
 
 def axes(letter: str) -> tuple[str, ...]:
@@ -135,8 +208,7 @@ def _gathered(letter: str, axes) -> list[str]:
 
 def split_over(x, dims: int | None = None) -> frozenset[str]:
   """The explicit axes that shard any of the first `dims` dims of an array; None for all of them."""
-  partitions = jax.typeof(x).sharding.spec.partitions
-  return frozenset(axis for axes in partitions[:dims] for axis in _tuple(axes))
+  return axes_of(jax.typeof(x).sharding.spec.partitions[:dims])
 
 
 def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
@@ -185,6 +257,11 @@ def _tuple(axes) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
+def axes_of(partitions) -> frozenset[str]:
+  """The axes that shard any of these dims."""
+  return frozenset(axis for axes in partitions for axis in _tuple(axes))
+
+
 def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Array:
   """Zeroes with probability `rate` and scales the rest; the same bits on any mesh.
 
@@ -194,7 +271,21 @@ def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Arra
   if key is None or (isinstance(rate, float) and rate == 0.0):
     return x
   shape = x.shape if dims is None else x.shape[:dims]
-  out_sharding = None if act("") is None else P(*jax.typeof(x).sharding.spec[: len(shape)])
-  keep = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=out_sharding)
-  keep = jnp.expand_dims(keep, range(len(shape), x.ndim))
+  keep = jnp.expand_dims(_bernoulli(key, 1.0 - rate, x, len(shape)), range(len(shape), x.ndim))
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def _bernoulli(key, p, x, dims: int) -> jax.Array:
+  """True with probability p for each index of the first dims of `x`, whatever its layout."""
+  shape = x.shape[:dims]
+  if act("") is None:
+    return jax.random.bernoulli(key, p, shape)
+  out_sharding = P(*jax.typeof(x).sharding.spec[:dims])
+  if not any("context" in _tuple(axes) for axes in out_sharding[1:]):
+    return jax.random.bernoulli(key, p, shape, out_sharding=out_sharding)
+  mesh = jax.sharding.get_abstract_mesh()
+  draw: Any = jax.sharding.auto_axes(
+    functools.partial(zigzag.bernoulli, shape=shape, shards=mesh.shape["context"]),
+    axes=mesh.explicit_axes,
+  )
+  return draw(key, p, out_sharding=out_sharding)

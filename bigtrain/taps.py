@@ -75,14 +75,13 @@ def hand_on(inner: Found) -> None:
     found |= under(".".join(_path.get()), inner)
 
 
+def _either(name: str, largest, mean):
+  return largest if name.partition("/")[0].endswith("max") else mean
+
+
 def over_microbatches(found: Found) -> Found:
   """One value for each statistic, from those of all microbatches, stacked in front."""
-
-  def reduce(name: str, value: jax.Array):
-    if value.dtype == bool:
-      return jnp.all
-    return jnp.max if name.partition("/")[0].endswith("max") else jnp.mean
-
+  reduce = lambda name, value: jnp.all if value.dtype == bool else _either(name, jnp.max, jnp.mean)
   return {name: reduce(name, value)(value, axis=0) for name, value in found.items()}
 
 
@@ -90,6 +89,18 @@ def shares(found: Found) -> Found:
   """The same with a share of units in the place of each mask."""
   share = lambda x: jnp.mean(x.astype(jnp.float32), axis=-1) if x.dtype == bool else x
   return {name: share(value) for name, value in found.items()}
+
+
+def over_devices(found: Found) -> Found:
+  """One value for each statistic, from those of all devices, inside an island."""
+
+  def reduce(name: str, value: jax.Array) -> jax.Array:
+    axes = (*jax.typeof(value).mat.varying,)
+    if value.dtype == bool:
+      return jax.lax.pmin(value.astype(jnp.int32), axes).astype(bool)
+    return _either(name, jax.lax.pmax, jax.lax.pmean)(value, axes)
+
+  return {name: reduce(name, value) for name, value in found.items()}
 
 
 def rms(x: jax.Array) -> jax.Array:

@@ -16,9 +16,9 @@ from bigtrain.config import Refused, configs
 from bigtrain.data.sources import check_apart
 from bigtrain.experiment import Experiment
 from bigtrain.hints import to_set
-from bigtrain.mesh import AXES, USUAL
+from bigtrain.mesh import AXES, OTHER_NAMES, USUAL
 from bigtrain.optim.schedule import Schedule
-from bigtrain.sharding import ACTIVATION, WEIGHT
+from bigtrain.sharding import ACTIVATION, CONTEXT, EXCHANGED, WEIGHT
 
 LEAST = {
   "batch": 1,
@@ -85,6 +85,7 @@ def check_mesh(experiment: Experiment, devices: int) -> None:
   _all(
     functools.partial(_check_batches, experiment, shape),
     functools.partial(_check_dims, experiment, shape),
+    functools.partial(_check_cuts, experiment, shape),
   )
 
 
@@ -259,7 +260,7 @@ def _check_batches(e: Experiment, shape: dict[str, int]) -> None:
 
 def _check_dims(e: Experiment, shape: dict[str, int]) -> None:
   for field, (letter, size) in e.model.dims().items():
-    for table in (WEIGHT, ACTIVATION):
+    for table in (WEIGHT, ACTIVATION, EXCHANGED):
       axes = [axis for axis in table.get(letter, ()) if shape[axis] > 1]
       shards = math.prod(shape[axis] for axis in axes)
       if size % shards:
@@ -271,6 +272,26 @@ def _check_dims(e: Experiment, shape: dict[str, int]) -> None:
         )
 
 
+def _check_cuts(e: Experiment, shape: dict[str, int]) -> None:
+  """Refuses rows that cannot be laid over the devices of context, or of sequence."""
+  wide = [axis for axis in (*CONTEXT, "sequence") if shape[axis] > 1]
+  if not wide:
+    return
+  length, model = e.data.row_length(), type(e.model).__name__
+  if length is None or not e.model.cuts_rows():
+    why = "the data has none" if length is None else f"a {model} takes them whole"
+    raise Refused(
+      f"the mesh ({_axes(wide, shape)}) cuts rows of tokens ({', '.join(wide)}), but {why}; set "
+      "--mesh.context 1 and --mesh.sequence False"
+    )
+  from bigtrain.parallel import context
+
+  _all(
+    functools.partial(context.check_length, length, shape),
+    functools.partial(context.check_model, e.model, shape),
+  )
+
+
 def _axes(axes: Iterable[str], shape: dict[str, int]) -> str:
   """Those of them that span more than one device, or the usual ones."""
   named = [axis for axis in AXES if axis in axes and (shape[axis] > 1 or axis in USUAL)]
@@ -279,7 +300,7 @@ def _axes(axes: Iterable[str], shape: dict[str, int]) -> str:
 
 def _field(axis: str) -> str:
   """The field of Mesh that sets an axis."""
-  return "tensor" if axis == "sequence" else axis
+  return OTHER_NAMES.get(axis, axis)
 
 
 def _multiples_near(value: int, unit: int) -> str:

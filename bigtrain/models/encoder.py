@@ -17,6 +17,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, lookup
 from bigtrain.models.transformer import Transformer, TransformerConfig
+from bigtrain.parallel.context import first
 from bigtrain.precision import Dtype, compute_dtype, project
 from bigtrain.width import Width, readout
 
@@ -38,6 +39,9 @@ class EncoderConfig(TransformerConfig, ModelConfig):
 
   def vocabulary(self) -> int:
     return self.vocab
+
+  def cuts_rows(self) -> bool:
+    return True
 
   def longest_row(self) -> int | None:
     return None if self.position is None else self.position.length
@@ -99,7 +103,7 @@ class Encoder(nnx.Module):
 
   def pooled(self, x_BTD) -> jax.Array:
     """What stands for a row as a whole, (B, M): tanh of a dense layer over its first position."""
-    return jnp.tanh(project("BD,DM->BM", x_BTD[:, 0], self.pooler_DM, self.pooler_bias_M))
+    return jnp.tanh(project("BD,DM->BM", first(x_BTD), self.pooler_DM, self.pooler_bias_M))
 
 
 @config
@@ -124,6 +128,9 @@ class MaskedLMConfig(ModelConfig):
 
   def vocabulary(self) -> int:
     return self.encoder.vocab
+
+  def cuts_rows(self) -> bool:
+    return True
 
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()
@@ -203,6 +210,9 @@ class TextClassifierConfig(ModelConfig):
 
   def vocabulary(self) -> int:
     return self.encoder.vocab
+
+  def cuts_rows(self) -> bool:
+    return True
 
   def longest_row(self) -> int | None:
     return self.encoder.longest_row()

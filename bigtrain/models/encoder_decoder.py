@@ -24,6 +24,7 @@ from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.initial import Initializer
 from bigtrain.models.position import lookup
 from bigtrain.models.transformer import Block, BlockConfig, Cache, Transformer, TransformerConfig
+from bigtrain.parallel.context import before
 from bigtrain.precision import Dtype, compute_dtype, raised
 
 
@@ -118,6 +119,9 @@ class EncoderDecoderConfig(TransformerConfig, ModelConfig):
   def vocabulary(self) -> int:
     return self.vocab
 
+  def cuts_rows(self) -> bool:
+    return True
+
   def check(self) -> None:
     TransformerConfig.check(self)
     if not 0 <= self.start < self.vocab:
@@ -201,8 +205,7 @@ class EncoderDecoder(nnx.Module):
 
   def shifted(self, targets_BT, positions_BT) -> jax.Array:
     """The decoder's inputs for these targets: each the target before it, first `start`."""
-    before_BT = jnp.pad(targets_BT[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(positions_BT == 0, self.c.start, before_BT)
+    return jnp.where(positions_BT == 0, self.c.start, before(targets_BT))
 
   def begin(
     self, tokens_BS, positions_BS, length: int

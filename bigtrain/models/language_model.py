@@ -18,6 +18,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models.initial import Initializer
 from bigtrain.models.position import Learned, Sinusoidal, lookup, sinusoid
 from bigtrain.models.transformer import Cache, Transformer, TransformerConfig
+from bigtrain.parallel.context import before
 from bigtrain.precision import Dtype, compute_dtype, raised
 from bigtrain.width import readout
 
@@ -45,6 +46,9 @@ class LanguageModelConfig(TransformerConfig, ModelConfig):
 
   def vocabulary(self) -> int:
     return self.vocab
+
+  def cuts_rows(self) -> bool:
+    return True
 
   def longest_row(self) -> int | None:
     return self.position.length if isinstance(self.position, Learned) else None
@@ -143,7 +147,8 @@ class LanguageModel(nnx.Module):
       if self.position_TD is not None:
         x_BTD += lookup(self.position_TD, tokens.positions, dtype)
       elif isinstance(self.c.position, Sinusoidal):
-        x_BTD += sinusoid(self.c.position, tokens.positions, self.c.dim).astype(dtype)
+        waves_BTD = sinusoid(self.c.position, tokens.positions, self.c.dim).astype(dtype)
+        x_BTD += sharding.lay(waves_BTD, "BTD")
       x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
     with taps.named("transformer"):
       x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
@@ -153,11 +158,12 @@ class LanguageModel(nnx.Module):
     """Embeddings with their share of the one before; a cache keeps the last for what follows."""
     if self.shift_scale_D is None:
       return x_BTD, cache
-    before_B1D = jnp.zeros_like(x_BTD[:, :1])
-    if cache is not None:
-      before_B1D, cache = cache.embed_B1D, dataclasses.replace(cache, embed_B1D=x_BTD[:, -1:])
-    before_BTD = jnp.concatenate([before_B1D, x_BTD[:, :-1]], axis=1)
-    before_BTD *= (tokens.positions > 0)[..., None]
+    if cache is None:
+      before_BTD = before(x_BTD)
+    else:
+      before_BTD = jnp.concatenate([cache.embed_B1D, x_BTD[:, :-1]], axis=1)
+      cache = dataclasses.replace(cache, embed_B1D=x_BTD[:, -1:])
+    before_BTD *= sharding.lay((tokens.positions > 0)[..., None], "BTD")
     return x_BTD + self.shift_scale_D[...].astype(x_BTD.dtype) * before_BTD, cache
 
 

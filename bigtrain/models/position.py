@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import P
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
+from bigtrain.parallel import embedding
 from bigtrain.precision import raised
 
 
@@ -118,5 +120,8 @@ def sinusoid(c: Sinusoidal, positions_BT: jax.Array, dim: int) -> jax.Array:
 
 def lookup(table_VD: nnx.Param, ids_BT: jax.Array, dtype) -> jax.Array:
   """Rows of a stored table, (B, T, D) in `dtype`."""
+  if (out := sharding.act("BTD")) is not None:
+    split = sharding.split_over(table_VD[...], 1)  # Else each device looks up what it needs itself.
+    ids_BT = jax.sharding.reshard(ids_BT, sharding.act("BT") if split else P(*out[:2]))
   whole_VD = sharding.use(table_VD, "VD", dtype, over=sharding.split_over(ids_BT))
-  return whole_VD.at[ids_BT].get(out_sharding=sharding.act("BTD"))
+  return embedding.rows(whole_VD, ids_BT)

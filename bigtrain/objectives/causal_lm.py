@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import jax
 
+from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
 from bigtrain.objectives.output import Output, by_source
+from bigtrain.parallel.context import cut
 
 
 @config
@@ -45,7 +47,11 @@ class CausalLM(ObjectiveConfig):
       raise Refused(f"label_smoothing is {self.label_smoothing}; it is a share, from 0 to below 1")
 
   def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Output:
-    x_BTD = self.hidden(model, batch, key)
+    with cut(batch) as batch:
+      return self._output(model, batch, key)
+
+  def _output(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Output:
+    x_BTD = sharding.shared(self.hidden(model, batch, key))
     weights_BT = batch["weights"]
     with jax.named_scope("loss"):
       loss, sums = cross_entropy(

@@ -16,6 +16,7 @@ from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
 from bigtrain.hints import to_set
 from bigtrain.objectives.output import Output, by_source
+from bigtrain.parallel.context import cut
 
 TOP = 5  # Guesses of the second metric.
 
@@ -67,7 +68,8 @@ class Classification(ObjectiveConfig):
         )
       key, mixing = jax.random.split(key)
       inputs, share_B = self._mix(inputs, weights_B, mixing)
-    logits_BC = model.logits(inputs, key)
+    with cut(batch) as parts:
+      logits_BC = model.logits(parts if inputs is batch else inputs, key)
     with jax.named_scope("loss"):
       log_p_BC = jax.nn.log_softmax(logits_BC.astype(jnp.float32))
       found = _guesses(log_p_BC, labels_B)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from bigtrain import taps
+from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ObjectiveConfig
 from bigtrain.kernels.cross_entropy import cross_entropy
 from bigtrain.objectives.output import Output, by_source
+from bigtrain.parallel.context import cut, first
 
 
 @config
@@ -46,10 +47,14 @@ class MaskedLM(ObjectiveConfig):
         f"data.next_sentence is {'next_sentence' in batch} but model.next_sentence "
         f"{model.c.next_sentence}: give both the same"
       )
+    with cut(batch) as batch:
+      return self._output(model, batch, key)
+
+  def _output(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Output:
     rows = (batch[name] for name in ("tokens", "positions", "segments", "token_types"))
     with taps.named("encoder"):
       x_BTD = model.encoder(*rows, key)
-    x_BTM = model.predictions(x_BTD)
+    x_BTM = sharding.shared(model.predictions(x_BTD))
     table_VD, bias_V = model.output(x_BTM)
     weights_BT = batch["weights"]
     with jax.named_scope("loss"):
@@ -69,7 +74,7 @@ class MaskedLM(ObjectiveConfig):
       hit_BC = batch["next_sentence"][:, None] == jnp.arange(2)
       nll_B = -(hit_BC * log_p_BC).sum(1)
       loss += (weights_BT.sum(1) * nll_B).sum()
-      pair_B = (batch["segments"][:, 0] > 0).astype(jnp.float32)
+      pair_B = (first(batch["segments"]) > 0).astype(jnp.float32)
       right_B = log_p_BC.argmax(1) == batch["next_sentence"]
       metrics["next_sentence_loss"] = ((pair_B * nll_B).sum(), pair_B.sum())
       metrics["next_sentence_accuracy"] = ((pair_B * right_B).sum(), pair_B.sum())

@@ -19,7 +19,7 @@ from bigtrain.program import Program
 from bigtrain.state import combine
 from bigtrain.train import train
 from bigtrain.validate import validate
-from tests import classes, packed, toys
+from tests import classes, toys
 
 
 class CNN(nnx.Module):

@@ -34,15 +34,16 @@ class Guesses(DataConfig):
   """Packed rows of which some tokens are to be guessed; where asked, of pairs."""
 
   pairs: bool = False
+  seq: int = packed.T
 
   def make(self, seed: int) -> "GuessesData":
-    return GuessesData(packed.Packed(), seed, pairs=self.pairs)
+    return GuessesData(packed.Packed(seq=self.seq), seed, pairs=self.pairs)
 
   def vocabulary(self) -> int:
     return packed.V
 
   def row_length(self) -> int:
-    return packed.T
+    return self.seq
 
 
 class GuessesData(packed.PackedData):
@@ -68,7 +69,7 @@ class GuessesData(packed.PackedData):
     return batch
 
 
-def experiment(*, pairs=True, **fields) -> Experiment:
+def experiment(*, pairs=True, seq=packed.T, **fields) -> Experiment:
   block = BlockConfig(
     attention=AttentionConfig(heads=8, head_dim=6, causal=False, bias=True, out_bias=True),
     feed_forward=FeedForwardConfig(hidden=packed.F, activation="gelu", bias=True),
@@ -78,7 +79,7 @@ def experiment(*, pairs=True, **fields) -> Experiment:
     dim=packed.D,
     layers=packed.LAYERS,
     pattern=(block,),
-    position=Learned(length=packed.T),
+    position=Learned(length=seq),
     norm=LayerNormConfig(eps=1e-12),
     norm_placement="post",
     dropout=0.1,
@@ -89,7 +90,7 @@ def experiment(*, pairs=True, **fields) -> Experiment:
   e = packed.experiment(optimizer=optimizer)
   parts = {
     "model": MaskedLMConfig(encoder=encoder, next_sentence=pairs),
-    "data": Guesses(pairs=pairs),
+    "data": Guesses(pairs=pairs, seq=seq),
     "objective": MaskedLM(loss_chunk=16),
   }
   return dataclasses.replace(e, **parts | fields)

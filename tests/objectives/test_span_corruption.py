@@ -35,34 +35,41 @@ TARGETS = 7  # Columns of the targets; the source has packed.T.
 class Sources(DataConfig):
   """Packed rows of sources and shorter packed rows of their targets."""
 
+  seq: int = packed.T
+  targets: int = TARGETS
+
   def make(self, seed: int) -> "SourcesData":
-    return SourcesData(packed.Packed(), seed)
+    return SourcesData(packed.Packed(seq=self.seq), seed, self.targets)
 
   def vocabulary(self) -> int:
     return packed.V
 
   def row_length(self) -> int:
-    return packed.T
+    return self.seq
 
 
 class SourcesData(packed.PackedData):
+  def __init__(self, c, seed: int, targets: int):
+    packed.PackedData.__init__(self, c, seed)
+    self.targets = targets
+
   def spec(self, size):
     names = ("targets", "weights", "target_positions", "target_segments")
     spec = packed.PackedData.spec(self, size)
     kinds = {name: np.float32 if name == "weights" else np.int32 for name in names}
-    return spec | {k: jax.ShapeDtypeStruct((size, TARGETS), kind) for k, kind in kinds.items()}
+    return spec | {k: jax.ShapeDtypeStruct((size, self.targets), kind) for k, kind in kinds.items()}
 
   def _rows(self, stream: int, wanted):
     """Each document's targets are about its first tokens, less one."""
     batch = packed.PackedData._rows(self, stream, wanted)
-    shape = len(batch["tokens"]), TARGETS
+    shape = len(batch["tokens"]), self.targets
     names = ("targets", "target_positions", "target_segments")
     rows = {name: np.zeros(shape, np.int32) for name in names}
     for i, segments in enumerate(batch["segments"]):
       column = 0
       for document in range(1, segments.max() + 1):
         tokens = batch["tokens"][i][segments == document]
-        n = min(max(len(tokens) - 2, 1), TARGETS - column)
+        n = min(max(len(tokens) - 2, 1), self.targets - column)
         here = slice(column, column + n)
         rows["targets"][i, here] = tokens[:n] - 1
         rows["target_positions"][i, here] = np.arange(n)

@@ -6,7 +6,7 @@ distance: of a query and a key, T + S - 1 of them.
 
 import jax
 
-from bigtrain import mesh
+from bigtrain import mesh, sharding
 from bigtrain.config import Refused
 from bigtrain.kernels.attention import blockwise, cudnn, plain, splash, statistics, tokamax
 from bigtrain.kernels.attention.call import Call, Form, Kernel, Tokens, visible
@@ -49,6 +49,11 @@ def attend(
   Raises:
     Refused: the kernel that `form` names cannot compute this.
   """
+  if sharding.cut_over():
+    from bigtrain.parallel import context  # Which calls this in turn.
+
+    refused = 0.0 if key is None else dropout
+    return context.attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, refused)
   dropped = {"dropout": dropout, "key": key} if dropout and key is not None else {}
   call = Call(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, **dropped)
   statistics.report(call)
