@@ -4,11 +4,15 @@ Layers know letters, not axes. An axis of size 1 costs nothing, so one table ser
 Without a mesh every helper does nothing, and the same code runs in a notebook on one device.
 
 Letters: B batch, T query position, S key position, D model, K kv heads, G queries per kv head,
-H head, F hidden, V vocabulary, E expert. A letter that is in no table is not sharded.
+H head, F hidden, V vocabulary, E expert, L layer of a stack. A letter that is in no table is not
+sharded.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +22,13 @@ from jax.sharding import NamedSharding
 from bigtrain.mesh import AXES
 
 # Parameters are stored sharded over these axes and gathered where they are used.
-GATHERED = ("fsdp", "expert", "context")
+GATHERED = ("pipeline", "fsdp", "expert", "context")
 SPLIT = ("tensor", "sequence")  # One or the other: see mesh.AXES.
-WEIGHT = {"E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
+# Layers of a stack are dealt to stages; to what is outside of them `pipeline` is more fsdp.
+STAGES = ("pipeline",)
+WEIGHT = {"L": STAGES, "E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
 ACTIVATION = {
-  "B": ("slices", "data", "fsdp", "expert"),
+  "B": (*STAGES, "slices", "data", "fsdp", "expert"),
   "E": ("expert",),
   "K": SPLIT,
   "F": SPLIT,
@@ -77,6 +83,23 @@ def spread(w) -> jax.Array:
   return jax.sharding.reshard(w, P(*place))
 
 
+def stacked(layers) -> Any:
+  """Stacked parameters, (L, ...) each, with the layers dealt to the stages if these divide them.
+
+  Each stage has neighbouring layers, in the order of depth.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  stages = math.prod(mesh.shape[axis] for axis in STAGES) if not mesh.empty else 1
+
+  def lay(w):
+    if stages == 1 or len(w) % stages:
+      return w
+    inner = [tuple(a for a in _tuple(dim) if a not in STAGES) or None for dim in _spec(w)[1:]]
+    return jax.sharding.reshard(w, P(STAGES, *inner))
+
+  return jax.tree.map(lay, layers)
+
+
 def mergeable(dims: str) -> bool:
   """Whether dims of an activation can become one without moving data: only the first is sharded."""
   return not any(act(dims[1:]) or ())
@@ -123,8 +146,9 @@ def use(w, dims: str, dtype=None, over: Iterable[str] = ()) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return w
+  split = jax.typeof(w).mat.varying if mesh.manual_axes else ()
   for dim, letter in enumerate(dims):
-    for axis in reversed(_gathered(letter, mesh.manual_axes)):
+    for axis in reversed(_gathered(letter, split)):
       w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
   return gathered(w, GATHERED, over)
 
@@ -135,8 +159,7 @@ def _gathered(letter: str, axes) -> list[str]:
 
 def split_over(x, dims: int | None = None) -> frozenset[str]:
   """The explicit axes that shard any of the first `dims` dims of an array; None for all of them."""
-  partitions = jax.typeof(x).sharding.spec.partitions
-  return frozenset(axis for axes in partitions[:dims] for axis in _tuple(axes))
+  return frozenset(axis for axes in _spec(x)[:dims] for axis in _tuple(axes))
 
 
 def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
@@ -185,16 +208,41 @@ def _tuple(axes) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
+def _spec(x) -> tuple:
+  """What shards each dim."""
+  return jax.typeof(x).sharding.spec.partitions
+
+
+_rows: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("rows", default=None)
+
+
+@contextlib.contextmanager
+def rows(ids_B: jax.Array) -> Iterator[None]:
+  """Within, row i of an activation is row `ids_B[i]` of the batch."""
+  token = _rows.set(ids_B)
+  try:
+    yield
+  finally:
+    _rows.reset(token)
+
+
 def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Array:
   """Zeroes with probability `rate` and scales the rest; the same bits on any mesh.
 
-  What is zeroed is an element, or, with `dims`, all that lies at an index of the first dims.
-  Without a key (evaluation) or at rate 0 it is the identity.
+  What is zeroed is an element, or, with `dims`, all that lies at an index of the first dims. The
+  first are the batch's rows: each has its own key, so that it does not matter which others are at
+  hand. Without a key (evaluation) or at rate 0 it is the identity.
   """
   if key is None or (isinstance(rate, float) and rate == 0.0):
     return x
-  shape = x.shape if dims is None else x.shape[:dims]
-  out_sharding = None if act("") is None else P(*jax.typeof(x).sharding.spec[: len(shape)])
-  keep = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=out_sharding)
+  shape, spec = x.shape[:dims], _spec(x)[:dims]
+  named = act("") is not None
+  if (ids_B := _rows.get()) is None:
+    ids_B = jnp.arange(len(x), out_sharding=P(spec[0]) if named else None)
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, ids_B)
+  draw = lambda key: jax.random.bernoulli(
+    key, 1.0 - rate, shape[1:], out_sharding=P(*spec[1:]) if named else None
+  )
+  keep = jax.vmap(draw)(keys_B)
   keep = jnp.expand_dims(keep, range(len(shape), x.ndim))
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
