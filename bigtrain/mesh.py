@@ -65,19 +65,13 @@ class Mesh:
     if there > 1 and sizes["slices"] != there:
       raise Refused(f"these devices are {there} slices; set --mesh.slices {there}")
     if there == 1:  # Also where a network that is not slow stands for the one between slices.
-      grid = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices).devices
-    else:
-      within, across = dict(sizes, slices=1), dict.fromkeys(sizes, 1) | {"slices": there}
-      grid = mesh_utils.create_hybrid_device_mesh(
-        tuple(within.values()), tuple(across.values()), devices
-      )
-    # The devices lie as said, but jax sees `pipeline` as the last axis: it lays what an island keeps
-    # for its backward pass over all axes in their order, and within a stage (parallel/pipeline.py)
-    # types name all but `pipeline`. Were that not behind the others, each kept value would travel.
-    grid = np.moveaxis(np.asarray(grid), AXES.index("pipeline"), -1)
-    names = (*(axis for axis in AXES if axis != "pipeline"), "pipeline")
-    explicit = (jax.sharding.AxisType.Explicit,) * len(names)
-    return jax.sharding.Mesh(grid, names, axis_types=explicit)
+      return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
+    within, across = dict(sizes, slices=1), dict.fromkeys(sizes, 1) | {"slices": there}
+    grid = mesh_utils.create_hybrid_device_mesh(
+      tuple(within.values()), tuple(across.values()), devices
+    )
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    return jax.sharding.Mesh(np.asarray(grid), tuple(sizes), axis_types=explicit)
 
 
 USUAL = ("data", "fsdp", "tensor")  # Named in messages even where they span one device.

@@ -11,7 +11,7 @@ sharded.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def spec(table: dict[str, tuple[str, ...]], dims: str) -> P | None:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return None
-  free, found = set(mesh.explicit_axes), {}
+  free, found = _free(mesh.explicit_axes), {}
   for letter in sorted(set(dims) & table.keys(), key=list(table).index):
     found[letter] = tuple(a for a in table[letter] if a in free and mesh.shape[a] > 1)
     free -= set(found[letter])
@@ -146,9 +146,8 @@ def use(w, dims: str, dtype=None, over: Iterable[str] = ()) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return w
-  split = jax.typeof(w).mat.varying if mesh.manual_axes else ()
   for dim, letter in enumerate(dims):
-    for axis in reversed(_gathered(letter, split)):
+    for axis in reversed(_gathered(letter, _free(mesh.manual_axes))):
       w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
   return gathered(w, GATHERED, over)
 
@@ -186,7 +185,42 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
     return x
 
   out = P(*whole, reduced=frozenset(over) | spec.reduced)
-  return jax.shard_map(gather, in_specs=spec, out_specs=out)(x)
+  return island(gather, out, x)(x)
+
+
+def island(function: Callable, out_specs, results) -> Callable[..., Any]:
+  """`function` of what each device has of its arguments: `jax.shard_map` over all axes.
+
+  Within a stage (parallel/pipeline.py) it is one over all stages: jax's own vmap of a shard_map
+  leaves their axis out, and such a partly manual island can neither scatter nor hold kernels.
+
+  Args:
+    function: of arrays, which it does not close over.
+    out_specs: of its results.
+    results: arrays, or shapes and dtypes, as large as the results are on all devices together.
+  """
+  specs_of = lambda args: jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
+  plain = lambda *args: jax.shard_map(function, in_specs=specs_of(args), out_specs=out_specs)(*args)
+  if _rows.get() is None:
+    return plain
+
+  @jax.custom_batching.custom_vmap
+  def of_stage(*args):
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    return jax.sharding.reshard(zeros, out_specs)  # For its type alone; the rule is what runs.
+
+  @of_stage.def_vmap
+  def of_all_stages(stages: int, is_mapped, *args):
+    def local(*args):
+      args = jax.tree.map(lambda x, mapped: x[0] if mapped else x, args, (*is_mapped,))
+      return jax.tree.map(lambda x: x[None], function(*args))
+
+    staged = lambda spec: spec.update(partitions=(STAGES, *spec.partitions))
+    specs = jax.tree.map(staged, out_specs, is_leaf=lambda x: isinstance(x, P))
+    found = jax.shard_map(local, in_specs=specs_of(args), out_specs=specs)(*args)
+    return found, jax.tree.map(lambda x: True, found)
+
+  return of_stage
 
 
 def shared(x_BTD) -> jax.Array:
@@ -217,13 +251,21 @@ _rows: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("rows",
 
 
 @contextlib.contextmanager
-def rows(ids_B: jax.Array) -> Iterator[None]:
-  """Within, row i of an activation is row `ids_B[i]` of the batch."""
+def stage(ids_B: jax.Array) -> Iterator[None]:
+  """Within, the code of one stage of a pipeline, which knows nothing of the others.
+
+  Row i of an activation is row `ids_B[i]` of the batch.
+  """
   token = _rows.set(ids_B)
   try:
     yield
   finally:
     _rows.reset(token)
+
+
+def _free(axes: Iterable[str]) -> set[str]:
+  """Those of the axes that specs may name here."""
+  return set(axes) - (set(STAGES) if _rows.get() is not None else set())
 
 
 def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Array:

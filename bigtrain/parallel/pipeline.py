@@ -29,7 +29,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
-from bigtrain.parallel import batching
 
 (AXIS,) = sharding.STAGES
 ROUND = "round"  # The name of weights that a tick has picked.
@@ -131,7 +130,6 @@ def run(
     The output of the last layer, like `x_BTD`, and what layers report, with all layers in front;
     microbatches are merged as those of `Experiment.microbatches` are.
   """
-  batching.install()
   stages = jax.sharding.get_abstract_mesh().shape[AXIS]
   plan = c.schedule(stages, len(x_BTD) * stages // sharding.axis_size("B"))
   # Modules and other trees stay outside: what follows deals with lists of arrays.
@@ -142,14 +140,12 @@ def run(
 
   def of_lists(layers, rows, of_all):
     x_BTD, ids_B, of_rows = jax.tree.unflatten(rows_tree, rows)
-    with sharding.rows(ids_B):
+    with sharding.stage(ids_B):
       return stage(jax.tree.unflatten(stack_tree, layers), x_BTD, of_rows, of_all)
 
-  out = (jax.typeof(rows[0]).sharding.spec, P())
-  ticks = functools.partial(_ticks, of_lists, plan, c.keep)
-  ticks = jax.sharding.auto_axes(ticks, axes=AXIS, out_sharding=out)
-  x_SQBTD, found = ticks(layers, rows, of_all)
-  found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), taps.over_microbatches(found))
+  x_SQBTD, found = _ticks(of_lists, plan, c.keep, layers, rows, of_all)
+  found = jax.sharding.reshard(taps.over_microbatches(found), P())
+  found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), found)
   return _joined(x_SQBTD, jax.typeof(x_BTD).sharding.spec), found
 
 
@@ -177,7 +173,7 @@ def _dealt(plan: Schedule, w) -> jax.Array:
   (first, *inner), (S, _, R) = jax.typeof(w).sharding.spec, plan
   groups = lambda *n: (*n, len(w) // (R * S), *w.shape[1:])
   if first is None:  # The same on every device, such as keys.
-    return jnp.reshape(w, groups(R, S))
+    return jax.sharding.reshard(jnp.reshape(w, groups(R, S)), P(None, AXIS))
   w_SRL = jax.lax.reshape(w, groups(S, R), out_sharding=P(AXIS, None, None, *inner))
   if R == 1:
     return jnp.swapaxes(w_SRL, 0, 1)
@@ -203,11 +199,8 @@ def _deal(S: int, R: int, w_SRL) -> jax.Array:
 
 
 def _ticks(stage: Callable, plan: Schedule, keep: str, layers, rows, of_all) -> tuple[Any, Any]:
-  """Every tick in turn. Returns the rows' activations (S, Q, B, T, D) and reports (M, R, S, L).
-
-  In here `pipeline` is no explicit axis: where vmap maps an explicit dim, islands are only partly
-  manual, and these can neither scatter nor hold kernels. What has the dim is pinned to the axis.
-  """
+  """Every tick in turn. Returns the rows' activations (S, Q, B, T, D) and reports (M, R, S, L)."""
+  stages_S = jnp.arange(plan.stages, out_sharding=P(AXIS))
 
   def work(layers, here, of_all, n):
     def one(s, layers, here):
@@ -215,7 +208,7 @@ def _ticks(stage: Callable, plan: Schedule, keep: str, layers, rows, of_all) -> 
       return jnp.where(plan.has(n - s), y_BTD, here[0]), found
 
     layers = [checkpoint_name(w, ROUND) for w in _of_round(plan, layers, n)]
-    return jax.vmap(one, spmd_axis_name=AXIS)(jnp.arange(plan.stages), layers, here)
+    return jax.vmap(one)(stages_S, layers, here)
 
   # Weights that were picked, copies of those that there are anyway, are never kept.
   policy = jax.checkpoint_policies.save_anything_except_these_names(ROUND)
@@ -223,11 +216,10 @@ def _ticks(stage: Callable, plan: Schedule, keep: str, layers, rows, of_all) -> 
 
   def tick(ring, n):
     x_SBTD, found = work(layers, [a[:, 0] for a in ring], of_all, n)
-    ring = [ring[0].at[:, 0].set(_pinned(x_SBTD)), *ring[1:]]
-    return _moved(plan, 1, ring, n), jax.tree.map(_pinned, found)
+    done = jax.lax.dynamic_update_index_in_dim(ring[0], x_SBTD, 0, 1)
+    return _moved(plan, 1, [done, *ring[1:]], n), found
 
-  layers = [_pinned(w, 1) for w in layers]
-  ring, found = jax.lax.scan(tick, [_pinned(a) for a in rows], jnp.arange(plan.ticks()))
+  ring, found = jax.lax.scan(tick, rows, jnp.arange(plan.ticks()))
   # Behind the last tick microbatches are S - 1 places from where they were at first.
   undo = lambda ring, n: (_moved(plan, -1, ring, n), None)
   left = plan.ticks() - 1 - jnp.arange(plan.stages - 1)
@@ -236,7 +228,7 @@ def _ticks(stage: Callable, plan: Schedule, keep: str, layers, rows, of_all) -> 
     # That of position p at tick n is in the slot (p + n) % waiting: see `_moved`.
     turned = jnp.roll(x_SQBTD[:, 1:], -(plan.rounds * plan.microbatches % waiting), axis=1)
     x_SQBTD = jnp.concatenate([x_SQBTD[:, :1], turned], axis=1)
-  return _pinned(x_SQBTD), _reports(plan, found)
+  return x_SQBTD, _reports(plan, found)
 
 
 def _of_round(plan: Schedule, layers: list, n) -> list:
@@ -247,8 +239,8 @@ def _of_round(plan: Schedule, layers: list, n) -> list:
     r = jnp.clip(r, 0, plan.rounds - 1)
     return [jax.lax.dynamic_index_in_dim(w, r, keepdims=False) for w in layers]
 
-  specs = [P(None, AXIS, *jax.typeof(w).sharding.spec[2:]) for w in layers]
-  out_specs = [P(AXIS, *spec[2:]) for spec in specs]
+  specs = [jax.typeof(w).sharding.spec for w in layers]
+  out_specs = [P(*spec[1:]) for spec in specs]
   return jax.shard_map(local, in_specs=(specs, P()), out_specs=out_specs)(layers, n)
 
 
@@ -277,7 +269,7 @@ def _moved(plan: Schedule, step: int, ring: list, n) -> list:
       moved.append(jax.lax.dynamic_update_index_in_dim(a_SQ, waits, slot, 1))
     return moved
 
-  specs = [P(AXIS, *jax.typeof(a).sharding.spec[1:]) for a in ring]
+  specs = [jax.typeof(a).sharding.spec for a in ring]
   return jax.shard_map(local, in_specs=(specs, P()), out_specs=specs)(ring, n)
 
 
@@ -285,7 +277,7 @@ def _reports(plan: Schedule, found):
   """Of what stages reported at all ticks (N, S, L, ...) that of real items, (M, R, S, L, ...)."""
 
   def local(leaves):
-    S, M, R = plan
+    _, M, R = plan
     start = jax.lax.axis_index(AXIS)
     of_items = [jax.lax.dynamic_slice_in_dim(a_NSL, start, R * M) for a_NSL in leaves]
     return [jnp.swapaxes(a.reshape(R, M, *a.shape[1:]), 0, 1) for a in of_items]
@@ -293,16 +285,10 @@ def _reports(plan: Schedule, found):
   leaves, tree = jax.tree.flatten(found)
   if not leaves:
     return found
-  inner = [jax.typeof(a).sharding.spec[2:] for a in leaves]
-  specs = [P(None, AXIS, *spec) for spec in inner]
-  out_specs = [P(None, None, AXIS, *spec) for spec in inner]
-  return jax.tree.unflatten(tree, jax.shard_map(local, in_specs=(specs,), out_specs=out_specs)(leaves))
-
-
-def _pinned(a, dim: int = 0) -> jax.Array:
-  """`a`, whose dim of stages lies over the axis."""
-  free = [P.UNCONSTRAINED] * a.ndim
-  return jax.lax.with_sharding_constraint(a, P(*free[:dim], AXIS, *free[dim + 1 :]))
+  specs = [jax.typeof(a).sharding.spec for a in leaves]
+  out_specs = [P(None, *spec) for spec in specs]
+  found = jax.shard_map(local, in_specs=(specs,), out_specs=out_specs)(leaves)
+  return jax.tree.unflatten(tree, found)
 
 
 def layer_scan(body: Callable, x, stack, rest, unroll: int = 1):
