@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
@@ -262,8 +263,8 @@ class Transformer(nnx.Module):
       apply = self._remat(unroll == repeats)
       if cache is None and pipeline.is_staged(list(blocks)):
         stage = functools.partial(_stage, apply=apply, unroll=unroll)
-        layers, of_rows = (list(blocks), *here), (tokens, memory)
-        x_BTD, found = pipeline.run(stage, self.c.pipeline, layers, x_BTD, of_rows, bias_KGP)
+        layers, of_rows, kept = (list(blocks), *here), (tokens, memory), KEPT.get(self.c.remat)
+        x_BTD, found = pipeline.run(stage, self.c.pipeline, kept, layers, x_BTD, of_rows, bias_KGP)
       else:
         # What every layer is given.
         given = {"tokens": tokens, "cache": cache, "bias_KGP": bias_KGP, "memory": memory}
@@ -334,6 +335,7 @@ def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None, bias_KG
       k_BSKH, v_BSKH = pairs[j]
       layer_cache = LayerCache(k_BSKH, v_BSKH, Tokens(cache.positions_BS), cache.length)
     key, rate = jax.tree.map(lambda a, j=j: a[j], (keys, rates))
+    x_BTD = checkpoint_name(x_BTD, pipeline.INPUT)
     given = (x_BTD, tokens, key, layer_cache, rate, bias_KGP)
     if memory is not None:
       given += (dataclasses.replace(memory, pairs=remembered and remembered[j]),)

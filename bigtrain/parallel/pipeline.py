@@ -25,13 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import P
-from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 
 (AXIS,) = sharding.STAGES
-ROUND = "round"  # The name of weights that a tick has picked.
+INPUT = "input"  # The name that a stage gives to the inputs of its layers, by checkpoint_name.
 
 
 @config
@@ -113,7 +112,13 @@ def is_staged(stack) -> bool:
 
 
 def run(
-  stage: Callable, c: Pipeline, stack, x_BTD: jax.Array, of_rows, of_all
+  stage: Callable,
+  c: Pipeline,
+  kept: tuple[str, ...] | None,
+  stack,
+  x_BTD: jax.Array,
+  of_rows,
+  of_all,
 ) -> tuple[jax.Array, taps.Found]:
   """All layers of a stack that lies on stages, applied to all rows.
 
@@ -121,6 +126,7 @@ def run(
     stage: `(layers, x_BTD, of_rows, of_all) -> x_BTD, found` of some layers in turn, and of some
       rows; `found` is what they report, (L, ...) each.
     c: the schedule's settings.
+    kept: names of what the backward pass finds of each layer besides its input; None for all.
     stack: arrays with all layers in front, in the order of depth.
     x_BTD: the input of the first layer, its rows also spread over the stages.
     of_rows: a tree of what else there is of each row, (B, ...).
@@ -143,7 +149,11 @@ def run(
     with sharding.stage(ids_B):
       return stage(jax.tree.unflatten(stack_tree, layers), x_BTD, of_rows, of_all)
 
-  x_SQBTD, found = _ticks(of_lists, plan, c.keep, layers, rows, of_all)
+  policy = jax.checkpoint_policies.everything_saveable
+  if kept is not None:
+    names = (INPUT, *kept) if c.keep == "layers" else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+  x_SQBTD, found = _ticks(of_lists, plan, policy, layers, rows, of_all)
   found = jax.sharding.reshard(taps.over_microbatches(found), P())
   found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), found)
   return _joined(x_SQBTD, jax.typeof(x_BTD).sharding.spec), found
@@ -198,7 +208,7 @@ def _deal(S: int, R: int, w_SRL) -> jax.Array:
   return jnp.stack([pick(of_S) for of_S in of_place_RS])
 
 
-def _ticks(stage: Callable, plan: Schedule, keep: str, layers, rows, of_all) -> tuple[Any, Any]:
+def _ticks(stage: Callable, plan: Schedule, policy, layers, rows, of_all) -> tuple[Any, Any]:
   """Every tick in turn. Returns the rows' activations (S, Q, B, T, D) and reports (M, R, S, L)."""
   stages_S = jnp.arange(plan.stages, out_sharding=P(AXIS))
 
@@ -207,12 +217,10 @@ def _ticks(stage: Callable, plan: Schedule, keep: str, layers, rows, of_all) -> 
       y_BTD, found = stage(layers, here, of_all)
       return jnp.where(plan.has(n - s), y_BTD, here[0]), found
 
-    layers = [checkpoint_name(w, ROUND) for w in _of_round(plan, layers, n)]
-    return jax.vmap(one)(stages_S, layers, here)
+    return jax.vmap(one)(stages_S, _of_round(plan, layers, n), here)
 
-  # Weights that were picked, copies of those that there are anyway, are never kept.
-  policy = jax.checkpoint_policies.save_anything_except_these_names(ROUND)
-  work = jax.checkpoint(work, policy=None if keep == "stages" else policy, prevent_cse=False)
+  # Also so that no tick keeps the weights that it picked: they are there anyway.
+  work = jax.checkpoint(work, policy=policy, prevent_cse=False)
 
   def tick(ring, n):
     x_SBTD, found = work(layers, [a[:, 0] for a in ring], of_all, n)
