@@ -85,6 +85,14 @@ class TransformerConfig:
           dims |= {f"{name}.{i}.{part}.{field}": of for field, of in c.dims().items()}
     return dims
 
+  def check_stages(self, stages: int, rows: int) -> None:
+    """Refuses what cannot be laid over stages, `rows` of each shard of the batch going through.
+
+    The `first` blocks, and what is left over of the pattern, are not on stages.
+    """
+    repeats = (self.layers - len(self.first)) // len(self.pattern)
+    self.pipeline.check_stages(stages, repeats, rows)
+
   def width(self) -> Width | None:
     """As in ModelConfig: how much wider this is than the base of Mup."""
     if not isinstance(self.init, Mup):
