@@ -96,7 +96,7 @@ def remarks(experiment: Experiment) -> Iterator[str]:
     for path, node in _pipelined(experiment):
       plan = node.pipeline.schedule(shape["pipeline"], _rows(experiment.batch, experiment, shape))
       yield (
-        f"{path}: each of {plan.stages} stages waits {plan.bubble():.0%} of its time, with "
+        f"{path}.pipeline: each of {plan.stages} stages waits {plan.bubble():.0%} of its time, with "
         f"{plan.microbatches} microbatches in flight and rounds={plan.rounds}"
       )
 

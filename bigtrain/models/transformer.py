@@ -91,7 +91,7 @@ class TransformerConfig:
     The `first` blocks, and what is left over of the pattern, are not on stages.
     """
     repeats = (self.layers - len(self.first)) // len(self.pattern)
-    self.pipeline.check_stages(stages, repeats, rows)
+    self.pipeline.check_layers(stages, repeats, rows)
 
   def width(self) -> Width | None:
     """As in ModelConfig: how much wider this is than the base of Mup."""

@@ -60,7 +60,7 @@ class Pipeline:
     fits = lambda m: m % stages == 0 and rows % m == 0
     return Schedule(stages, max(filter(fits, range(stages, max(most, stages) + 1))), self.rounds)
 
-  def check_stages(self, stages: int, repeats: int, rows: int) -> None:
+  def check_layers(self, stages: int, repeats: int, rows: int) -> None:
     """Refuses a mesh with `stages` for `repeats` of a pattern and a batch of `rows` a shard."""
     if repeats % (stages * self.rounds):
       rounds = f" times {self.rounds} rounds" if self.rounds > 1 else ""

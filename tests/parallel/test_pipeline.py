@@ -60,25 +60,23 @@ def affine(layers_L, x_BTD, row_B, add):
 
 def problem(layers: int):
   r = np.random.default_rng(0)
-  draw = lambda *shape: r.normal(size=shape).astype(np.float32)
+  draw = lambda *shape: r.uniform(size=shape).astype(np.float32)  # All of one sign: well-conditioned.
   return draw(layers), draw(B, T, D), draw(B), draw()
 
 
-def on_mesh(mesh, function, w_L, x_BTD, row_B, add):
-  """The compiled function and its results, with layers on stages and rows over all but tensor."""
-  place = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+def laid(w_L, x_BTD, row_B, add):
+  """Layers on stages, and rows over all axes of the batch."""
+  place = lambda x, spec: jax.device_put(x, spec)
+  lay_L = lambda w: place(w, P("pipeline"))
   rows = sharding.act("B")
-  args = (jax.tree.map(lambda w: place(w, P("pipeline")), w_L), place(x_BTD, rows))
-  args += (place(row_B, rows), place(add, P()))
-  compiled = jax.jit(function).lower(*args).compile()
-  return compiled, compiled(*args)
+  return jax.tree.map(lay_L, w_L), place(x_BTD, rows), place(row_B, rows), place(add, P())
 
 
 @pytest.mark.parametrize(("S", "M", "R", "L"), CASES)
 def test_rows_pass_all_layers_in_the_order_of_depth_and_gradients_come_back(S, M, R, L):
   def loss(run, w_L, x_BTD, row_B, add):
     y_BTD, found = run(w_L, x_BTD, row_B, add)
-    return jnp.sum(jnp.sin(y_BTD)), (y_BTD, found)
+    return jnp.sum(y_BTD**2), (y_BTD, found)
 
   grad = lambda run: jax.value_and_grad(
     functools.partial(loss, run), argnums=(0, 1, 2, 3), has_aux=True
@@ -87,8 +85,8 @@ def test_rows_pass_all_layers_in_the_order_of_depth_and_gradients_come_back(S, M
   (_, (y_BTD, found)), gradients = jax.jit(grad(affine))(*args)
   c = Pipeline(microbatches=M, rounds=R, keep="stages" if R == 2 else "layers")
   staged = lambda *args: pipeline.run(affine, c, (), *args)
-  with jax.set_mesh(mesh := Mesh(pipeline=S, fsdp=8 // S).make()):
-    _, ((_, (y, reports)), g) = on_mesh(mesh, grad(staged), *args)
+  with jax.set_mesh(Mesh(pipeline=S, fsdp=8 // S).make()):
+    (_, (y, reports)), g = jax.jit(grad(staged))(*laid(*args))
   np.testing.assert_allclose(y, y_BTD, rtol=1e-6)
   for name in found:
     np.testing.assert_allclose(reports[name], found[name], rtol=1e-6)
@@ -100,10 +98,10 @@ def test_the_ticks_that_run_and_those_in_which_a_stage_works_are_those_of_the_sc
   S, M, R = 4, 8, 2
   count = lambda layers_L, x_BTD, of_rows, of_all: (x_BTD + len(layers_L), {})
   run = lambda *args: pipeline.run(count, Pipeline(microbatches=M, rounds=R), (), *args)[0]
-  w_L, x_BTD, row_B, add = problem(S * R)
-  with jax.set_mesh(mesh := Mesh(pipeline=S, fsdp=2).make()):
-    _, y_BTD = on_mesh(mesh, run, w_L, 0 * x_BTD, row_B, add)
-    text = str(jax.make_jaxpr(run)(w_L, jnp.zeros((B, T, D), out_sharding=P(("pipeline", "fsdp"))), row_B, add))
+  w_L, x_BTD, *rest = problem(S * R)
+  with jax.set_mesh(Mesh(pipeline=S, fsdp=2).make()):
+    args = laid(w_L, 0 * x_BTD, *rest)
+    text, y_BTD = str(jax.make_jaxpr(run)(*args)), jax.jit(run)(*args)
   ticks = max(int(n) for n in re.findall(r"length=(\d+)", text))
   worked = np.sum(y_BTD[:, 0, 0]) / (B // M)  # Each item adds 1 to each of its rows.
   assert Schedule(S, M, R).bubble() == pytest.approx(1 - worked / (S * ticks))
@@ -138,9 +136,10 @@ def test_islands_in_a_stage_are_islands_over_all_stages():
   staged = functools.partial(stage, island=True)
   run = lambda *args: pipeline.run(staged, Pipeline(microbatches=4), (), *args)
   with jax.set_mesh(mesh := Mesh(pipeline=2, fsdp=2, tensor=2).make()):
-    specs = P("pipeline", "fsdp", "tensor"), P("pipeline", "tensor")
-    lay = lambda w_L: tuple(map(jax.sharding.reshard, w_L, specs))
-    compiled, got = on_mesh(mesh, lambda w_L, *a: grad(run)(lay(w_L), *a), w_L, *rest)
+    w_L = map(jax.device_put, w_L, (P("pipeline", "fsdp", "tensor"), P("pipeline", "tensor")))
+    args = (*w_L,), *laid((), *rest)[1:]
+    compiled = jax.jit(grad(run)).lower(*args).compile()
+    got = compiled(*args)
   assert max(packed.distances(got, wanted).values()) < 1e-5
   # All that crosses stages are permutations: of a microbatch, forward and back.
   across = {c.kind for c in collectives(compiled, mesh) if "pipeline" in c.axes}
@@ -149,12 +148,16 @@ def test_islands_in_a_stage_are_islands_over_all_stages():
 
 
 def test_a_row_draws_the_same_mask_whichever_rows_are_with_it():
-  x_BTD, key = jnp.ones((B, T, D)), jax.random.key(1)
-  mask_BTD, some = sharding.dropout(x_BTD, 0.4, key), jnp.array([3, 11, 7])
-  with sharding.stage(some):
-    np.testing.assert_array_equal(sharding.dropout(x_BTD[some], 0.4, key), mask_BTD[some])
-  assert len(np.unique(mask_BTD.reshape(B, -1), axis=0)) > B // 2
-  assert np.mean(sharding.dropout(jnp.ones((64, 64, 8)), 0.4, key) == 0) == pytest.approx(0.4, abs=0.01)
+  @jax.jit
+  def draw(x_BTD, ids_B):
+    with sharding.stage(ids_B):
+      return sharding.dropout(x_BTD, 0.4, jax.random.key(1))
+
+  x_BTD, some = jnp.ones((64, 32, 8)), jnp.array([3, 11, 7])
+  drawn_BTD = jax.jit(lambda x: sharding.dropout(x, 0.4, jax.random.key(1)))(x_BTD)
+  np.testing.assert_array_equal(draw(x_BTD[some], some), drawn_BTD[some])
+  assert len(np.unique(drawn_BTD.reshape(64, -1), axis=0)) == 64
+  assert np.mean(drawn_BTD == 0) == pytest.approx(0.4, abs=0.01)
 
 
 def piped(layers=4, mesh=None, batch=16, **fields):
