@@ -4,7 +4,8 @@ Layers know letters, not axes. An axis of size 1 costs nothing, so one table ser
 Without a mesh every helper does nothing, and the same code runs in a notebook on one device.
 
 Letters: B batch, T query position, S key position, D model, K kv heads, G queries per kv head,
-H head, F hidden, V vocabulary, E expert. A letter that is in no table is not sharded.
+H head, F hidden, V vocabulary, E expert, L layer of a stack. A letter that is in no table is not
+sharded.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,10 +27,12 @@ from bigtrain.parallel import zigzag
 CONTEXT = ("context", "ulysses")  # One or the other: see mesh.OTHER_NAMES.
 SPLIT = ("tensor", "sequence")  # The same.
 # Parameters are stored sharded over these axes and gathered where they are used.
-GATHERED = ("fsdp", "expert", *CONTEXT)
-WEIGHT = {"E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
+GATHERED = ("pipeline", "fsdp", "expert", *CONTEXT)
+# Layers of a stack are dealt to stages; to what is outside of them `pipeline` is more fsdp.
+STAGES = ("pipeline",)
+WEIGHT = {"L": STAGES, "E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
 ACTIVATION = {
-  "B": ("slices", "data", "fsdp", "expert"),
+  "B": (*STAGES, "slices", "data", "fsdp", "expert"),
   "E": ("expert",),
   "K": SPLIT,
   "F": SPLIT,
@@ -51,7 +54,7 @@ def spec(table: Mapping[str, tuple[str, ...]], dims: str) -> P | None:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return None
-  free, found = set(mesh.explicit_axes), {}
+  free, found = _free(mesh.explicit_axes), {}
   for letter in sorted(set(dims) & table.keys(), key=list(table).index):
     found[letter] = tuple(a for a in table[letter] if a in free and mesh.shape[a] > 1)
     free -= set(found[letter])
@@ -115,6 +118,23 @@ def spread(w) -> jax.Array:
   if fits:
     place[max(fits, key=lambda i: w.shape[i])] = over or None
   return jax.sharding.reshard(w, P(*place))
+
+
+def stacked(layers) -> Any:
+  """Stacked parameters, (L, ...) each, with the layers dealt to the stages if these divide them.
+
+  Each stage has neighbouring layers, in the order of depth.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  stages = math.prod(mesh.shape[axis] for axis in STAGES) if not mesh.empty else 1
+
+  def lay(w):
+    if stages == 1 or len(w) % stages:
+      return w
+    inner = [tuple(a for a in _tuple(dim) if a not in STAGES) or None for dim in _spec(w)[1:]]
+    return jax.sharding.reshard(w, P(STAGES, *inner))
+
+  return jax.tree.map(lay, layers)
 
 
 def mergeable(*groups: str) -> bool:
@@ -197,7 +217,7 @@ def use(w, dims: str, dtype=None, over: Iterable[str] = ()) -> jax.Array:
   if mesh.empty:
     return w
   for dim, letter in enumerate(dims):
-    for axis in reversed(_gathered(letter, mesh.manual_axes)):
+    for axis in reversed(_gathered(letter, _free(mesh.manual_axes))):
       w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
   return gathered(w, GATHERED, over)
 
@@ -208,7 +228,7 @@ def _gathered(letter: str, axes) -> list[str]:
 
 def split_over(x, dims: int | None = None) -> frozenset[str]:
   """The explicit axes that shard any of the first `dims` dims of an array; None for all of them."""
-  return axes_of(jax.typeof(x).sharding.spec.partitions[:dims])
+  return axes_of(_spec(x)[:dims])
 
 
 def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
@@ -235,7 +255,42 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
     return x
 
   out = P(*whole, reduced=frozenset(over) | spec.reduced)
-  return jax.shard_map(gather, in_specs=spec, out_specs=out)(x)
+  return island(gather, out, x)(x)
+
+
+def island(function: Callable, out_specs, results) -> Callable[..., Any]:
+  """`function` of what each device has of its arguments: `jax.shard_map` over all axes.
+
+  Within a stage (parallel/pipeline.py) it is one over all stages: jax's own vmap of a shard_map
+  leaves their axis out, and such a partly manual island can neither scatter nor hold kernels.
+
+  Args:
+    function: of arrays, which it does not close over.
+    out_specs: of its results.
+    results: arrays, or shapes and dtypes, as large as the results are on all devices together.
+  """
+  specs_of = lambda args: jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
+  plain = lambda *args: jax.shard_map(function, in_specs=specs_of(args), out_specs=out_specs)(*args)
+  if _rows.get() is None:
+    return plain
+
+  @jax.custom_batching.custom_vmap
+  def of_stage(*args):
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    return jax.sharding.reshard(zeros, out_specs)  # For its type alone; the rule is what runs.
+
+  @of_stage.def_vmap
+  def of_all_stages(stages: int, is_mapped, *args):
+    def local(*args):
+      args = jax.tree.map(lambda x, mapped: x[0] if mapped else x, args, (*is_mapped,))
+      return jax.tree.map(lambda x: x[None], function(*args))
+
+    staged = lambda spec: spec.update(partitions=(STAGES, *spec.partitions))
+    specs = jax.tree.map(staged, out_specs, is_leaf=lambda x: isinstance(x, P))
+    found = jax.shard_map(local, in_specs=specs_of(args), out_specs=specs)(*args)
+    return found, jax.tree.map(lambda x: True, found)
+
+  return of_stage
 
 
 def shared(x_BTD) -> jax.Array:
@@ -262,30 +317,61 @@ def axes_of(partitions) -> frozenset[str]:
   return frozenset(axis for axes in partitions for axis in _tuple(axes))
 
 
+def _spec(x) -> tuple:
+  """What shards each dim."""
+  return jax.typeof(x).sharding.spec.partitions
+
+
+_rows: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("rows", default=None)
+
+
+@contextlib.contextmanager
+def stage(ids_B: jax.Array) -> Iterator[None]:
+  """Within, the code of one stage of a pipeline, which knows nothing of the others.
+
+  Row i of an activation is row `ids_B[i]` of the batch.
+  """
+  token = _rows.set(ids_B)
+  try:
+    yield
+  finally:
+    _rows.reset(token)
+
+
+def _free(axes: Iterable[str]) -> set[str]:
+  """Those of the axes that specs may name here."""
+  return set(axes) - (set(STAGES) if _rows.get() is not None else set())
+
+
 def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Array:
   """Zeroes with probability `rate` and scales the rest; the same bits on any mesh.
 
-  What is zeroed is an element, or, with `dims`, all that lies at an index of the first dims.
-  Without a key (evaluation) or at rate 0 it is the identity.
+  What is zeroed is an element, or, with `dims`, all that lies at an index of the first dims. The
+  first are the batch's rows: each has its own key, so that it does not matter which others are at
+  hand. Without a key (evaluation) or at rate 0 it is the identity.
   """
   if key is None or (isinstance(rate, float) and rate == 0.0):
     return x
-  shape = x.shape if dims is None else x.shape[:dims]
-  keep = jnp.expand_dims(_bernoulli(key, 1.0 - rate, x, len(shape)), range(len(shape), x.ndim))
+  keep = _bernoulli(key, 1.0 - rate, x, x.ndim if dims is None else dims)
+  keep = jnp.expand_dims(keep, range(keep.ndim, x.ndim))
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def _bernoulli(key, p, x, dims: int) -> jax.Array:
-  """True with probability p for each index of the first dims of `x`, whatever its layout."""
-  shape = x.shape[:dims]
-  if act("") is None:
-    return jax.random.bernoulli(key, p, shape)
-  out_sharding = P(*jax.typeof(x).sharding.spec[:dims])
-  if not any("context" in _tuple(axes) for axes in out_sharding[1:]):
-    return jax.random.bernoulli(key, p, shape, out_sharding=out_sharding)
-  mesh = jax.sharding.get_abstract_mesh()
-  draw: Any = jax.sharding.auto_axes(
-    functools.partial(zigzag.bernoulli, shape=shape, shards=mesh.shape["context"]),
-    axes=mesh.explicit_axes,
-  )
-  return draw(key, p, out_sharding=out_sharding)
+  """True with probability p for each index of the first dims of `x`, whatever its layout.
+
+  Each row of the batch has a key of its own: a stage has rows of a microbatch alone.
+  """
+  shape, spec = x.shape[:dims], _spec(x)[:dims]
+  named = act("") is not None
+  if (ids_B := _rows.get()) is None:
+    ids_B = jnp.arange(len(x), out_sharding=P(spec[0]) if named else None)
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, ids_B)
+  if named and "context" in axes_of(spec[1:]):
+    mesh = jax.sharding.get_abstract_mesh()
+    one = functools.partial(zigzag.bernoulli, shape=shape[1:], shards=mesh.shape["context"])
+    draw: Any = jax.sharding.auto_axes(jax.vmap(one, (0, None)), axes=mesh.explicit_axes)
+    return draw(keys_B, p, out_sharding=P(*spec))
+  out_sharding = P(*spec[1:]) if named else None
+  draw = lambda key: jax.random.bernoulli(key, p, shape[1:], out_sharding=out_sharding)
+  return jax.vmap(draw)(keys_B)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigtrain import sharding
 from bigtrain.checkpoint import path_name
 
 STACK = "segments"  # Under this name, leaves are `i.j...`: block j of segment i, over its repeats.
@@ -40,7 +41,8 @@ def _rms(leaves: list[jax.Array], stacked: bool) -> jax.Array:
   unit = jnp.where(unit > 0, unit, 1.0)
   squares = [jnp.square(x / jnp.expand_dims(unit, over(x))).sum(over(x)) for x in leaves]
   count = sum(x.size // (x.shape[0] if stacked else 1) for x in leaves)
-  return unit * jnp.sqrt(functools.reduce(jnp.add, squares) / count)
+  # The layers of a stack may lie on several stages: every process reads all of them.
+  return sharding.lay(unit * jnp.sqrt(functools.reduce(jnp.add, squares) / count), "R" * stacked)
 
 
 def by_layer(found: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -86,6 +86,7 @@ def check_mesh(experiment: Experiment, devices: int) -> None:
     functools.partial(_check_batches, experiment, shape),
     functools.partial(_check_dims, experiment, shape),
     functools.partial(_check_cuts, experiment, shape),
+    functools.partial(_check_pipeline, experiment, shape),
   )
 
 
@@ -97,6 +98,14 @@ def remarks(experiment: Experiment) -> Iterator[str]:
         f"{path}.warmup is {node.warmup} steps but the run has {experiment.steps}: it never reaches"
         f" its learning rate; set {to_set(f'{path}.warmup', max(experiment.steps // 10, 1))}, or "
         "more steps"
+      )
+  if experiment.mesh.pipeline != 1:
+    shape = experiment.mesh.shape(jax.device_count())
+    for path, node in _pipelined(experiment):
+      plan = node.pipeline.schedule(shape["pipeline"], _rows(experiment.batch, experiment, shape))
+      yield (
+        f"{path}.pipeline: each of {plan.stages} stages waits {plan.bubble():.0%} of its time, with "
+        f"{plan.microbatches} microbatches in flight and rounds={plan.rounds}"
       )
 
 
@@ -245,9 +254,8 @@ def _check_microbatches(e: Experiment) -> None:
 
 
 def _check_batches(e: Experiment, shape: dict[str, int]) -> None:
-  axes = ACTIVATION["B"]
-  shards = math.prod(shape[axis] for axis in axes)
-  said = f"the {shards} batch shards of the mesh ({_axes(axes, shape)})"
+  shards = _batch_shards(shape)
+  said = f"the {shards} batch shards of the mesh ({_axes(ACTIVATION['B'], shape)})"
   for path, batch in _batches(e):
     if batch % e.microbatches == 0 and batch % (unit := e.microbatches * shards):
       parts = f" times {e.microbatches} microbatches" if e.microbatches > 1 else ""
@@ -290,6 +298,38 @@ def _check_cuts(e: Experiment, shape: dict[str, int]) -> None:
     functools.partial(context.check_length, length, shape),
     functools.partial(context.check_model, e.model, shape),
   )
+
+
+def _check_pipeline(e: Experiment, shape: dict[str, int]) -> None:
+  if (stages := shape["pipeline"]) == 1:
+    return
+  pipelined = _pipelined(e)
+  if not pipelined:
+    raise Refused(
+      f"the mesh has {stages} stages but {type(e.model).__name__} has no stack of layers to deal "
+      f"to them; set --mesh.pipeline 1"
+    )
+  for path, node in pipelined:
+    for _, batch in _batches(e):
+      try:
+        node.check_stages(stages, _rows(batch, e, shape))
+      except Refused as error:
+        raise Refused(f"{path}.pipeline: {error}") from error
+
+
+def _pipelined(e: Experiment) -> list[tuple[str, Any]]:
+  """The configs of stacks of layers in the model, with their paths."""
+  found = configs(e.model, "model")
+  return [(path, node) for path, node in found if hasattr(node, "check_stages") and path]
+
+
+def _rows(batch: int, e: Experiment, shape: dict[str, int]) -> int:
+  """Rows between two updates of gradients that all stages together have of a shard of the batch."""
+  return batch // e.microbatches * shape["pipeline"] // _batch_shards(shape)
+
+
+def _batch_shards(shape: dict[str, int]) -> int:
+  return math.prod(shape[axis] for axis in ACTIVATION["B"])
 
 
 def _axes(axes: Iterable[str], shape: dict[str, int]) -> str:

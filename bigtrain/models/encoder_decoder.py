@@ -24,6 +24,7 @@ from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.initial import Initializer
 from bigtrain.models.position import lookup
 from bigtrain.models.transformer import Block, BlockConfig, Cache, Transformer, TransformerConfig
+from bigtrain.parallel import pipeline
 from bigtrain.parallel.context import before
 from bigtrain.precision import Dtype, compute_dtype, raised
 
@@ -115,6 +116,10 @@ class EncoderDecoderConfig(TransformerConfig, ModelConfig):
         weights = self.dim * s["H"] * 2 * (heads * targets + s["K"] * length)
         total += repeats * (6 * weights + 12 * heads * s["H"] * targets * length)
     return total + 6 * targets * self.dim * self.vocab
+
+  def check_stages(self, stages: int, rows: int) -> None:
+    for stack in (self.encoder(), self.decoder()):
+      stack.check_stages(stages, rows)
 
   def vocabulary(self) -> int:
     return self.vocab
@@ -216,8 +221,9 @@ class EncoderDecoder(nnx.Module):
     """
     B, source = len(tokens_BS), Tokens(positions_BS)
     x_BSD = sharding.shared(self.encode(tokens_BS, source))
-    of_layer = lambda block: block.cross.keys_values(x_BSD, source)
-    pairs = [[jax.lax.map(of_layer, block) for block in s] for s in self.decoder.segments]
+    of_layer = lambda _, layer: (None, layer[0].cross.keys_values(x_BSD, source))
+    of_stack = lambda block: pipeline.layer_scan(of_layer, None, block, ())[1]
+    pairs = [[of_stack(block) for block in s] for s in self.decoder.segments]
     cache = self.decoder.cache(B, length, compute_dtype(self.c.dtype))
     start_B = jnp.zeros_like(tokens_BS[:, 0])
     return start_B + self.c.start, start_B, (cache, Memory(source, pairs=pairs))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
@@ -21,6 +22,8 @@ from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import RelativeBuckets, bucket
+from bigtrain.parallel import pipeline
+from bigtrain.parallel.pipeline import Pipeline
 from bigtrain.width import Width
 
 # What the forward pass keeps for the backward pass: names as given by checkpoint_name.
@@ -64,6 +67,7 @@ class TransformerConfig:
   init: Normal | FanIn | Mup = dataclasses.field(default_factory=Normal)
   remat: Remat = "full"  # What the backward pass need not compute again.
   unroll: int = 1  # Repeats of the pattern in one iteration of the loop over layers.
+  pipeline: Pipeline = dataclasses.field(default_factory=Pipeline)  # On a mesh with stages.
 
   def segments(self) -> list[tuple[tuple[BlockConfig, ...], int]]:
     """(blocks, repeats) from the first layer to the last."""
@@ -80,6 +84,14 @@ class TransformerConfig:
         for part, c in parts.items():
           dims |= {f"{name}.{i}.{part}.{field}": of for field, of in c.dims().items()}
     return dims
+
+  def check_stages(self, stages: int, rows: int) -> None:
+    """Refuses what cannot be laid over stages, `rows` of each shard of the batch going through.
+
+    The `first` blocks, and what is left over of the pattern, are not on stages.
+    """
+    repeats = (self.layers - len(self.first)) // len(self.pattern)
+    self.pipeline.check_layers(stages, repeats, rows)
 
   def width(self) -> Width | None:
     """As in ModelConfig: how much wider this is than the base of Mup."""
@@ -226,7 +238,7 @@ class Transformer(nnx.Module):
         jax.vmap(lambda k, block=block: block.make(c, init, k))(here[j :: len(blocks)])
         for j, block in enumerate(blocks)
       ]
-      self.segments.append(nnx.List(stacked))
+      self.segments.append(nnx.List(sharding.stacked(stacked)))
     sizes = c.pattern[0].attention.sizes(c.dim) | {"R": c.relative.buckets if c.relative else 0}
     key = jax.random.fold_in(key, 2**32 - 1)  # A branch beside those of the layers.
     bias_RKG = init.weight(key, "RKG", sizes, fan_in="D") if c.relative else None
@@ -255,14 +267,19 @@ class Transformer(nnx.Module):
       here = jax.tree.map(lambda a, n=n, shape=shape: a[:n].reshape(shape), rest)
       keys, rates = jax.tree.map(lambda a, n=n: a[n:], rest)
       remembered = memory and memory.pairs and memory.pairs[i]
-      layers = (list(blocks), *here, cache and cache.pairs[i], remembered)
       unroll = min(self.c.unroll, repeats)
       apply = self._remat(unroll == repeats)
-      # What every layer is given.
-      given = {"tokens": tokens, "cache": cache, "bias_KGP": bias_KGP, "memory": memory}
-      body = functools.partial(_repeat, apply=apply, **given)
-      x_BTD, (pair, found) = jax.lax.scan(body, x_BTD, layers, unroll=unroll)
-      pairs.append(pair)
+      if cache is None and pipeline.is_staged(list(blocks)):
+        stage = functools.partial(_stage, apply=apply, unroll=unroll)
+        layers, of_rows, kept = (list(blocks), *here), (tokens, memory), KEPT.get(self.c.remat)
+        x_BTD, found = pipeline.run(stage, self.c.pipeline, kept, layers, x_BTD, of_rows, bias_KGP)
+      else:
+        # What every layer is given.
+        given = {"tokens": tokens, "cache": cache, "bias_KGP": bias_KGP, "memory": memory}
+        body = functools.partial(_repeat, apply=apply, **given)
+        rest = (*here, cache and cache.pairs[i], remembered)
+        x_BTD, (pair, found) = pipeline.layer_scan(body, x_BTD, list(blocks), rest, unroll)
+        pairs.append(pair)
       with taps.named("segments", i):
         taps.hand_on(found)
     if cache is not None:
@@ -305,6 +322,17 @@ class Transformer(nnx.Module):
     return Cache(pairs=pairs, positions_BS=positions_BS, length=jnp.zeros((), jnp.int32))
 
 
+def _stage(layers, x_BTD, of_rows, bias_KGP, *, apply, unroll: int):
+  """Some repeats of a pattern, as a stage of a pipeline applies them."""
+  tokens, memory = of_rows
+  given = {"tokens": tokens, "cache": None, "bias_KGP": bias_KGP, "memory": memory}
+  body = functools.partial(_repeat, apply=apply, **given)
+  length = len(jax.tree.leaves(layers)[0])
+  layers = (*layers, None, None)
+  x_BTD, (_, found) = jax.lax.scan(body, x_BTD, layers, unroll=min(unroll, length))
+  return x_BTD, found
+
+
 def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None, bias_KGP, memory):
   """One repeat of a pattern: the body of the scan."""
   blocks, keys, rates, pairs, remembered = layer
@@ -315,6 +343,7 @@ def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None, bias_KG
       k_BSKH, v_BSKH = pairs[j]
       layer_cache = LayerCache(k_BSKH, v_BSKH, Tokens(cache.positions_BS), cache.length)
     key, rate = jax.tree.map(lambda a, j=j: a[j], (keys, rates))
+    x_BTD = checkpoint_name(x_BTD, pipeline.INPUT)
     given = (x_BTD, tokens, key, layer_cache, rate, bias_KGP)
     if memory is not None:
       given += (dataclasses.replace(memory, pairs=remembered and remembered[j]),)

@@ -95,10 +95,13 @@ def spread(function: Callable, like: tuple, *stacks: jax.Array) -> Any:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return function(*stacks)
-  layers = len(stacks[0])
-  pad = lambda x: jnp.pad(x, ((0, -layers % mesh.size),) + ((0, 0),) * (x.ndim - 1))
-  dealt = P(mesh.axis_names)
+  layers, dealt, reshard = len(stacks[0]), P(mesh.axis_names), jax.sharding.reshard
+  more = -layers % mesh.size
+  spec = lambda x: jax.typeof(x).sharding.spec
+  # A dim that is sharded, as that of layers on stages is, can be neither padded nor cut.
+  whole = lambda x: P(None, *spec(x)[1:]) if more else spec(x)
+  pad = lambda x: jnp.pad(reshard(x, whole(x)), ((0, more),) + ((0, 0),) * (x.ndim - 1))
   local = jax.shard_map(function, in_specs=dealt, out_specs=dealt)
-  results = local(*(jax.sharding.reshard(pad(x), dealt) for x in stacks))
-  back = lambda y, x: jax.sharding.reshard(y, jax.typeof(x).sharding.spec)[:layers]
+  results = local(*(reshard(pad(x), dealt) for x in stacks))
+  back = lambda y, x: reshard(reshard(y, whole(x))[:layers], spec(x))
   return tuple(map(back, results, like))

@@ -22,25 +22,23 @@ def columns(length: int, shards: int) -> np.ndarray:
 
 
 def bernoulli(key: jax.Array, p, *, shape: tuple[int, ...], shards: int) -> jax.Array:
-  """`jax.random.bernoulli(key, p, shape)` of arrays (B, T, ...), T in the order of `columns`.
+  """`jax.random.bernoulli(key, p, shape)` of arrays (T, ...), T in the order of `columns`.
 
   Bits are a hash of an element's number, so that each device can make its own: what is made in
   order and then moved would be made, and kept, whole.
   """
-  B, T, *rest = shape
-  place_BT = np.uint32(T) * jnp.arange(B, dtype=np.uint32)[:, None]
-  place_BT += columns(T, shards).astype(np.uint32)
+  T, *rest = shape
+  high_T, low_T = _product(columns(T, shards).astype(np.uint32), math.prod(rest))
   at = jnp.arange(math.prod(rest), dtype=np.uint32)
-  high_BT, low_BT = _product(place_BT, math.prod(rest))
-  low = low_BT[..., None] + at
-  high = high_BT[..., None] + (low < at)
+  low = low_T[:, None] + at
+  high = high_T[:, None] + (low < at)
   a, b = threefry2x32_p.bind(*jax.random.key_data(key), high, low)
   # From 1 on to 2: the bits are those of the fraction.
   uniform = jax.lax.bitcast_convert_type((a ^ b) >> 9 | np.uint32(0x3F800000), np.float32) - 1
   return (uniform < p).reshape(shape)
 
 
-def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+def _product(a: np.ndarray, b: int) -> tuple[np.ndarray, np.ndarray]:
   """The upper and the lower 32 bits of the product of two uint32."""
   (a1, a0), (b1, b0) = (a >> 16, a & 0xFFFF), (np.uint32(b >> 16), np.uint32(b & 0xFFFF))
   low = a0 * b0
