@@ -66,7 +66,7 @@ class CrossBlock(Block):
     x_BTD, cache = self.branch("attention", attend, x_BTD, kd, drop_path)
     across = lambda h_BTD: (self.cross.across(h_BTD, tokens, memory, kc), None)
     x_BTD, _ = self.branch("cross", across, x_BTD, kx, drop_path)
-    return self.feed(x_BTD, kf, drop_path), cache
+    return self.feed(x_BTD, tokens, kf, drop_path), cache
 
 
 @config

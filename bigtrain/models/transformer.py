@@ -19,6 +19,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
+from bigtrain.models.moe import MoEConfig
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import RelativeBuckets, bucket
 from bigtrain.width import Width
@@ -28,7 +29,7 @@ KEPT = {
   "full": (),  # Only the input of each block; all else is computed again.
   "attention": ("attention",),
   "qkv": ("q", "k", "v", "attention"),
-  "products": ("q", "k", "v", "attention", "up", "gate"),
+  "products": ("q", "k", "v", "attention", "received", "up", "gate"),
 }
 Remat = Literal["none", "full", "attention", "qkv", "products"]
 
@@ -38,7 +39,7 @@ class BlockConfig:
   """What one layer is made of."""
 
   attention: AttentionConfig
-  feed_forward: FeedForwardConfig
+  feed_forward: FeedForwardConfig | MoEConfig
 
   def make(self, stack: "TransformerConfig", init: Initializer, key: jax.Array) -> "Block":
     return Block(self, stack, init, key)
@@ -156,12 +157,12 @@ class Block(nnx.Module):
     ka, kd, *kf = (None,) * 4 if key is None else jax.random.split(key, 4)
     attend = lambda h_BTD: self.attention(h_BTD, tokens, ka, cache, bias_KGP)
     x_BTD, cache = self.branch("attention", attend, x_BTD, kd, drop_path)
-    return self.feed(x_BTD, kf, drop_path), cache
+    return self.feed(x_BTD, tokens, kf, drop_path), cache
 
-  def feed(self, x_BTD, keys, drop_path) -> jax.Array:
+  def feed(self, x_BTD, tokens: Tokens, keys, drop_path) -> jax.Array:
     """The residual stream behind the feed-forward network, which ends the block."""
     kd, kf = keys
-    feed = lambda h_BTD: (self.feed_forward(h_BTD, kf), None)
+    feed = lambda h_BTD: (self.feed_forward(h_BTD, kf, tokens), None)
     x_BTD, _ = self.branch("feed_forward", feed, x_BTD, kd, drop_path)
     taps.tap("output", taps.rms, x_BTD)
     return x_BTD
