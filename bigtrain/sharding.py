@@ -4,7 +4,7 @@ Layers know letters, not axes. An axis of size 1 costs nothing, so one table ser
 Without a mesh every helper does nothing, and the same code runs in a notebook on one device.
 
 Letters: B batch, T query position, S key position, D model, K kv heads, G queries per kv head,
-H head, F hidden, V vocabulary, E expert. A letter that is in no table is not sharded.
+H head, F hidden, L latent, V vocabulary, E expert. A letter that is in no table is not sharded.
 """
 
 import math
@@ -20,7 +20,7 @@ from bigtrain.mesh import AXES
 # Parameters are stored sharded over these axes and gathered where they are used.
 GATHERED = ("fsdp", "expert", "context")
 SPLIT = ("tensor", "sequence")  # One or the other: see mesh.AXES.
-WEIGHT = {"E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
+WEIGHT = {"E": ("expert",), "D": GATHERED, "L": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
 ACTIVATION = {
   "B": ("slices", "data", "fsdp", "expert"),
   "E": ("expert",),

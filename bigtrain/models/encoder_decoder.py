@@ -122,6 +122,8 @@ class EncoderDecoderConfig(TransformerConfig, ModelConfig):
     TransformerConfig.check(self)
     if not 0 <= self.start < self.vocab:
       raise Refused(f"model: start is {self.start}; it is a token, from 0 to {self.vocab - 1}")
+    if not all(isinstance(b.attention, AttentionConfig) for b in (*self.first, *self.pattern)):
+      raise Refused("model: an encoder-decoder has no latent attention; set an AttentionConfig")
     if any(block.attention.causal for block in (*self.first, *self.pattern)):
       raise Refused(
         "model: `pattern` are the encoder's blocks, which see both sides; set attention.causal to "

@@ -19,6 +19,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
+from bigtrain.models.latent_attention import LatentAttentionConfig
 from bigtrain.models.moe import MoEConfig
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import RelativeBuckets, bucket
@@ -38,7 +39,7 @@ Remat = Literal["none", "full", "attention", "qkv", "products"]
 class BlockConfig:
   """What one layer is made of."""
 
-  attention: AttentionConfig
+  attention: AttentionConfig | LatentAttentionConfig
   feed_forward: FeedForwardConfig | MoEConfig
 
   def make(self, stack: "TransformerConfig", init: Initializer, key: jax.Array) -> "Block":
@@ -112,7 +113,8 @@ class TransformerConfig:
     if self.relative is not None:
       self.relative.check()
       attentions = [block.attention for block in (*self.first, *self.pattern)]
-      if len({(a.causal, a.heads, a.kv_heads) for a in attentions}) > 1:
+      heads = ((a.causal, a.sizes(self.dim)) for a in attentions)
+      if len({(causal, s["K"], s["G"]) for causal, s in heads}) > 1:
         raise Refused(
           "model: relative biases are one table for all layers; give every block's attention the "
           "same heads, kv_heads and causal"
@@ -128,6 +130,10 @@ class TransformerConfig:
     """Refuses a block that Mup's base cannot have had."""
     if mup.head_dim is None:
       raise Refused("model: Mup needs the base's head_dim too, by which attention scores change")
+    if isinstance(block.feed_forward, MoEConfig) or isinstance(
+      block.attention, LatentAttentionConfig
+    ):
+      raise Refused("model: Mup has no rules for experts and latents; set init to Normal or FanIn")
     sizes = block.attention.sizes(self.dim)
     if (first := self.pattern[0].attention.sizes(self.dim)["H"]) != sizes["H"]:
       raise Refused(f"model: Mup needs heads of one width, not of {first} and {sizes['H']}")
