@@ -30,8 +30,8 @@ __all__ = [
 _ROOMS = {
   "config": ("Refused",),
   "experiment": ("Checkpoints", "Evaluation", "Experiment", "Logging"),
+  "mesh": ("Mesh",),
   "run": ("load_run",),
-  "sharding": ("Mesh",),
   "train": ("train",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
