@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from bigtrain import sharding
 from bigtrain.config import Refused
 from bigtrain.data.feed import put
+from bigtrain.objectives.experts import with_experts
 from bigtrain.parts import Part
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Evaluator:
 
   def __init__(self, run: "Run"):
     self.run = run
-    objective = run.experiment.objective
+    objective = with_experts(run.experiment.objective)
 
     def add(sums, model, batch):
       output = objective(model, batch, None)

@@ -12,6 +12,7 @@ from bigtrain.data import cache
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import platform
 from bigtrain.objectives import Output
+from bigtrain.objectives.experts import load_max, rebalanced, with_experts
 from bigtrain.optim.clip import global_norm
 from bigtrain.state import State, combine, partition
 from bigtrain.statistics import sizes
@@ -55,6 +56,9 @@ class Program:
       "learning_rate": jnp.float32(self.learning_rate(state.step)),
       "gradient_norm": global_norm(gradient),
     }
+    if output.loads:
+      metrics["load_max"] = load_max(output.loads)
+      variables = rebalanced(combine(state.model, variables), variables, output.loads)
     if statistics:
       of_trees = sizes(gradient=gradient, parameter=state.model, update=updates)
       metrics["layers"] = of_trees | output.taps
@@ -84,7 +88,7 @@ class Program:
     in turn.
     """
 
-    objective = self.experiment.objective
+    objective = with_experts(self.experiment.objective)
     tapped = taps.collect(objective) if statistics else lambda *args: (objective(*args), {})
 
     def loss(model, variables, batch, key):

@@ -4,8 +4,7 @@ Layers know letters, not axes. An axis of size 1 costs nothing, so one table ser
 Without a mesh every helper does nothing, and the same code runs in a notebook on one device.
 
 Letters: B batch, T query position, S key position, D model, K kv heads, G queries per kv head,
-H head, F hidden, V vocabulary, E expert, L layer of a stack. A letter that is in no table is not
-sharded.
+H head, F hidden, L latent, V vocabulary, E expert. A letter that is in no table is not sharded.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ SPLIT = ("tensor", "sequence")  # The same.
 GATHERED = ("pipeline", "fsdp", "expert", *CONTEXT)
 # Layers of a stack are dealt to stages; to what is outside of them `pipeline` is more fsdp.
 STAGES = ("pipeline",)
-WEIGHT = {"L": STAGES, "E": ("expert",), "D": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
+WEIGHT = {"E": ("expert",), "D": GATHERED, "L": GATHERED, "K": SPLIT, "F": SPLIT, "V": SPLIT}
 ACTIVATION = {
   "B": (*STAGES, "slices", "data", "fsdp", "expert"),
   "E": ("expert",),
@@ -201,7 +200,7 @@ def use(w, dims: str, dtype=None, over: Iterable[str] = ()) -> jax.Array:
   """A stored parameter with these dimension letters, cast and then all-gathered.
 
   The cast comes first, so that the gather moves the smaller type. Inside an island it gathers over
-  the axes that are manual, and the gradient is scattered back.
+  the axes that are manual, and the gradient is scattered back. Experts (E) stay where they are.
 
   Args:
     w: the parameter.
@@ -213,17 +212,13 @@ def use(w, dims: str, dtype=None, over: Iterable[str] = ()) -> jax.Array:
       slowest last. Without any, as of a scale, the gradient is whole on every device.
   """
   w = w[...].astype(dtype or w.dtype)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return w
+  manual = _free(jax.sharding.get_abstract_mesh().manual_axes)
+  move = [axis for axis in GATHERED if not ("E" in dims and axis in WEIGHT["E"])]
   for dim, letter in enumerate(dims):
-    for axis in reversed(_gathered(letter, _free(mesh.manual_axes))):
+    here = [a for a in WEIGHT.get(letter, ()) if a in move and a in manual]
+    for axis in reversed(here):
       w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
-  return gathered(w, GATHERED, over)
-
-
-def _gathered(letter: str, axes) -> list[str]:
-  return [axis for axis in WEIGHT.get(letter, ()) if axis in GATHERED and axis in axes]
+  return gathered(w, move, over)
 
 
 def split_over(x, dims: int | None = None) -> frozenset[str]:
@@ -236,9 +231,11 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
 
   Its gradient is the sum of a part that each device has along the axes `over`.
   """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
   spec = jax.typeof(x).sharding.spec
   whole = [tuple(a for a in _tuple(dim) if a not in axes) or None for dim in spec]
-  mesh = jax.sharding.get_abstract_mesh()
   over = [axis for axis in AXES if axis in over and mesh.shape[axis] > 1]
   if not over:
     return jax.sharding.reshard(x, P(*whole))

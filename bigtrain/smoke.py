@@ -20,6 +20,8 @@ ROWS = 8  # Rows in a microbatch, and in a batch of evaluation.
 EVERY = 10  # Steps between evaluations and between checkpoints.
 LENGTHS = {"seq": 128, "length": 128}  # Tokens of a row, positions of a table.
 WIDTHS = {"dim": 64, "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
+WIDTHS |= {"experts": 8, "top_k": 2, "shared": 128, "groups": 4, "kept": 2}
+WIDTHS |= {"q_rank": 32, "kv_rank": 32, "rotary_dim": 16, "value_dim": 16}
 
 
 def shrink(experiment: Experiment) -> Experiment:

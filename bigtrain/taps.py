@@ -1,9 +1,11 @@
 """Taps: what layers report of themselves, collected while a step that asks for it is traced.
 
-A layer calls `tap` where a statistic is at hand; nothing is computed unless someone collects. What
-is tapped in a function that jax traces by itself, such as the body of a scan or a rematerialised
-block, is a value of that trace and has to be one of its results: `collected` makes it one, and
-`hand_on` taps it again outside.
+A layer calls `tap` where a statistic is at hand; nothing is computed unless someone collects. There
+are two kinds: statistics are for people, and collected now and then; sums over the batch, whose
+names begin with `SUM`, decide what a step computes (objectives/experts.py), and are always
+collected in training. What is tapped in a function that jax traces by itself, such as the body of a
+scan or a rematerialised block, is a value of that trace and has to be one of its results:
+`collected` makes it one, and `hand_on` taps it again outside.
 """
 
 import contextlib
@@ -14,20 +16,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Found = dict[str, jax.Array]  # "statistic/path.of.layer" -> value; (repeats,) for stacked layers.
+Found = dict[str, jax.Array]  # "name/path.of.layer" -> value; (repeats, ...) for stacked layers.
+SUM = "sum:"
 
-_found: contextvars.ContextVar[Found | None] = contextvars.ContextVar("found", default=None)
+_found: contextvars.ContextVar[Found] = contextvars.ContextVar("found")
+_kinds: contextvars.ContextVar[frozenset[bool]] = contextvars.ContextVar(
+  "kinds", default=frozenset()
+)
 _path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("path", default=())
 
 
 def tap(name: str, statistic: Callable[..., jax.Array], *args) -> None:
-  """Reports `statistic(*args)` of the layer at hand, where someone collects.
+  """Reports `statistic(*args)` of the layer at hand, where someone collects its kind.
 
-  Microbatches average it, or, where the name ends in "max", take the largest. Of a mask, bool
-  (units,), what is reported is the share of the units for which it holds in every microbatch.
+  Microbatches average a statistic, or, where the name ends in "max", take the largest. Of a mask,
+  bool (units,), what is reported is the share of the units for which it holds in every microbatch.
+  A sum is one over all tokens, or has a value for each row.
   """
-  if (found := _found.get()) is not None:
-    found[f"{name}/{'.'.join(_path.get())}"] = statistic(*args)
+  if _is_sum(name) in _kinds.get():
+    _found.get()[f"{name}/{'.'.join(_path.get())}"] = statistic(*args)
 
 
 @contextlib.contextmanager
@@ -40,24 +47,42 @@ def named(*path: object) -> Iterator[None]:
     _path.reset(token)
 
 
-def collect(function: Callable) -> Callable[..., tuple[Any, Found]]:
-  """`function`, with what is tapped in it as a second result."""
+def collect(function: Callable, *, sums: bool = False) -> Callable[..., tuple[Any, Found]]:
+  """`function`, with the statistics or the sums that are tapped in it as a second result."""
 
   def call(*args, **kwargs):
-    found: Found = {}
-    found_token, path_token = _found.set(found), _path.set(())
-    try:
-      return function(*args, **kwargs), found
-    finally:
-      _found.reset(found_token)
-      _path.reset(path_token)
+    with _collecting(_kinds.get() | {sums}) as found:
+      result = function(*args, **kwargs)
+    own = {name: found.pop(name) for name in list(found) if _is_sum(name) == sums}
+    hand_on(found)
+    return result, own
 
   return call
 
 
 def collected(function: Callable) -> Callable[..., tuple[Any, Found]]:
-  """`collect` if someone does so already; else `function` with nothing found."""
-  return collect(function) if _found.get() is not None else lambda *a, **k: (function(*a, **k), {})
+  """`function`, with what is tapped in it of the kinds that someone collects already."""
+
+  def call(*args, **kwargs):
+    with _collecting(_kinds.get()) as found:
+      return function(*args, **kwargs), found
+
+  return call
+
+
+@contextlib.contextmanager
+def _collecting(kinds: frozenset[bool]) -> Iterator[Found]:
+  found: Found = {}
+  tokens = ((_found, _found.set(found)), (_kinds, _kinds.set(kinds)), (_path, _path.set(())))
+  try:
+    yield found
+  finally:
+    for variable, token in tokens:
+      variable.reset(token)
+
+
+def _is_sum(name: str) -> bool:
+  return name.startswith(SUM)
 
 
 def under(path: object, found: Found) -> Found:
@@ -71,8 +96,8 @@ def under(path: object, found: Found) -> Found:
 
 def hand_on(inner: Found) -> None:
   """Taps here, under the path at hand, what `collected` found inside."""
-  if (found := _found.get()) is not None:
-    found |= under(".".join(_path.get()), inner)
+  if inner:
+    _found.get().update(under(".".join(_path.get()), inner))
 
 
 def _either(name: str, largest, mean):

@@ -1,10 +1,10 @@
-"""Weights of Hugging Face models (GPT-2, Llama, Qwen3, BERT, ViT, T5) as those of our modules.
+"""Weights of Hugging Face models (see the tables) as those of our modules.
 
 The tables say, for each of our parameters, the tensor that holds it and the order of its dims
 there; our own order is the parameter's suffix.
 
-Dims: D model, K kv heads, G queries per kv head, H head, F hidden, T position, V vocabulary, P
-pixels and channels of a patch, Q the class token, C classes, R relative bucket; heads' as in
+Dims: D model, K kv heads, G queries per kv head, H head, F hidden, E expert, X router output, T
+position, V vocabulary, P pixels and channels of a patch, Q the class token, C classes, R relative bucket; heads' as in
 models/encoder.py.
 """
 
@@ -48,7 +48,7 @@ GPT2 = {
   ".feed_forward.down_FD": "h.{}.mlp.c_proj.weight FD",
   ".feed_forward.down_bias_D": "h.{}.mlp.c_proj.bias D",
 }
-LLAMA = {
+LLAMA = {  # And Qwen3, Mixtral and Qwen3 with experts, of which `_stacked` makes one tensor.
   "embed_VD": "embed_tokens.weight VD",
   "output_table_VD": "lm_head.weight VD",
   "norm.scale_D": "norm.weight D",
@@ -63,6 +63,10 @@ LLAMA = {
   ".feed_forward.gate_DF": "layers.{}.mlp.gate_proj.weight FD",
   ".feed_forward.up_DF": "layers.{}.mlp.up_proj.weight FD",
   ".feed_forward.down_FD": "layers.{}.mlp.down_proj.weight DF",
+  ".feed_forward.router_DX": "layers.{}.mlp.gate.weight XD",
+  ".feed_forward.gate_EDF": "layers.{}.mlp.experts.gate_proj.weight EFD",
+  ".feed_forward.up_EDF": "layers.{}.mlp.experts.up_proj.weight EFD",
+  ".feed_forward.down_EFD": "layers.{}.mlp.experts.down_proj.weight EDF",
 }
 BERT = {
   "embed_VD": "embeddings.word_embeddings.weight VD",
@@ -204,6 +208,8 @@ def load_some(
   table = next((table for mark, table in MARKS.items() if mark in tensors), LLAMA)
   if table is GPT2:
     tensors = _split(tensors)
+  elif table is LLAMA:
+    tensors = _stacked(tensors)
   elif table is VIT:  # Channels come last in our patches.
     tensors[PATCHES] = np.asarray(tensors[PATCHES]).transpose(0, 2, 3, 1)
   elif table is T5:  # Its first version has one product where the second has a gate and it.
@@ -244,6 +250,20 @@ def _split(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     else:
       split[name] = x
   return split
+
+
+def _stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The tensors of all experts of a layer as one, by the names that Qwen3 gives them."""
+  ours = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Of Mixtral's.
+  found, experts = {}, {}
+  for name, x in tensors.items():
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    if match := re.fullmatch(r"(.+\.experts\.)(\d+)\.(\w+)(\.weight)", name):
+      name = match[1] + ours.get(match[3], match[3]) + match[4]
+      experts.setdefault(name, {})[int(match[2])] = x
+    else:
+      found[name] = x
+  return found | {name: np.stack([x[e] for e in sorted(x)]) for name, x in experts.items()}
 
 
 def _place(model, path: str) -> tuple[str, range | None]:

@@ -68,7 +68,7 @@ class CrossBlock(Block):
     x_BTD, cache = self.branch("attention", attend, x_BTD, kd, drop_path)
     across = lambda h_BTD: (self.cross.across(h_BTD, tokens, memory, kc), None)
     x_BTD, _ = self.branch("cross", across, x_BTD, kx, drop_path)
-    return self.feed(x_BTD, kf, drop_path), cache
+    return self.feed(x_BTD, tokens, kf, drop_path), cache
 
 
 @config
@@ -131,6 +131,8 @@ class EncoderDecoderConfig(TransformerConfig, ModelConfig):
     TransformerConfig.check(self)
     if not 0 <= self.start < self.vocab:
       raise Refused(f"model: start is {self.start}; it is a token, from 0 to {self.vocab - 1}")
+    if not all(isinstance(b.attention, AttentionConfig) for b in (*self.first, *self.pattern)):
+      raise Refused("model: an encoder-decoder has no latent attention; set an AttentionConfig")
     if any(block.attention.causal for block in (*self.first, *self.pattern)):
       raise Refused(
         "model: `pattern` are the encoder's blocks, which see both sides; set attention.causal to "

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
+from bigtrain.kernels.attention import Tokens
 from bigtrain.models.activation import Activation, ActivationName
 from bigtrain.models.initial import Initializer
 from bigtrain.precision import project
@@ -55,7 +56,9 @@ class FeedForward(nnx.Module):
     self.down_bias_D = init.constant("D", sizes) if c.bias else None
     self.activation = Activation(c.activation, c.hidden, init)
 
-  def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, key=None, tokens: Tokens | None = None) -> jax.Array:
+    """(B, T, D), of padding too: what `tokens` say matters to experts alone (moe.py)."""
+    del tokens
     x_BTD = sharding.shared(x_BTD)
     up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F)
     up_BTF = checkpoint_name(up_BTF, "up")

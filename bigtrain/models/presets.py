@@ -14,6 +14,8 @@ from bigtrain.models.encoder_decoder import EncoderDecoderConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import FanIn, Normal
 from bigtrain.models.language_model import LanguageModelConfig
+from bigtrain.models.latent_attention import LatentAttentionConfig
+from bigtrain.models.moe import BalanceLoss, Groups, MoEConfig, RouterConfig
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
 from bigtrain.models.position import Learned, Llama3Scaling, RelativeBuckets, Rotary
 from bigtrain.models.transformer import BlockConfig
@@ -55,6 +57,18 @@ LLAMA3 = {
 QWEN3 = {
   "0.6b": (1024, 28, 16, 3072),
   "8b": (4096, 36, 32, 12288),
+}
+# arXiv:2401.04088, table 1, and the config.json of huggingface.co/mistralai: (dim, layers, heads,
+# hidden of each expert, vocab); 8 experts of which a token has 2, 8 key-value heads of 128.
+MIXTRAL = {
+  "8x7b": (4096, 32, 32, 14336, 32000),
+  "8x22b": (6144, 56, 48, 16384, 32768),
+}
+# arXiv:2505.09388, table 2, and the config.json of huggingface.co/Qwen: (dim, layers, heads, kv
+# heads, hidden of each expert); 128 experts of which a token has 8, heads of 128.
+QWEN3_MOE = {
+  "30b-a3b": (2048, 48, 32, 4, 768),
+  "235b-a22b": (4096, 94, 64, 4, 1536),
 }
 # Devlin et al. 2018, arXiv:1810.04805, section 3, uncased; MiniLM is the six-layer student of Wang
 # et al. 2020, arXiv:2002.10957, of which all-MiniLM-L6-v2 was made: (dim, layers, heads).
@@ -165,6 +179,82 @@ def qwen3(size: str) -> LanguageModelConfig:
     norm=RMSNormConfig(eps=1e-6),
     init=Normal(std=0.02, residual="scaled"),
     tied=size == "0.6b",
+  )
+
+
+def mixtral(size: str) -> LanguageModelConfig:
+  """Mixtral (arXiv:2401.04088): 8x7b or 8x22b."""
+  dim, layers, heads, hidden, vocab = _shape("mixtral", MIXTRAL, size)
+  attention = AttentionConfig(
+    heads=heads, kv_heads=8, head_dim=128, rotary=Rotary(theta=1_000_000.0)
+  )
+  router = RouterConfig(balance_loss=BalanceLoss(factor=0.02))
+  experts = MoEConfig(experts=8, top_k=2, hidden=hidden, router=router)
+  return LanguageModelConfig(
+    vocab=vocab,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=experts),),
+    norm=RMSNormConfig(eps=1e-5),
+    init=Normal(std=0.02, residual="scaled"),
+    tied=False,
+  )
+
+
+def qwen3_moe(size: str) -> LanguageModelConfig:
+  """Qwen3 with experts (arXiv:2505.09388): 30b-a3b or 235b-a22b.
+
+  As published the loss balances the whole batch, so that experts may specialise.
+  """
+  dim, layers, heads, kv_heads, hidden = _shape("qwen3_moe", QWEN3_MOE, size)
+  attention = AttentionConfig(
+    heads=heads,
+    kv_heads=kv_heads,
+    head_dim=128,
+    rotary=Rotary(theta=1_000_000.0),
+    qk_norm=RMSNormConfig(eps=1e-6),
+  )
+  router = RouterConfig(balance_loss=BalanceLoss(factor=0.001))
+  experts = MoEConfig(experts=128, top_k=8, hidden=hidden, router=router)
+  return LanguageModelConfig(
+    vocab=151936,
+    dim=dim,
+    layers=layers,
+    pattern=(BlockConfig(attention=attention, feed_forward=experts),),
+    norm=RMSNormConfig(eps=1e-6),
+    init=Normal(std=0.02, residual="scaled"),
+    tied=False,
+  )
+
+
+def deepseek_v3() -> LanguageModelConfig:
+  """DeepSeek-V3 (arXiv:2412.19437, section 4.2), without its module for multi-token prediction.
+
+  Latent attention, three dense layers, then 256 narrow experts of which a token has 8 and one that
+  all share; experts are balanced by biases, and by a small loss within each row. Positions are as
+  in the pretraining on 4,096 tokens.
+  """
+  attention = LatentAttentionConfig(
+    heads=128, q_rank=1536, kv_rank=512, head_dim=128, rotary_dim=64, value_dim=128
+  )
+  router = RouterConfig(
+    scores="sigmoid",
+    scale=2.5,
+    groups=Groups(groups=8, kept=4),
+    balance_loss=BalanceLoss(factor=1e-4, over="row"),
+    bias_rate=1e-3,
+  )
+  experts = MoEConfig(experts=256, top_k=8, hidden=2048, shared=2048, router=router)
+  dense = FeedForwardConfig(hidden=18432, activation="silu", gated=True)
+  return LanguageModelConfig(
+    vocab=129280,
+    dim=7168,
+    layers=61,
+    first=tuple(BlockConfig(attention=attention, feed_forward=dense) for _ in range(3)),
+    pattern=(BlockConfig(attention=attention, feed_forward=experts),),
+    norm=RMSNormConfig(eps=1e-6),
+    init=Normal(std=0.006, residual="same"),
+    tied=False,
   )
 
 

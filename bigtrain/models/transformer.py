@@ -20,6 +20,8 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
+from bigtrain.models.latent_attention import LatentAttentionConfig
+from bigtrain.models.moe import MoEConfig
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import RelativeBuckets, bucket
 from bigtrain.parallel import pipeline
@@ -31,7 +33,7 @@ KEPT = {
   "full": (),  # Only the input of each block; all else is computed again.
   "attention": ("attention",),
   "qkv": ("q", "k", "v", "attention"),
-  "products": ("q", "k", "v", "attention", "up", "gate"),
+  "products": ("q", "k", "v", "attention", "received", "up", "gate"),
 }
 Remat = Literal["none", "full", "attention", "qkv", "products"]
 
@@ -40,8 +42,8 @@ Remat = Literal["none", "full", "attention", "qkv", "products"]
 class BlockConfig:
   """What one layer is made of."""
 
-  attention: AttentionConfig
-  feed_forward: FeedForwardConfig
+  attention: AttentionConfig | LatentAttentionConfig
+  feed_forward: FeedForwardConfig | MoEConfig
 
   def make(self, stack: "TransformerConfig", init: Initializer, key: jax.Array) -> "Block":
     return Block(self, stack, init, key)
@@ -123,7 +125,8 @@ class TransformerConfig:
     if self.relative is not None:
       self.relative.check()
       attentions = [block.attention for block in (*self.first, *self.pattern)]
-      if len({(a.causal, a.heads, a.kv_heads) for a in attentions}) > 1:
+      heads = ((a.causal, a.sizes(self.dim)) for a in attentions)
+      if len({(causal, s["K"], s["G"]) for causal, s in heads}) > 1:
         raise Refused(
           "model: relative biases are one table for all layers; give every block's attention the "
           "same heads, kv_heads and causal"
@@ -139,6 +142,10 @@ class TransformerConfig:
     """Refuses a block that Mup's base cannot have had."""
     if mup.head_dim is None:
       raise Refused("model: Mup needs the base's head_dim too, by which attention scores change")
+    if isinstance(block.feed_forward, MoEConfig) or isinstance(
+      block.attention, LatentAttentionConfig
+    ):
+      raise Refused("model: Mup has no rules for experts and latents; set init to Normal or FanIn")
     sizes = block.attention.sizes(self.dim)
     if (first := self.pattern[0].attention.sizes(self.dim)["H"]) != sizes["H"]:
       raise Refused(f"model: Mup needs heads of one width, not of {first} and {sizes['H']}")
@@ -168,12 +175,12 @@ class Block(nnx.Module):
     ka, kd, *kf = (None,) * 4 if key is None else jax.random.split(key, 4)
     attend = lambda h_BTD: self.attention(h_BTD, tokens, ka, cache, bias_KGP)
     x_BTD, cache = self.branch("attention", attend, x_BTD, kd, drop_path)
-    return self.feed(x_BTD, kf, drop_path), cache
+    return self.feed(x_BTD, tokens, kf, drop_path), cache
 
-  def feed(self, x_BTD, keys, drop_path) -> jax.Array:
+  def feed(self, x_BTD, tokens: Tokens, keys, drop_path) -> jax.Array:
     """The residual stream behind the feed-forward network, which ends the block."""
     kd, kf = keys
-    feed = lambda h_BTD: (self.feed_forward(h_BTD, kf), None)
+    feed = lambda h_BTD: (self.feed_forward(h_BTD, kf, tokens), None)
     x_BTD, _ = self.branch("feed_forward", feed, x_BTD, kd, drop_path)
     taps.tap("output", taps.rms, x_BTD)
     return x_BTD

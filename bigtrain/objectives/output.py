@@ -21,6 +21,9 @@ class Output:
   metrics: Sums
   # The second part of `state.partition(model)` as it is after this batch; None if unchanged.
   variables: Any = None
+  # Tokens that each expert had, by the path of their layer: (repeats, X). Nothing but experts has
+  # these, and objectives/experts.py puts them here.
+  loads: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   # Statistics of the layers, by name (taps.py); the training step puts them here.
   taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """What the dims of a parameter are: a stack of layers, then a matrix's rows and its columns.
 
 A name ends in the letters of its own dims: `q_DKGH` has four. What the array has in front of them
-numbers layers, and each layer is a parameter of its own. Of the own dims, the rows are those that
+numbers layers, and each layer is a parameter of its own; so is each expert (E) of a layer. Of the own dims, the rows are those that
 the product contracts with its input (`D` of `q_DKGH`, `KGH` of `o_KGHD`, `F` of `down_FD`), the
 columns those that it makes. A name without letters, of a foreign module, is one layer whose last
 dim is the columns: (inputs, outputs), or (height, width, inputs, outputs) of a convolution. Biases
@@ -51,12 +51,12 @@ def layout(path, w) -> Layout:
   """The layout of the parameter `w` at a key path of its tree."""
   name = jax.tree_util.keystr(path)
   found = LETTERS.search(name)
-  letters = found[1] if found and len(found[1]) <= w.ndim else None
+  letters = found[1].removeprefix("E") if found and len(found[1]) <= w.ndim else None
   stack = w.ndim - len(letters) if letters else 0
   own = w.ndim - stack
   if own < 2 or VECTOR.search(name.removesuffix(".value").rpartition(".")[2]):
     return Layout(stack, 0)
-  return Layout(stack, 1 if letters and letters[0] == "D" else own - 1)
+  return Layout(stack, 1 if letters and letters[0] in "DL" else own - 1)
 
 
 def map_layers(function: Callable, tree, *rest):

@@ -1,4 +1,4 @@
-"""Logits of the presets, shrunk, equal those of `transformers` (tools/golden/make_decoders.py)."""
+"""Logits of the presets, shrunk, equal those of `transformers` (tools/golden/make_decoders.py, make_mixtral.py)."""
 
 import functools
 import re
@@ -10,6 +10,7 @@ import pytest
 from bigtrain.config import Refused
 from bigtrain.interop.huggingface import load_weights
 from bigtrain.models import presets
+from bigtrain.models.moe import MoEConfig
 from bigtrain.models.position import Learned, Llama3Scaling
 from tests import golden
 
@@ -20,8 +21,13 @@ TOLERANCE = 1e-4
 
 def config(name):
   """The preset with the sizes of the golden file; all else is as published."""
-  c = {"gpt2": presets.gpt2("124m"), "llama": presets.llama3("8b"), "qwen3": presets.qwen3("0.6b")}
-  c = c[name]
+  c = {
+    "gpt2": presets.gpt2("124m"),
+    "llama": presets.llama3("8b"),
+    "qwen3": presets.qwen3("0.6b"),
+    "mixtral": presets.mixtral("8x7b"),
+    "qwen3_moe": presets.qwen3_moe("30b-a3b"),
+  }[name]
   c.vocab, c.dim, c.layers, c.dtype = 64, 24, 2, "float32"
   block = c.pattern[0]
   block.attention.head_dim = 8
@@ -30,6 +36,8 @@ def config(name):
     block.attention.heads, block.feed_forward.hidden = 3, 96
   else:
     block.attention.heads, block.attention.kv_heads, block.feed_forward.hidden = 4, 2, 40
+  if isinstance(block.feed_forward, MoEConfig):
+    block.feed_forward.experts, block.feed_forward.top_k = 4, 2
   if name == "llama":
     block.attention.rotary.theta = 10_000.0
     block.attention.rotary.scaling = Llama3Scaling(factor=8.0, original=128)
@@ -55,7 +63,7 @@ def error(name, model):
   return np.abs(run(model, tokens) - expected).max()
 
 
-NAMES = pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+NAMES = pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mixtral", "qwen3_moe"])
 
 
 @NAMES

@@ -1,0 +1,138 @@
+"""Experts on any mesh equal one device, losses, loads and balancing biases included."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from bigtrain.mesh import Mesh
+from bigtrain.models.moe import BalanceLoss, Groups, MoEConfig, RouterConfig
+from bigtrain.parallel import expert
+from bigtrain.parallel.expert import Capacity, Dropless
+from bigtrain.validate import validate
+from tests import packed
+from tests.test_parity import ADAMW
+
+X, A, F = 8, 2, 24
+SIGMOID = {"scores": "sigmoid", "scale": 1.5, "groups": Groups(groups=4, kept=2)}
+ROUTER = {"z_loss": 1e-2, "bias_rate": 1e-2, "balance_loss": BalanceLoss(factor=0.1)}
+
+
+def experiment(dispatch=None, router=None, **fields):
+  """One layer of experts: routers of a second one would see rounding as well."""
+  e = packed.experiment(optimizer=ADAMW, **{"model": {"layers": 1, "remat": "none"}} | fields)
+  e.model.pattern[0].feed_forward = MoEConfig(
+    experts=X,
+    top_k=A,
+    hidden=F,
+    shared=16,
+    router=RouterConfig(**ROUTER | (router or {})),
+    dispatch=dispatch or Dropless(),
+  )
+  validate(e, devices=8)
+  return e
+
+
+@pytest.fixture(scope="module")
+def start():
+  """A first state whose biases differ as well; it is that of every experiment here."""
+  state = packed.start(experiment())
+  r = np.random.default_rng(1)
+  moved = jax.tree.map(lambda b: b + r.normal(0, 0.05, b.shape).astype(b.dtype), state.variables)
+  return dataclasses.replace(state, variables=moved)
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+  return packed.run(experiment(), start, meshed=False)
+
+
+def worst(got, wanted) -> dict[str, float]:
+  """What differs by more than rounding."""
+  trees = [(s.model, s.optimizer, s.variables, metrics) for s, metrics in (got, wanted)]
+  return {k: d for k, d in packed.distances(*trees).items() if not d <= 1e-5}
+
+
+MESHES = {
+  "expert=4,fsdp=2": (Mesh(expert=4), {}),
+  "expert=2,tensor=2,fsdp=2, ragged": (Mesh(expert=2, tensor=2), {"exchange": "ragged"}),
+}
+MORE = {
+  "data=2,expert=4": (Mesh(data=2, expert=4, fsdp=1), {}),
+  "expert=4,fsdp=2, ragged": (Mesh(expert=4), {"exchange": "ragged"}),
+  "fsdp=4,tensor=2": (Mesh(fsdp=4, tensor=2), {}),
+}
+
+
+@pytest.mark.parametrize(("mesh", "dispatch"), MESHES.values(), ids=MESHES)
+def test_five_steps_equal_a_single_device(mesh, dispatch, start, alone):
+  assert worst(packed.run(experiment(Dropless(**dispatch), mesh=mesh), start), alone) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "dispatch"), MORE.values(), ids=MORE)
+def test_five_steps_equal_a_single_device_on_more_meshes(mesh, dispatch, start, alone):
+  assert worst(packed.run(experiment(Dropless(**dispatch), mesh=mesh), start), alone) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["context", "sequence"])
+def test_rows_that_are_cut_equal_a_single_device(axis, start):
+  cut = {"expert": 2, "tensor": 2, "sequence": True} if axis == "sequence" else {"expert": 2}
+  cut |= {"context": 2} if axis == "context" else {}
+  data = packed.Packed(seq=12)
+  wanted = packed.run(experiment(data=data), start, meshed=False)
+  assert worst(packed.run(experiment(data=data, mesh=Mesh(**cut)), start), wanted) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", [SIGMOID, {"normalized": False}], ids=["sigmoid", "plain"])
+def test_other_routers_equal_a_single_device(router, start):
+  mesh = Mesh(expert=2, tensor=2)
+  got = packed.run(experiment(router=router, mesh=mesh), start)
+  assert worst(got, packed.run(experiment(router=router), start, meshed=False)) == {}
+
+
+def test_what_a_full_expert_leaves_out_is_the_same_on_a_mesh(start):
+  tight = Capacity(factor=0.7)
+  got = packed.run(experiment(tight, mesh=Mesh(expert=2, tensor=2)), start)
+  wanted = packed.run(experiment(tight), start, meshed=False)
+  assert worst(got, wanted) == {}
+  assert all(0.05 < metrics["overflow"] < 0.5 for metrics in wanted[1])
+
+
+def test_microbatches_equal_the_whole_batch_where_rows_are_balanced(start):
+  router = {"balance_loss": BalanceLoss(factor=0.1, over="row")}
+  got = packed.run(experiment(router=router, microbatches=2), start, meshed=False)
+  wanted = packed.run(experiment(router=router), start, meshed=False)
+  for metrics in (*got[1], *wanted[1]):  # Dropout's bits are those of each part.
+    del metrics["loss"], metrics["accuracy"]
+  assert worst(got, wanted) == {}
+
+
+def test_the_run_that_is_compared_is_uneven_and_moves_biases(start, alone):
+  state, metrics = alone
+  assert all(m["load_max"] > 1.2 and m["overflow"] == 0 for m in metrics)
+  (before,), (after,) = (jax.tree.leaves(s.variables) for s in (start, state))
+  moved = np.abs(after - before) / 1e-2
+  np.testing.assert_allclose(moved, np.round(moved), atol=1e-3)  # Steps of one size,
+  assert moved.max() == pytest.approx(5, abs=1e-3)  # and for some expert always one way.
+
+
+@pytest.mark.parametrize("exchange", ["all_to_all", "ragged"])
+def test_what_exceeds_the_buffer_is_left_out_and_counted(exchange, start):
+  dispatch = Dropless(buffer=1.0, exchange=exchange)
+  e = experiment(dispatch, mesh=Mesh(expert=4), steps=1)
+  _, (metrics,) = packed.run(e, start)
+  assert 0.01 < metrics["overflow"] < 0.5 and np.isfinite(metrics["loss"])
+
+
+def test_a_token_that_is_lost_on_the_way_is_noticed(start, alone, monkeypatch):
+  exchange = expert._all_to_all
+  monkeypatch.setattr(expert, "_all_to_all", lambda x, dim: exchange(x.at[0, 0].set(0), dim))
+  packed.compiled.cache_clear()
+  e = experiment(mesh=Mesh(expert=4), steps=1)
+  (_, (got,)), wanted = packed.run(e, start), alone[1][0]
+  packed.compiled.cache_clear()
+  assert abs(got["gradient_norm"] / wanted["gradient_norm"] - 1) > 1e-4
