@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigtrain.kernels.attention import MASKED, Form, Tokens, visible
+from bigtrain.kernels.attention import Form, Tokens, visible
+from bigtrain.kernels.attention.plain import MASKED
 from bigtrain.precision import raised
 
 BLOCK = 512  # Queries, and keys, of a block of scores at most.
