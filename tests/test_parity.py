@@ -264,7 +264,7 @@ def test_the_small_copy_keeps_the_structure_on_two_devices_an_axis_and_drops():
   small = shrink(e)
   assert small.mesh == Mesh(data=2, fsdp=2, tensor=2)
   windows = [block.attention.window for block in small.model.pattern]
-  assert windows == [5, 5, 5, None] and small.model.layers == 8  # Each block twice.
+  assert windows == [4, 4, 4, None] and small.model.layers == 8  # Each block twice.
   assert {type(small.model), type(small.optimizer)} == {type(e.model), type(e.optimizer)}
   assert small.model.dropout == small.model.pattern[0].attention.dropout == 0.1
   assert (small.model.dtype, small.steps, small.batch) == ("float32", 5, 8)

@@ -32,9 +32,9 @@ CAPS = {
   "heads": 8,
   "kv_heads": 4,
   "head_dim": 8,
-  "window": 5,
+  "window": 4,
   "vocab": 128,
-  "loss_chunk": 48,  # Tokens: no divisor of what a device has.
+  "loss_chunk": 24,  # Tokens: a device has more, and not a multiple.
 }
 LAYERS = 4  # Of a model that is no TransformerConfig.
 # Two devices are each other's next and previous ones: a third shows the direction of a ring.
