@@ -50,6 +50,12 @@ def covering(axes, width: int) -> list[tuple[str, ...]]:
   return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def begun():
+  """jax has its eight devices before the command asks for as many as it wants."""
+  assert len(jax.devices()) == 8
+
+
 MESHES = covering(AXES, WIDTH)
 # Every pair of axes on a transformer, and a module of someone else; with the slow ones, all on all.
 FAST = [*zip(itertools.cycle(("gpt2", "bert")), MESHES, strict=False), ("nnx", ("data", "fsdp"))]
