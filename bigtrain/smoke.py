@@ -7,6 +7,7 @@ a `smoke` of its own. The mesh becomes what is attached, for the experiment's ow
 import copy
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from bigtrain.config import Refused, configs, join
 from bigtrain.console import say
@@ -81,14 +82,16 @@ def capped(root, caps: Mapping[str, int]):
   """`root` with the sizes that have these names capped, widths to a power of two, so that one
   divides another."""
 
-  def cap(size: int, name: str) -> int:
+  def cap(size: Any, name: str) -> Any:
+    if type(size) is not int or size < 1:
+      return size
     return min(size if name in LENGTHS else 1 << (size.bit_length() - 1), caps[name])
 
   for _, node in configs(root):
     for name in caps:
       size = getattr(node, name, None)
-      if type(size) is int and size > 0:
-        setattr(node, name, cap(size, name))
-      elif isinstance(size, tuple):  # Of one layer after the other.
+      if isinstance(size, tuple):  # Of one layer after the other.
         setattr(node, name, tuple(cap(n, name) for n in size))
+      elif type(size) is int:
+        setattr(node, name, cap(size, name))
   return root
