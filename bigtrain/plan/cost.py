@@ -1,10 +1,10 @@
 """The predicted time of a step: the compiler's own cycles, loops counted, and models for the rest.
 
-- An instruction with `estimated_cycles` takes these at the chip's clock. Those with a matrix product
-  in them are "matrix", the others "vector".
+- An instruction with `estimated_cycles` takes these at the chip's clock. Those with a matrix
+  product in them are "matrix", the others "vector".
 - A Pallas kernel carries no estimate. Attention is counted by its products, of which a causal mask
-  leaves half, at 60% of peak: two forward, five in a fused backward pass (three and four where it is
-  two kernels). Another kernel takes what its own cost estimate says, as a roofline.
+  leaves half, at 60% of peak: two forward, five in a fused backward pass (three and four where it
+  is two kernels). Another kernel takes what its own cost estimate says, as a roofline.
 - What else carries none (a gather, a scatter, a sort, a copy) takes the time to read and write its
   bytes: "moved".
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous

@@ -204,13 +204,13 @@ def explain(plan: Plan, console) -> None:
   for t in largest(e, c.topology):
     table.add_row(t.shape, f"{t.bytes / GiB:.2f}", t.where, ", ".join(t.made_by[:4]))
   console.print(table)
-  table = _table("Single changes that should fit, by closed form", "", "GiB", "step takes")
+  table = _table("Small changes that should fit, by closed form", "", "GiB", "step takes")
   for change in changes(e, c.topology, c):
     table.add_row(change.line(), f"{change.memory / GiB:.1f}", f"{change.slower:.2f} x")
   if table.row_count:
     console.print(table)
   else:
-    console.print("no single change fits: take more chips, or let --search combine several")
+    console.print("no small change fits: take more chips, or let --search combine several")
 
 
 def show_search(found: Found, asked: list[Candidate], console) -> None:

@@ -8,12 +8,9 @@ import dataclasses
 import math
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bigtrain.config import Refused, nearest
-
-if TYPE_CHECKING:
-  import jax
 
 GiB = 2**30
 # What libtpu and jax read when they start, for a machine without the chips.
@@ -46,13 +43,13 @@ class Chip:
   platform: str = "tpu"
 
 
-# HBM is what libtpu says it has, in its out-of-memory messages. The clock is that at which all matrix
-# units together reach the peak; by it the compiler gives a large product at most 98% of the peak
-# (85% on v6e).
+# HBM is what libtpu says it has, in its out-of-memory messages. The clock is that at which all
+# matrix units together reach the peak; by it the compiler gives a large product at most 98% of the
+# peak (85% on v6e).
 CHIPS = {
-  # [cloud] 197 TFLOP/s, 393 TOP/s, 16 GB, 819 GB/s. [book] 45 GB/s a link, 2D; 25 GB/s a host of 8.
+  # [cloud] 197 TFLOP/s, 393 TOP/s, 16 GB, 819 GB/s. [book] 45 GB/s a link, 2D; DCN 25 GB/s a host.
   "v5e": Chip("TPU v5 lite", 15.75 * GiB, 8.19e11, 197e12, 393e12, 1.5e9, 4.5e10, 2, "16", 3.125e9),
-  # [cloud] 459 TFLOP/s, 95 GB, 2765 GB/s. [book] 918 TOP/s, 90 GB/s a link, 3D; 25 GB/s a host of 4.
+  # [cloud] 459 TFLOP/s, 95 GB, 2765 GB/s. [book] 918 TOP/s, 90 GB/s a link, 3D; DCN as above.
   "v5p": Chip("TPU v5", 95.73 * GiB, 2.765e12, 459e12, 918e12, 1.75e9, 9e10, 3, "4", 6.25e9),
   # [cloud] 918 TFLOP/s, 1836 TOP/s, 32 GB, 1638 GB/s. [book] 90 GB/s a link, 2D.
   "v6e": Chip(
@@ -76,7 +73,7 @@ class Topology:
   def chips(self) -> int:
     return math.prod(self.shape) * self.slices
 
-  def devices(self) -> "list[jax.Device]":
+  def devices(self) -> list[Any]:
     """Devices that programs can be compiled for, and nothing can run on.
 
     Raises:
