@@ -163,7 +163,8 @@ def _tensors(plan: Plan):
 
 def _time(plan: Plan):
   step = plan.cost.step
-  table = _table("Predicted time of a step", "", "seconds", "share", "")
+  of = "" if plan.compiled.topology.chip.clock else ", a roofline: there are no cycles"
+  table = _table(f"Predicted time of a step{of}", "", "seconds", "share", "")
   for part in PARTS:
     seconds = plan.cost.seconds[part]
     table.add_row(part, f"{seconds:.4f}", f"{seconds / step:.0%}", ABOUT[part])
@@ -219,7 +220,7 @@ def show_search(found: Found, asked: list[Candidate], console) -> None:
   for why, count in found.dropped.items():
     console.print(f"{count} dropped: {why}", highlight=False)
   console.print(f"{n} left, of which {len(asked)} were compiled", highlight=False)
-  columns = ("settings", "seconds", "GiB", "closed form", "seconds there")
+  columns = ("settings", "seconds", "GiB", "closed form", "of which")
   table = _table("Compiled, the best first", *columns)
   for c in asked:
     plan = c.plan or {}

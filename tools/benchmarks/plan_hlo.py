@@ -2,8 +2,8 @@
 
   python tools/benchmarks/plan_hlo.py step.hlo.txt --topology v5p:2x2x4 --mesh fsdp=16
 
-The model is that of `bigtrain plan`, so that two programs compare: the compiler's cycles
-with loops counted, attention kernels at 60% of peak, links. `--mesh` names the axes of the program's
+The model is that of `bigtrain plan`, so that two programs compare: the compiler's cycles with
+loops counted, attention kernels at 60% of peak, links. `--mesh` names the axes of the program's
 mesh, slowest first, over the topology's chips in order.
 """
 
