@@ -174,7 +174,13 @@ class _Estimate:
       return self._made(found, found.opcode, "start"), "start", channel
     if "AsyncCollectiveDone" in targets:
       return self._made(found, found.opcode, "done"), "done", channel
-    return None  # Compute during which a collective goes on.
+    if i.cycles is not None:
+      return None  # Compute during which a collective goes on.
+    # An all-reduce of which each chip keeps a part: how older compilers print a reduce-scatter.
+    made = self._made(found, found.opcode, "both")
+    if found.opcode == "all-reduce" and any(j.opcode == "dynamic-slice" for j in inside):
+      made.kind, made.seconds = "reduce-scatter", made.seconds / 2
+    return made, "both", i.name
 
   def _made(self, i: Instruction, kind: str, phase: str) -> Collective:
     if phase == "done":
