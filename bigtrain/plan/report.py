@@ -9,7 +9,7 @@ from bigtrain.plan import hlo
 from bigtrain.plan.compile import Compiled
 from bigtrain.plan.cost import PARTS, Collective, Cost, estimate
 from bigtrain.plan.explain import changes, largest, wanted
-from bigtrain.plan.memory import KINDS, Tensor, by, tensors
+from bigtrain.plan.memory import KINDS, Tensor, by, place, tensors
 from bigtrain.plan.search import Candidate, Found
 
 GiB = 2**30
@@ -180,12 +180,19 @@ def _collectives(plan: Plan):
   for c in found[:SHOWN]:
     kind = f"{c.kind}{', async' if c.asynchronous else ''}"
     row = (kind, "+".join(c.axes), f"{c.bytes / 1e6:.1f}", str(c.times), f"{c.seconds:.4f}")
-    table.add_row(*row, f"{c.exposed:.4f}", c.scope[-48:])
+    table.add_row(*row, f"{c.exposed:.4f}", _where(c.scope))
   rest = found[SHOWN:]
   if rest:
     sums = sum(c.seconds for c in rest), sum(c.exposed for c in rest)
     table.add_row(f"{len(rest)} more", "", "", "", f"{sums[0]:.4f}", f"{sums[1]:.4f}", "")
   return table
+
+
+def _where(scope: str) -> str:
+  """The part of the model and the pass; nothing where the compiler joined several."""
+  marks = {"rematted": "again", "transpose(": "backward", "jvp": "forward"}
+  turn = next((turn for mark, turn in marks.items() if mark in scope), "")
+  return f"{place(scope)} {turn}".strip() or ("step" if scope else "several, joined")
 
 
 def explain(plan: Plan, console) -> None:
