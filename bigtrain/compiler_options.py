@@ -5,11 +5,11 @@ They go with the program that is compiled; there is no environment variable to s
 
 import jax
 
-Options = dict[str, str | bool | int]
+Options = dict[str, str | bool]
 
 # All TPUs: a product with a gathered weight stays one product. Cut into chunks that wait for one
 # neighbour each, steps of small models took up to 1.9 times as long by the compiler's estimate.
-WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 BY_KIND: dict[str, tuple[Options, ...]] = {
   "TPU v5 lite": (WHOLE_PRODUCTS,),

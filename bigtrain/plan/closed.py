@@ -72,7 +72,7 @@ class Guess:
     """What the time is made of, in a line."""
     parts = {"compute": self.compute, "gathers": self.gathers, "scatters": self.scatters}
     parts |= {"tensor": self.tensor, "replicas": self.replicas}
-    return ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items() if seconds)
+    return ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items() if seconds)
 
 
 def guess(e: Experiment, topology: Topology, sizes: Sizes, network: Network) -> Guess:

@@ -1,8 +1,8 @@
 """The real step, compiled for chips that are not here by the code that `train` runs.
 
-What the compiler said is kept in the user's cache under a digest of all that decides it: the config,
-this code, the libraries' versions and the topology. So a plan is made once, and a search that was
-interrupted goes on.
+What the compiler said is kept in the user's cache under a digest of all that decides it: the
+config, this code, the libraries' versions and the topology. So a plan is made once, and a search
+that was interrupted goes on.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
 """The predicted time of a step: the compiler's own cycles, loops counted, and models for the rest.
 
-- An instruction with `estimated_cycles` takes these at the chip's clock. Those with a matrix product
-  in them are "matrix", the others "vector".
+- An instruction with `estimated_cycles` takes these at the chip's clock. Those with a matrix
+  product in them are "matrix", the others "vector".
 - A Pallas kernel carries no estimate. Attention is counted by its products, of which a causal mask
-  leaves half, at 60% of peak: two forward, five in a fused backward pass (three and four where it is
-  two kernels). Another kernel takes what its own cost estimate says, as a roofline.
+  leaves half, at 60% of peak: two forward, five in a fused backward pass (three and four where it
+  is two kernels). Another kernel takes what its own cost estimate says, as a roofline.
 - What else carries none (a gather, a scatter, a sort, a copy) takes the time to read and write its
   bytes: "moved".
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous
@@ -174,7 +174,13 @@ class _Estimate:
       return self._made(found, found.opcode, "start"), "start", channel
     if "AsyncCollectiveDone" in targets:
       return self._made(found, found.opcode, "done"), "done", channel
-    return None  # Compute during which a collective goes on.
+    if i.cycles is not None:
+      return None  # Compute during which a collective goes on.
+    # An all-reduce of which each chip keeps a part: how older compilers print a reduce-scatter.
+    made = self._made(found, found.opcode, "both")
+    if found.opcode == "all-reduce" and any(j.opcode == "dynamic-slice" for j in inside):
+      made.kind, made.seconds = "reduce-scatter", made.seconds / 2
+    return made, "both", i.name
 
   def _made(self, i: Instruction, kind: str, phase: str) -> Collective:
     if phase == "done":

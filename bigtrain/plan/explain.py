@@ -47,7 +47,7 @@ class Change:
 
 
 def wanted(compiled: Compiled) -> float | None:
-  """Bytes that the compiler's message says each chip would need for all; None if it does not say."""
+  """Bytes that each chip would need by the compiler's message; None if it does not say."""
   found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", compiled.problem)
   if found is None:
     return None
@@ -107,7 +107,7 @@ def _traced(aval, scope: str, primitive: str, sizes: dict[str, int]) -> Traced:
 
 
 def changes(e: Experiment, topology: Topology, compiled: Compiled) -> list[Change]:
-  """Single changes that fit, the cheapest first; of more microbatches the fewest alone."""
+  """Small changes that fit, the cheapest first; of more microbatches only the fewest."""
   if not isinstance(e.model, TransformerConfig) or (needs := wanted(compiled)) is None:
     return []
   sizes, devices = Sizes.of(e), topology.devices()
@@ -121,11 +121,11 @@ def changes(e: Experiment, topology: Topology, compiled: Compiled) -> list[Chang
     rest = (needs - now.state) * (then.memory - then.state) / (now.memory - now.state)
     if then.state + rest <= topology.chip.hbm:
       found.append(Change(settings, then.state + rest, then.seconds / now.seconds))
-  fewest = min(
-    (c.settings["microbatches"] for c in found if "microbatches" in c.settings), default=0
-  )
-  kept = [c for c in found if c.settings.get("microbatches", fewest) == fewest]
-  return sorted(kept, key=lambda c: (c.slower, c.memory))
+  fewest: dict[Any, Change] = {}
+  for change in found:  # With the fewest microbatches first.
+    others = {flag: value for flag, value in change.settings.items() if flag != "microbatches"}
+    fewest.setdefault(tuple(others.items()) or "microbatches", change)
+  return sorted(fewest.values(), key=lambda c: (c.slower, c.memory))
 
 
 def _single(e: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:

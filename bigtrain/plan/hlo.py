@@ -224,7 +224,12 @@ def _source(computation: Computation, name: str) -> Instruction:
 
 
 def _product(i: Instruction, computation: Computation) -> float:
-  """FLOPs of a dot or a convolution; 0 of all else."""
+  """FLOPs of a dot, a convolution or a call of cuBLAS; 0 of all else."""
+  if i.target.startswith("__cublas"):
+    dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
+    contracted = re.findall(r"\d+", dims[1]) if dims else ()
+    left = computation.by_name[i.operands[0]].arrays[0].dims
+    return 2.0 * math.prod(i.arrays[0].dims) * math.prod(left[int(d)] for d in contracted)
   if i.opcode not in ("dot", "convolution"):
     return 0.0
   left, right = (computation.by_name[name].arrays[0].dims for name in i.operands[:2])

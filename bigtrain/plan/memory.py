@@ -61,7 +61,7 @@ def _kind(buffer: Buffer, state: list[Leaf]) -> tuple[str, str]:
   if buffer.argument is not None:
     number = re.fullmatch(r"leaves\[(\d+)\]", scope)
     if not number:
-      return "other arguments", scope.replace("'", "") or "step"
+      return "other arguments", re.sub(r"[\\']", "", scope) or "step"
     leaf = state[int(number[1])]
     kind = {"model": "parameters", "optimizer": "optimizer state"}.get(leaf.group)
     return kind or "other arguments", leaf.name

@@ -4,9 +4,10 @@ A link of the torus carries `chip.link` bytes a second each way. A collective ov
 torus axes along which its chips differ: both directions of an axis that is closed, one of an open
 one, where the chip at the end receives everything through one link. So of V bytes that every chip
 has in the end (all-gather) or in the beginning (reduce-scatter), V (n - 1) / n pass at that rate;
-an all-reduce is both; in an all-to-all each byte goes a quarter of the way round, or half of an open
-axis; a permutation moves its bytes over one link. Latency, hops of a permutation and links that two
-collectives share are not counted. Between slices the rate is that of the data center network.
+an all-reduce is both; in an all-to-all each byte goes a quarter of the way round, or half of an
+open axis; a permutation moves its bytes over one link. Latency, hops of a permutation and links
+that two collectives share are not counted. Between slices the rate is that of the data center's
+network.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from bigtrain.plan import hlo
 from bigtrain.plan.compile import Compiled
 from bigtrain.plan.cost import PARTS, Collective, Cost, estimate
 from bigtrain.plan.explain import changes, largest, wanted
-from bigtrain.plan.memory import KINDS, Tensor, by, tensors
+from bigtrain.plan.memory import KINDS, Tensor, by, place, tensors
 from bigtrain.plan.search import Candidate, Found
 
 GiB = 2**30
@@ -163,7 +163,8 @@ def _tensors(plan: Plan):
 
 def _time(plan: Plan):
   step = plan.cost.step
-  table = _table("Predicted time of a step", "", "seconds", "share", "")
+  of = "" if plan.compiled.topology.chip.clock else ", a roofline: there are no cycles"
+  table = _table(f"Predicted time of a step{of}", "", "seconds", "share", "")
   for part in PARTS:
     seconds = plan.cost.seconds[part]
     table.add_row(part, f"{seconds:.4f}", f"{seconds / step:.0%}", ABOUT[part])
@@ -179,12 +180,19 @@ def _collectives(plan: Plan):
   for c in found[:SHOWN]:
     kind = f"{c.kind}{', async' if c.asynchronous else ''}"
     row = (kind, "+".join(c.axes), f"{c.bytes / 1e6:.1f}", str(c.times), f"{c.seconds:.4f}")
-    table.add_row(*row, f"{c.exposed:.4f}", c.scope[-48:])
+    table.add_row(*row, f"{c.exposed:.4f}", _where(c.scope))
   rest = found[SHOWN:]
   if rest:
     sums = sum(c.seconds for c in rest), sum(c.exposed for c in rest)
     table.add_row(f"{len(rest)} more", "", "", "", f"{sums[0]:.4f}", f"{sums[1]:.4f}", "")
   return table
+
+
+def _where(scope: str) -> str:
+  """The part of the model and the pass; nothing where the compiler joined several."""
+  marks = {"rematted": "again", "transpose(": "backward", "jvp": "forward"}
+  turn = next((turn for mark, turn in marks.items() if mark in scope), "")
+  return f"{place(scope)} {turn}".strip() or ("step" if scope else "several, joined")
 
 
 def explain(plan: Plan, console) -> None:
@@ -204,13 +212,13 @@ def explain(plan: Plan, console) -> None:
   for t in largest(e, c.topology):
     table.add_row(t.shape, f"{t.bytes / GiB:.2f}", t.where, ", ".join(t.made_by[:4]))
   console.print(table)
-  table = _table("Single changes that should fit, by closed form", "", "GiB", "step takes")
+  table = _table("Small changes that should fit, by closed form", "", "GiB", "step takes")
   for change in changes(e, c.topology, c):
     table.add_row(change.line(), f"{change.memory / GiB:.1f}", f"{change.slower:.2f} x")
   if table.row_count:
     console.print(table)
   else:
-    console.print("no single change fits: take more chips, or let --search combine several")
+    console.print("no small change fits: take more chips, or let --search combine several")
 
 
 def show_search(found: Found, asked: list[Candidate], console) -> None:
@@ -219,7 +227,7 @@ def show_search(found: Found, asked: list[Candidate], console) -> None:
   for why, count in found.dropped.items():
     console.print(f"{count} dropped: {why}", highlight=False)
   console.print(f"{n} left, of which {len(asked)} were compiled", highlight=False)
-  columns = ("settings", "seconds", "GiB", "closed form", "seconds there")
+  columns = ("settings", "seconds", "GiB", "closed form", "of which")
   table = _table("Compiled, the best first", *columns)
   for c in asked:
     plan = c.plan or {}

@@ -1,9 +1,9 @@
 """The best layout: every candidate in closed form, then the compiler's word on the best few.
 
-A candidate divides the chips that the experiment's other axes leave among data, fsdp and tensor, and
-chooses a remat policy, a number of microbatches and a batch. Pruned is what cannot divide, what does
-not fit by `MARGIN` even in closed form, and what takes longer than `MARGIN` times the fastest. Of
-what is left the first `few` are compiled, each by a process of its own.
+A candidate divides the chips that the experiment's other axes leave among data, fsdp and tensor,
+and chooses a remat policy, a number of microbatches and a batch. Pruned is what cannot divide, what
+cannot fit and what cannot be the fastest if closed forms are wrong by `MARGIN` at most. Of what is
+left the first `few` are compiled, each by a process of its own.
 """
 
 import copy

@@ -5,20 +5,45 @@ jax-ml.github.io/scaling-book/tpus, whose link figures are what is reached; [nvi
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bigtrain.config import Refused, nearest
 
-if TYPE_CHECKING:
-  import jax
-
 GiB = 2**30
+COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda13_plugin", "cuda")}  # Package, extra.
+# What XLA is told of a GPU that it does not see, as its GpuTargetConfigProto [nvidia].
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 # What libtpu and jax read when they start, for a machine without the chips.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
+  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # Else a CUDA plugin wants to see its GPU.
   "TPU_SKIP_MDS_QUERY": "1",  # No metadata server is asked.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Else a second process dies on a lock file.
   "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # Any; unset, libtpu complains on standard error.
@@ -46,15 +71,16 @@ class Chip:
   platform: str = "tpu"
 
 
-# HBM is what libtpu says it has, in its out-of-memory messages. The clock is that at which all matrix
-# units together reach the peak; by it the compiler gives a large product at most 98% of the peak
-# (85% on v6e).
+# HBM is what libtpu says it has, in its out-of-memory messages. The clock is that at which all
+# matrix units together reach the peak; by it the compiler gives a large product at most 98% of the
+# peak (85% on v6e).
 CHIPS = {
-  # [cloud] 197 TFLOP/s, 393 TOP/s, 16 GB, 819 GB/s. [book] 45 GB/s a link, 2D; 25 GB/s a host of 8.
+  # [cloud] 197 TFLOP/s, 393 TOP/s, 16 GB, 819 GB/s. [book] 45 GB/s a link, 2D; DCN 25 GB/s a host.
   "v5e": Chip("TPU v5 lite", 15.75 * GiB, 8.19e11, 197e12, 393e12, 1.5e9, 4.5e10, 2, "16", 3.125e9),
-  # [cloud] 459 TFLOP/s, 95 GB, 2765 GB/s. [book] 918 TOP/s, 90 GB/s a link, 3D; 25 GB/s a host of 4.
+  # [cloud] 459 TFLOP/s, 95 GB, 2765 GB/s. [book] 918 TOP/s, 90 GB/s a link, 3D; DCN as above.
   "v5p": Chip("TPU v5", 95.73 * GiB, 2.765e12, 459e12, 918e12, 1.75e9, 9e10, 3, "4", 6.25e9),
-  # [cloud] 918 TFLOP/s, 1836 TOP/s, 32 GB, 1638 GB/s. [book] 90 GB/s a link, 2D.
+  # [cloud] 918 TFLOP/s, 1836 TOP/s, 32 GB, 1638 GB/s, DCN 800 Gb/s a host of 8. [book] 90 GB/s a
+  # link, 2D.
   "v6e": Chip(
     "TPU v6 lite", 31.24 * GiB, 1.638e12, 918e12, 1836e12, 1.75e9, 9e10, 2, "16", 1.25e10
   ),
@@ -76,7 +102,7 @@ class Topology:
   def chips(self) -> int:
     return math.prod(self.shape) * self.slices
 
-  def devices(self) -> "list[jax.Device]":
+  def devices(self) -> list[Any]:
     """Devices that programs can be compiled for, and nothing can run on.
 
     Raises:
@@ -85,21 +111,23 @@ class Topology:
     from jax.experimental import topologies
 
     prepare()
-    if self.chip.platform == "gpu":
+    package, extra = COMPILERS[self.chip.platform]
+    if importlib.util.find_spec(package) is None:
       raise Refused(
-        f"--topology {self.name}: GPU programs are compiled by jax's CUDA plugin, which is not "
-        "installed here: pip install 'bigtrain[cuda]'"
+        f"--topology {self.name}: programs for it are compiled by {package}, which is not "
+        f"installed here: pip install 'bigtrain[{extra}]'"
       )
-    more = {} if self.slices == 1 else {"num_slices": self.slices}
+    more: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
+    if self.chip.platform == "gpu":
+      # Hosts of so many GPUs each.
+      more = {"topology": f"{self.slices}x{self.shape[0]}x1", "target_config": H100}
     try:
-      made = topologies.get_topology_desc(self.name, platform="tpu", **more)
+      if self.chip.platform == "gpu":
+        made = topologies.get_topology_desc(platform="cuda", **more)
+      else:
+        made = topologies.get_topology_desc(self.name, platform="tpu", **more)
     except Exception as error:  # jaxlib's own classes, by version.
-      if "libtpu" in str(error).lower() or isinstance(error, ImportError):
-        raise Refused(
-          "TPU programs are compiled by libtpu, which is not installed here: pip install "
-          "'bigtrain[tpu]' (on Python 3.12 or later)"
-        ) from error
-      raise Refused(f"--topology {self.name}: the compiler takes none such: {error}") from error
+      raise Refused(f"--topology {self.name}: the compiler does not take it: {error}") from error
     return list(made.devices)
 
 

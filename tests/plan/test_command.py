@@ -76,11 +76,12 @@ def test_a_mesh_that_the_topology_does_not_make_is_refused_before_compiling(run,
   assert "mesh wants 3 devices (data=1, fsdp=3, tensor=1) but 4 are in 1 x v5e:2x2" in said
 
 
-def test_gpus_without_their_plugin_are_refused_with_the_remedy(run, monkeypatch):
+def test_chips_without_their_compiler_are_refused_with_the_remedy(run, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(compile, "planned", compile.compile_step)
-    said = run("--topology", "h100:8").err
-  assert "pip install 'bigtrain[cuda]'" in said
+    patch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'bigtrain[cuda]'" in run("--topology", "h100:8").err
+    assert "pip install 'bigtrain[tpu]'" in run("--topology", "v5e:2x2").err
 
 
 def test_a_plan_is_made_once(run):

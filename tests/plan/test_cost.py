@@ -51,6 +51,35 @@ ENTRY %main (a: bf16[128,1024]) -> bf16[512,1024] {
   assert [c.exposed for c in found.collectives] == pytest.approx([0.0, GATHER], abs=1e-9)
 
 
+def test_a_reduce_scatter_that_is_fused_costs_what_one_of_its_own_does():
+  text = """HloModule m, is_scheduled=true
+
+%sum (l: f32[], r: f32[]) -> f32[] {
+  %l = f32[] parameter(0)
+  %r = f32[] parameter(1)
+  ROOT %add.0 = f32[] add(%l, %r)
+}
+
+%all-reduce-scatter (p: bf16[512,1024], i: s32[]) -> bf16[128,1024] {
+  %p = bf16[512,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %all = bf16[512,1024]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %part = bf16[128,1024]{1,0} dynamic-slice(%all, %i, %i), dynamic_slice_sizes={128,1024}
+}
+
+ENTRY %main (a: bf16[512,1024], i: s32[]) -> bf16[128,1024] {
+  %a = bf16[512,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %one = bf16[128,1024]{1,0} fusion(%a, %i), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %two = bf16[128,1024]{1,0} reduce-scatter(%a), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+  fused, plain = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4)).collectives
+  assert fused.kind == plain.kind == "reduce-scatter"
+  assert fused.bytes == plain.bytes == 512 * 1024 * 2
+  assert fused.exposed == plain.exposed == pytest.approx(GATHER)
+
+
 def test_what_has_no_estimate_takes_its_bytes_and_is_called_uncounted():
   found = cost.estimate(module("pairs"), links("v5e:2x2", data=1, fsdp=4))
   assert found.seconds["moved"] == pytest.approx(2 * 512 * 1024 * 2 / BANDWIDTH)

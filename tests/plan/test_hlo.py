@@ -70,6 +70,14 @@ def test_the_products_of_a_fusion_are_its_convolutions():
       ("bf16[8,4,7]", "bf16[4,7,5]"),
       2 * 4 * 8 * 7 * 5,
     ),
+    # What a GPU's compiler makes of a product.
+    (
+      '%g = (f32[8,5], s8[64]) custom-call(%a, %b), custom_call_target="__cublas$gemm", '
+      'backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+      '{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}',
+      ("f32[8,7]", "f32[7,5]"),
+      2 * 8 * 7 * 5,
+    ),
     # An image: a window of 3 x 3 over 6 x 6 without its borders.
     (
       "%i = f32[2,4,4,16] convolution(%a, %b), window={size=3x3}, dim_labels=b01f_01io->b01f",
