@@ -14,6 +14,7 @@ distance: of a query and a key, T + S - 1 of them, E element of a dropout key, N
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +63,14 @@ def part_of(
   form: Form, q_BKGTH, k_BKSH, v_BKSH, queries: Tokens, keys: Tokens, bias_KGP=None, seeds_BKE=None
 ) -> Part:
   """Attention of these queries to these keys on one device."""
-  arrays, positions = (q_BKGTH, k_BKSH, v_BKSH, bias_KGP), None
+  arrays: Any = (q_BKGTH, k_BKSH, v_BKSH, bias_KGP)
+  positions = None
   if not form.aligned and (form.causal or form.window is not None):
     positions = queries.positions, keys.positions
   axes = _varying(arrays)
   arrays = jax.tree.map(lambda x: _over(axes, x), arrays)
-  return Part(*arrays, *documents(queries, keys), positions, seeds_BKE)
+  query_BT, key_BS = documents(queries, keys)
+  return Part(*arrays, query_BT=query_BT, key_BS=key_BS, positions=positions, seeds_BKE=seeds_BKE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -83,8 +86,8 @@ def _keep(settings, part):
 def _pull(settings, kept, dout_BKGTH):
   part, out_BKGTH, lse_BKGT = kept
   delta_BKGT = (dout_BKGTH.astype(lse_BKGT.dtype) * out_BKGTH).sum(-1)
-  gradients = backward(settings, part, lse_BKGT, delta_BKGT, dout_BKGTH)
-  return (Part(*gradients, None, None, offset=None),)
+  gradients: Any = backward(settings, part, lse_BKGT, delta_BKGT, dout_BKGTH)
+  return (Part(*gradients, query_BT=None, key_BS=None, offset=None),)
 
 
 _attention.defvjp(_keep, _pull)
@@ -128,7 +131,7 @@ def backward(settings: Settings, part: Part, lse_BKGT, delta_BKGT, dout_BKGTH) -
   if T > UNROLLED:
     part, given = _padded(part), tuple(_pad(x, 3, QUERIES) for x in given)
   rows = part.q_BKGTH.shape[3]
-  sums = [jax.tree.map(lambda x: _zeros(part, x), x) for x in part[1:4]]
+  sums: Any = [jax.tree.map(lambda x: _zeros(part, x), x) for x in part[1:4]]
 
   def add(sums, t, queries, s, keys):
     """The block's gradient of q, and the sums of the others with what it adds."""
@@ -190,8 +193,8 @@ def _spans(form: Form, T: int, S: int) -> Iterator[tuple[int, int, list[tuple[in
 def _bounds(form: Form, T: int, S: int) -> tuple[np.ndarray, ...]:
   """The first query of every block, and the blocks of keys that it sees, from and to."""
   starts = np.arange(0, T, QUERIES)
-  seen = np.array([_seen(form, t, QUERIES, S) for t in starts])
-  return tuple(np.int32(x) for x in (starts, seen[:, 0] // KEYS, -(-seen[:, 1] // KEYS)))
+  first, last = np.array([_seen(form, int(t), QUERIES, S) for t in starts]).T
+  return starts, first // KEYS, -(-last // KEYS)
 
 
 def _padded(part: Part) -> Part:

@@ -29,8 +29,8 @@ class Form(NamedTuple):
   window: int | None = None  # Positions seen, itself included; None for all.
   softcap: float | None = None  # Scores are squashed to c * tanh(score / c) (arXiv:2408.00118).
   # Column t of queries and of keys is the same token, and documents stand side by side, each in the
-  # order of its positions. What comes before a token is then known from columns, while tracing, and
-  # blocks that nobody sees are never computed.
+  # order of its positions; without segments no slot is empty. What comes before a token is then
+  # known from columns, while tracing, and blocks that nobody sees are never computed.
   aligned: bool = False
   kernel: Kernel = "auto"
 

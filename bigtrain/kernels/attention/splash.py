@@ -4,6 +4,8 @@ Dims: B batch, T query position, S key position, K kv heads, G queries per kv he
 heads, H head.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -56,9 +58,10 @@ def attend(call: Call, *, interpret: bool = False) -> jax.Array:
     B, T, K, G, H = q_BTKGH.shape
     kernel = _kernel(call.form, K * G, T, k_BSKH.shape[1], interpret)
     q_BNTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4)).reshape(B, K * G, T, H)
-    of_row = lambda q, k, v, *segments: kernel(q, k, v, splash.SegmentIds(*segments))
-    arrays = q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), query_BT, key_BS
-    out_BKGTH = jax.vmap(of_row)(*arrays).reshape(B, K, G, T, H)
+    of_row: Any = lambda q, k, v, *segments: kernel(q, k, v, splash.SegmentIds(*segments))
+    arrays: Any = q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), query_BT, key_BS
+    out_BNTH: Any = jax.vmap(of_row)(*arrays)
+    out_BKGTH = out_BNTH.reshape(B, K, G, T, H)
     return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
 
   arrays = call.q_BTKGH, call.k_BSKH, call.v_BSKH, query_BT, key_BS

@@ -1,10 +1,12 @@
-"""Attention of tokamax (an extra: `pip install bigtrain[kernels]`), which takes its best for a chip.
+"""Attention of tokamax, an extra (`pip install bigtrain[kernels]`), which has one for every chip.
 
 Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, N all K*G query
 heads, H head.
 """
 
+import importlib
 import importlib.util
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -36,22 +38,21 @@ def attend(call: Call) -> jax.Array:
 
   Who sees whom reaches it as (B, T, S) bits where columns do not tell.
   """
-  import tokamax
-
+  library: Any = importlib.import_module("tokamax")
   form = call.form
   columns = form.aligned and call.queries.segments is None
-  tokens = None if columns else (call.queries, call.keys)
+  tokens: Any = None if columns else (call.queries, call.keys)
   window = None
   if columns and form.window is not None:
     window = (form.window - 1, 0 if form.causal else form.window - 1)
 
   def local(q_BTKGH, k_BSKH, v_BSKH, tokens):
     B, T, K, G, H = q_BTKGH.shape
-    out_BTNH = tokamax.dot_product_attention(
+    out_BTNH = library.dot_product_attention(
       q_BTKGH.reshape(B, T, K * G, H),
       k_BSKH,
       v_BSKH,
-      mask=None if tokens is None else visible(*tokens, form)[:, None],
+      mask=None if tokens is None else visible(tokens[0], tokens[1], form)[:, None],
       scale=1.0,
       is_causal=columns and form.causal,
       local_window_size=window,
