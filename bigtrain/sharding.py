@@ -93,6 +93,11 @@ def rows(*, cut: bool) -> Iterator[None]:
     _cut.reset(token)
 
 
+def rows_are_cut() -> bool:
+  """As `rows` says; also on a mesh where that lays them over one device."""
+  return _cut.get()
+
+
 def cut_over() -> str | None:
   """The axis of `CONTEXT` over which rows are cut here, if there is one."""
   mesh = jax.sharding.get_abstract_mesh()

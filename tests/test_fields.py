@@ -193,6 +193,8 @@ EXEMPT = {
   "Pipeline.keep": STAGES,
   "Experiment.epochs": "stands in place of steps, which shrinking sets; test_train_step.py has it",
   "Experiment.new_weights": "parts of a model that weights_from fills; test_weights.py has it",
+  "Mesh.sequence": "refused where tensor spans one device; tests/parallel has it",
+  "Mesh.ulysses": "refused where context spans one device; tests/parallel has it",
   "Evaluation.batch": "every example counts once, whatever the batch: only memory and speed differ",
 }
 # What a model has no use for, and why.

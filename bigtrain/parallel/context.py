@@ -21,6 +21,7 @@ from jax import P
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, configs
+from bigtrain.kernels import attention
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.position import RelativeBuckets
 from bigtrain.parallel import zigzag
@@ -52,13 +53,18 @@ def _laid(x_BT: jax.Array) -> jax.Array:
   return sharding.lay(x_BT, "BT")
 
 
-def attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, dropout: float) -> jax.Array:
+def attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras) -> jax.Array:
   """`kernels.attention.attend` where rows are cut.
 
   Raises:
     Refused: as `check_model`.
   """
   axis = sharding.cut_over()
+  if axis is None:  # Over `sequence` at most, which has given way to heads.
+    with sharding.rows(cut=False):
+      return attention.attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
+  bias_KGP = extras["bias_KGP"]
+  dropout = 0.0 if extras["key"] is None else extras["dropout"]
   _check_attention(axis, dropout, bias_KGP is not None)
   if axis == "context":
     form = form._replace(aligned=False)  # Columns are in zig-zag order.
@@ -108,8 +114,6 @@ def _check_attention(axis: str | None, dropout: float, relative: bool) -> None:
 def _exchanged(form, q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP) -> tuple[jax.Array, Any]:
   """Attention of some heads over whole rows, between two exchanges (arXiv:2309.14509), and what was
   tapped in it."""
-  from bigtrain.kernels.attention import attend
-
   heads, positions = 2, 1
   swap = functools.partial(jax.lax.all_to_all, axis_name="ulysses", tiled=True)
   whole = lambda x: swap(x, split_axis=heads, concat_axis=positions)
@@ -121,20 +125,22 @@ def _exchanged(form, q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP) -> tuple[
     first = size * jax.lax.axis_index("ulysses")
     bias_KGP = jax.lax.dynamic_slice_in_dim(bias_KGP, first, size)
   with sharding.rows(cut=False):
-    attend = taps.collected(functools.partial(attend, bias_KGP=bias_KGP))
+    attend = taps.collected(functools.partial(attention.attend, bias_KGP=bias_KGP))
     y_BTKGH, found = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form)
   return swap(y_BTKGH, split_axis=positions, concat_axis=heads), taps.over_devices(found)
 
 
 def before(x_BT: jax.Array) -> jax.Array:
   """What stands one column earlier, (B, T, ...); zeros in the first column."""
-  if (axis := sharding.cut_over()) is None:
-    return _moved_on(x_BT, jnp.zeros_like(x_BT[:, :1]))
-  spec = jax.typeof(x_BT).sharding.spec
-  if "sequence" in sharding.split_over(x_BT):
+  spec, axis = jax.typeof(x_BT).sharding.spec, sharding.cut_over()
+  sequence = "sequence" in sharding.split_over(x_BT)
+  if sequence:  # Once a step: the embedding alone is shifted.
     x_BT = sharding.gathered(x_BT, ("sequence",), ())
-  x_BT = _island(_before if axis == "context" else _before_in_order, x_BT)
-  return jax.sharding.reshard(x_BT, spec) if spec is not None else x_BT
+  if axis is None:
+    x_BT = _moved_on(x_BT, jnp.zeros_like(x_BT[:, :1]))
+  else:
+    x_BT = _island(_before if axis == "context" else _before_in_order, x_BT)
+  return jax.sharding.reshard(x_BT, spec) if sequence else x_BT
 
 
 def _before(x_BT: jax.Array) -> jax.Array:

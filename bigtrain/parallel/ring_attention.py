@@ -45,6 +45,9 @@ def _forward(form: Form, q_BTKGH, k_BSKH, v_BSKH, queries: Tokens, keys: Tokens)
   def meet(own: Queries, found, there: Keys, _):
     return merged(found, partial_attention(own, there, form)), ()
 
+  # Tokens are those of every layer. Without the barrier a scan over layers would make all masks
+  # before it begins, and keep them: (T / n)^2 of them.
+  q_BTKGH, queries, keys = jax.lax.optimization_barrier((q_BTKGH, queries, keys))
   own, there = Queries(q_BTKGH, queries), Keys(k_BSKH, v_BSKH, keys)
   found, _ = _round(meet, form.causal, own, nothing(q_BTKGH), there, ())
   out_BTKGH = checkpoint_name(found.out_BTKGH.astype(v_BSKH.dtype), "attention")

@@ -151,6 +151,32 @@ def test_a_batch_is_cut_into_what_each_device_holds_and_nothing_else_is():
   np.testing.assert_array_equal(shard, np.asarray(batch["tokens"])[:, [0, 1, 2, 3, 28, 29, 30, 31]])
 
 
+def test_memory_does_not_grow_with_the_square_of_a_piece_in_a_scan_over_layers(monkeypatch):
+  """The tokens are those of every layer: what depends on them alone must not be made beforehand."""
+  monkeypatch.setattr(blockwise, "BLOCK", 4)
+  arrays, form = arguments(), FORMS["causal"]
+  tokens = Tokens(arrays["positions"], arrays["segments"])
+
+  def loss(q, k, v):
+    layer = jax.checkpoint(lambda q: attend(q, k, v, tokens, tokens, form))
+    return jax.lax.scan(lambda q, _: (layer(q), None), q, None, length=3)[0].sum()
+
+  with jax.set_mesh(Mesh(fsdp=1, context=1, tensor=8).make()), sharding.rows(cut=True):
+    monkeypatch.setattr(sharding, "cut_over", lambda: "context")  # A ring of one device.
+    parts = [jax.device_put(arrays[name][:, :, :1], jax.P()) for name in "qkv"]
+    tokens = jax.device_put(tokens, jax.P())
+    largest = max(_sizes(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*parts).jaxpr))
+  assert largest <= 4 * arrays["q"][:, :, :1].size
+
+
+def _sizes(jaxpr):
+  """Of all arrays in a jaxpr and those inside it."""
+  for equation in jaxpr.eqns:
+    yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from _sizes(inner)
+
+
 def test_attention_that_has_no_form_over_cut_rows_is_refused():
   arrays, tokens = arguments(), Tokens(arguments()["positions"])
   cut = functools.partial(

@@ -59,8 +59,8 @@ def experiment(c: Settings, mesh: Mesh) -> Experiment:
   )
 
 
-def compiled_memory(e: Experiment, devices: int) -> int:
-  """Bytes of arguments and temporaries on each device; the state is updated in place."""
+def compiled_memory(e: Experiment, devices: int) -> tuple[int, int]:
+  """Bytes of arguments (the state, updated in place) and of temporaries on each device."""
   mesh = e.mesh.make(jax.devices()[:devices])
   with jax.set_mesh(mesh):
     program, place = Program(e, mesh), sharding.batch_sharding()
@@ -72,21 +72,22 @@ def compiled_memory(e: Experiment, devices: int) -> int:
     }
     step = jax.jit(program.step, donate_argnums=0).lower(program.abstract(), batch).compile()
   memory = step.memory_analysis()
-  return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
 def main(c: Settings) -> None:
   jax.config.update("jax_num_cpu_devices", max(c.devices))
-  table = Table("mesh", "MB a device", "of the first", "compiled in s")
+  table = Table("mesh", "state, MB", "temporary, MB", "of the first", "compiled in s")
   first = None
   for mesh, devices in _meshes(c):
     started = time.monotonic()
-    size = compiled_memory(experiment(c, mesh), devices)
+    state, size = compiled_memory(experiment(c, mesh), devices)
     first = first or size
     said = f"tensor={devices}" if c.sequence else f"context={devices}"
     said += ", sequence" if mesh.sequence else ", ulysses" if mesh.ulysses else ""
     seconds = time.monotonic() - started
-    table.add_row(said, f"{size / 1e6:,.0f}", f"{size / first:.2f}", f"{seconds:.0f}")
+    shown = (f"{n / 1e6:,.0f}" for n in (state, size))
+    table.add_row(said, *shown, f"{size / first:.2f}", f"{seconds:.0f}")
   Console().print(table)
 
 
