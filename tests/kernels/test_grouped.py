@@ -58,7 +58,9 @@ def test_every_form_equals_a_loop_over_the_groups(sizes):
   found = run(*(jnp.float32(a) for a in (x, w, dy)), jnp.int32(sizes))
   for name, (y, dx, dw) in found.items():
     got = y[: sum(sizes)], dx[: sum(sizes)], dw
-    for a, b in zip(got, (wanted[0][: sum(sizes)], wanted[1][: sum(sizes)], wanted[2]), strict=True):
+    for a, b in zip(
+      got, (wanted[0][: sum(sizes)], wanted[1][: sum(sizes)], wanted[2]), strict=True
+    ):
       np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name)
 
 

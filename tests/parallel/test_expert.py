@@ -104,8 +104,13 @@ def run(dispatch, mesh: Mesh | None):
 
   with packed.in_mesh(mesh.make() if mesh else None):
     place = lambda dims: sharding.weight(dims) if "E" in dims else sharding.act(dims)
-    put = lambda a, dims: jnp.asarray(a, a.dtype if a.dtype == np.int32 else np.float32, device=
-      None if mesh is None else jax.sharding.NamedSharding(jax.sharding.get_mesh(), place(dims)))
+    put = lambda a, dims: jnp.asarray(
+      a,
+      a.dtype if a.dtype == np.int32 else np.float32,
+      device=None
+      if mesh is None
+      else jax.sharding.NamedSharding(jax.sharding.get_mesh(), place(dims)),
+    )
     given = [put(a, dims) for a, dims in zip(arrays(), LETTERS, strict=True)]
     return jax.device_get(jax.jit(compute)(*given))
 
