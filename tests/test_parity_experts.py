@@ -1,6 +1,7 @@
 """Experts on any mesh equal one device, losses, loads and balancing biases included."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from bigtrain.models.moe import BalanceLoss, Groups, MoEConfig, RouterConfig
 from bigtrain.parallel.expert import Capacity, Dropless
 from bigtrain.validate import validate
 from tests import packed
+from tests.collectives import Collective, collectives
 from tests.test_parity import ADAMW
 
 X, A, F = 8, 2, 24
@@ -118,3 +120,16 @@ def test_the_run_that_is_compared_is_uneven_and_moves_biases(start, alone):
   moved = np.abs(after - before) / 1e-2
   np.testing.assert_allclose(moved, np.round(moved), atol=1e-3)  # Steps of one size,
   assert moved.max() == pytest.approx(5, abs=1e-3)  # and for some expert always one way.
+
+
+def test_experts_stay_where_they_are_and_their_gradients_are_scattered():
+  mesh, _, step = packed.compiled(experiment(mesh=Mesh(expert=4)))
+  found = Counter(collectives(step, mesh))
+  own = X // 4 * packed.D * F  # Elements of each of the three kinds of matrices on a device.
+  assert found[Collective("all-gather", ("fsdp",), own)] == 3
+  assert found[Collective("reduce-scatter", ("fsdp",), own // 2)] == 3
+  slots = 4 * A * packed.T * packed.D  # For what each of four devices could send; a row each.
+  assert found[Collective("all-to-all", ("expert",), slots)] == 4
+  moved = {c for c in found if c.elements >= own // 2 and "expert" in c.axes}
+  dense = {c for c in moved if c.elements in (own, own // 2, X * packed.D * F)}
+  assert not dense, "an expert's matrices, or their gradients, travel along the axis"
