@@ -73,12 +73,13 @@ def collected(function: Callable) -> Callable[..., tuple[Any, Found]]:
 @contextlib.contextmanager
 def _collecting(kinds: frozenset[bool]) -> Iterator[Found]:
   found: Found = {}
-  tokens = ((_found, _found.set(found)), (_kinds, _kinds.set(kinds)), (_path, _path.set(())))
+  of_found, of_kinds, of_path = _found.set(found), _kinds.set(kinds), _path.set(())
   try:
     yield found
   finally:
-    for variable, token in tokens:
-      variable.reset(token)
+    _found.reset(of_found)
+    _kinds.reset(of_kinds)
+    _path.reset(of_path)
 
 
 def _is_sum(name: str) -> bool:

@@ -4,6 +4,7 @@ Edit DATA and TOKENIZER: any text, such as FineWeb-Edu, and the tokenizer.json o
 """
 
 import copy
+import dataclasses
 
 from bigtrain import Checkpoints, Evaluation, Experiment, Mesh
 from bigtrain.data.sources import Files
@@ -65,7 +66,8 @@ def llama3_405b() -> Experiment:
 def qk_norm() -> Experiment:
   """Do normalised queries and keys let base train stably at twice its rate?"""
   model = presets.llama3("1b")
-  model.pattern[0].attention.qk_norm = RMSNormConfig(eps=1e-5)
+  block = model.pattern[0]
+  block.attention = dataclasses.replace(block.attention, qk_norm=RMSNormConfig(eps=1e-5))
   return _study(model, lr=8e-4, steps=240_000, batch=512)
 
 
@@ -73,7 +75,7 @@ def windowed() -> Experiment:
   """What do windows of 1,024 in three layers of four cost base in loss, and save in time?"""
   model = presets.llama3("1b")
   local = copy.deepcopy(model.pattern[0])
-  local.attention.window = 1024
+  local.attention = dataclasses.replace(local.attention, window=1024)
   model.pattern = (local, local, local, *model.pattern)
   return _study(model, lr=4e-4, steps=240_000, batch=512)
 

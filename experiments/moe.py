@@ -3,6 +3,8 @@
 Edit DATA and TOKENIZER for the published ones: any text, and the tokenizer.json of the model.
 """
 
+import dataclasses
+
 from bigtrain import Checkpoints, Evaluation, Experiment, Mesh
 from bigtrain.data.sources import Files
 from bigtrain.data.text import TextData
@@ -26,7 +28,43 @@ TOKENIZER = "data/{}/tokenizer.json"
 
 def base() -> Experiment:
   """Eight experts, of which a token has two, on the prose of Jane Austen."""
-  experts = MoEConfig(experts=8, top_k=2, hidden=256, router=RouterConfig(z_loss=1e-3))
+  return _small(router=RouterConfig(z_loss=1e-3))
+
+
+def loss_free() -> Experiment:
+  """Do biases keep experts as even as a loss does, and is the held-out loss lower?"""
+  return _small(router=RouterConfig(scores="sigmoid", balance_loss=None, bias_rate=1e-3))
+
+
+def capacity() -> Experiment:
+  """What does it cost to leave out what exceeds an expert's even share by a quarter?"""
+  return _small(RouterConfig(z_loss=1e-3), Capacity(factor=1.25))
+
+
+def by_row() -> Experiment:
+  """Does balance within each row cost anything against balance over the batch?"""
+  return _small(router=RouterConfig(z_loss=1e-3, balance_loss=BalanceLoss(over="row")))
+
+
+def mixtral_8x7b() -> Experiment:
+  """46.7B parameters, of which a token meets 12.9B."""
+  return _study(presets.mixtral("8x7b"), "mixtral", lr=3e-4, expert=8)
+
+
+def qwen3_30b_a3b() -> Experiment:
+  """30.5B parameters, of which a token meets 3.4B."""
+  return _study(presets.qwen3_moe("30b-a3b"), "qwen3", lr=3e-4, expert=8)
+
+
+def deepseek_v3() -> Experiment:
+  """671B parameters, of which a token meets 37.6B, at the paper's rate (section 4.2)."""
+  return _study(presets.deepseek_v3(), "deepseek-v3", lr=2.2e-4, expert=32)
+
+
+def _small(router: RouterConfig, dispatch: Dropless | Capacity | None = None) -> Experiment:
+  """The quickstart's model with experts in place of its network."""
+  experts = MoEConfig(experts=8, top_k=2, hidden=256, router=router)
+  experts.dispatch = dispatch or Dropless()
   attention = AttentionConfig(heads=4, rotary=Rotary(), qk_norm=RMSNormConfig())
   return Experiment(
     model=LanguageModelConfig(
@@ -47,47 +85,10 @@ def base() -> Experiment:
   )
 
 
-def loss_free() -> Experiment:
-  """Do biases keep experts as even as a loss does, and is the held-out loss lower?"""
-  e = base()
-  e.model.pattern[0].feed_forward.router = RouterConfig(
-    scores="sigmoid", balance_loss=None, bias_rate=1e-3
-  )
-  return e
-
-
-def capacity() -> Experiment:
-  """What does it cost to leave out what exceeds an expert's even share by a quarter?"""
-  e = base()
-  e.model.pattern[0].feed_forward.dispatch = Capacity(factor=1.25)
-  return e
-
-
-def by_row() -> Experiment:
-  """Does balance within each row cost anything against balance over the batch?"""
-  e = base()
-  e.model.pattern[0].feed_forward.router.balance_loss = BalanceLoss(over="row")
-  return e
-
-
-def mixtral_8x7b() -> Experiment:
-  """46.7B parameters, of which a token meets 12.9B."""
-  return _study(presets.mixtral("8x7b"), "mixtral", lr=3e-4, expert=8)
-
-
-def qwen3_30b_a3b() -> Experiment:
-  """30.5B parameters, of which a token meets 3.4B."""
-  return _study(presets.qwen3_moe("30b-a3b"), "qwen3", lr=3e-4, expert=8)
-
-
-def deepseek_v3() -> Experiment:
-  """671B parameters, of which a token meets 37.6B, at the paper's rate (section 4.2)."""
-  return _study(presets.deepseek_v3(), "deepseek-v3", lr=2.2e-4, expert=32)
-
-
 def _study(model: LanguageModelConfig, name: str, lr: float, expert: int) -> Experiment:
   """A model on rows of 4,096 tokens, with room on each device for twice its even share."""
-  model.pattern[-1].feed_forward.dispatch = Dropless(buffer=2.0)
+  block = model.pattern[0]
+  block.feed_forward = dataclasses.replace(block.feed_forward, dispatch=Dropless(buffer=2.0))
   tokenizer = TokenizerFile(path=TOKENIZER.format(name))
   return Experiment(
     model=model,

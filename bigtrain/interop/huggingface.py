@@ -4,8 +4,8 @@ The tables say, for each of our parameters, the tensor that holds it and the ord
 there; our own order is the parameter's suffix.
 
 Dims: D model, K kv heads, G queries per kv head, H head, F hidden, E expert, X router output, T
-position, V vocabulary, P pixels and channels of a patch, Q the class token, C classes, R relative bucket; heads' as in
-models/encoder.py.
+position, V vocabulary, P pixels and channels of a patch, Q the class token, C classes, R relative
+bucket; heads' as in models/encoder.py.
 """
 
 import functools

@@ -23,8 +23,8 @@ def grouped(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     sizes_E: int32, which add up to R at most. What becomes of the rows behind is not defined (it
       differs by platform); they change nothing in the others, nor in any gradient but their own.
 
-  For TPU XLA has a kernel of its own behind `ragged_dot`, forward and backward. On CPU it multiplies
-  every row by every matrix, where blocks of rows are as many times faster as there are groups.
+  For TPU XLA has a kernel of its own behind `ragged_dot`, forward and backward. On CPU it
+  multiplies every row by every matrix: blocks of rows are as many times faster as there are groups.
   """
   return (blocked if platform() == "cpu" else jax.lax.ragged_dot)(x_RD, w_EDF, sizes_E)
 

@@ -147,6 +147,7 @@ class EncoderDecoderConfig(TransformerConfig, ModelConfig):
 
 def _with_cross(block: BlockConfig) -> CrossBlockConfig:
   """The decoder's block for one of the encoder: distances to the other side mean nothing."""
+  assert isinstance(block.attention, AttentionConfig)
   return CrossBlockConfig(
     attention=dataclasses.replace(block.attention, causal=True),
     cross=dataclasses.replace(block.attention, rotary=None, window=None),

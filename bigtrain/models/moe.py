@@ -1,4 +1,4 @@
-"""A mixture of experts in place of the position-wise network: each token goes through a few of many.
+"""A mixture of experts in place of the position-wise network: a token goes through a few of many.
 
 The router chooses in float32. What it and the experts report (losses that keep experts evenly
 loaded, how many tokens each has had, how many found no room) are sums of taps.py, which the
@@ -47,9 +47,9 @@ class BalanceLoss:
   """
 
   factor: float = 0.01
-  # Whose tokens it is of: each `row` of the batch by itself (DeepSeek-V3, equation 17), or the whole
-  # `batch`, on all devices, which leaves experts free to specialise (arXiv:2501.11873); of several
-  # microbatches, each by itself.
+  # Whose tokens it is of: each `row` of the batch by itself (DeepSeek-V3, equation 17), or the
+  # whole `batch`, on all devices, which leaves experts free to specialise (arXiv:2501.11873). Of
+  # several microbatches it is of each by itself: only by row is the sum that of the whole batch.
   over: Literal["row", "batch"] = "batch"
 
 
@@ -71,7 +71,7 @@ class RouterConfig:
     for name in ("scale", "bias_rate"):
       if (value := getattr(self, name)) is not None and value <= 0:
         raise Refused(f"router: {name} is {value}; it must be positive")
-    if self.z_loss < 0 or self.balance_loss is not None and self.balance_loss.factor <= 0:
+    if self.z_loss < 0 or (self.balance_loss is not None and self.balance_loss.factor <= 0):
       raise Refused("router: factors of losses are positive (z_loss 0 and balance_loss None: none)")
 
 
@@ -100,8 +100,8 @@ class MoEConfig:
     if (g := self.router.groups) is not None:
       if g.groups < 1 or self.experts % g.groups or not 1 <= g.kept <= g.groups:
         raise Refused(
-          f"router: {self.experts} experts in {g.groups} groups, of which {g.kept} are kept: groups "
-          f"divides experts, and kept is from 1 to groups"
+          f"router: {g.kept} of {g.groups} groups of {self.experts} experts: groups must divide "
+          f"experts, and kept is from 1 to groups"
         )
       among = self.experts // g.groups * g.kept
     if self.top_k > among:

@@ -59,7 +59,7 @@ def rebalanced(module: nnx.Module, variables: Any, loads: dict[str, jax.Array]) 
   for path, layer in nnx.iter_modules(module):
     name = ".".join(map(str, path))
     if isinstance(layer, MoE) and layer.balance_bias_X is not None and name in loads:
-      after[f"{name}.balance_bias_X"] = layer.rebalanced(loads[name])
+      after[".".join(map(str, (*path, "balance_bias_X")))] = layer.rebalanced(loads[name])
   of = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
   return jax.tree_util.tree_map_with_path(lambda path, x: after.get(of(path), x), variables)
 

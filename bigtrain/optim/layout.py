@@ -1,11 +1,11 @@
 """What the dims of a parameter are: a stack of layers, then a matrix's rows and its columns.
 
 A name ends in the letters of its own dims: `q_DKGH` has four. What the array has in front of them
-numbers layers, and each layer is a parameter of its own; so is each expert (E) of a layer. Of the own dims, the rows are those that
-the product contracts with its input (`D` of `q_DKGH`, `KGH` of `o_KGHD`, `F` of `down_FD`), the
-columns those that it makes. A name without letters, of a foreign module, is one layer whose last
-dim is the columns: (inputs, outputs), or (height, width, inputs, outputs) of a convolution. Biases
-and scales have no rows: they are vectors, whatever their shape.
+numbers layers, and each layer is a parameter of its own; so is each expert (E) of a layer. Of the
+own dims, the rows are those that the product contracts with its input (`D` of `q_DKGH`, `KGH` of
+`o_KGHD`, `F` of `down_FD`), the columns those that it makes. A name without letters, of a foreign
+module, is one layer whose last dim is the columns: (inputs, outputs), or (height, width, inputs,
+outputs) of a convolution. Biases and scales have no rows: they are vectors, whatever their shape.
 """
 
 import math

@@ -92,8 +92,10 @@ def _local(c: Dropless | Capacity, network: Network, X: int, x_BTD, weights_BTA,
   x_BTD, weights_BTA, w = jax.tree.map(_varying, (x_BTD, weights_BTA, w))
   (B, T, D), A = x_BTD.shape, choice_BTA.shape[-1]
   choice_M = jnp.moveaxis(choice_BTA, 2, 0).reshape(-1)  # First choices come first.
-  form = _dense if isinstance(c, Capacity) else _dropless
-  z_MD, dropped = form(c, network, X, x_BTD, choice_M, w)
+  if isinstance(c, Capacity):
+    z_MD, dropped = _dense(c, network, X, x_BTD, choice_M, w)
+  else:
+    z_MD, dropped = _dropless(c, network, X, x_BTD, choice_M, w)
   weights_AN = jnp.moveaxis(weights_BTA, 2, 0).reshape(A, -1)
   y_ND = jnp.einsum("and,an->nd", z_MD.reshape(A, -1, D), weights_AN)
   y_BTD = y_ND.astype(x_BTD.dtype).reshape(B, T, D)
@@ -133,7 +135,7 @@ def _dropless(c: Dropless, network: Network, X: int, x_BTD, choice_M, w):
   n = _size(*axis)
   order_M, start_X = _sorted(choice_M, X)
   count_X, real_M = jnp.diff(start_X), choice_M < X
-  ragged = n > 1 and (c.exchange == "ragged" or c.exchange == "auto" and platform() != "cpu")
+  ragged = n > 1 and (c.exchange == "ragged" or (c.exchange == "auto" and platform() != "cpu"))
   if n == 1 or ragged:  # One group, of all that have an expert.
     slots = _slots(order_M, jnp.where(real_M, 0, 1), start_X[::X], M)
   else:

@@ -1,4 +1,7 @@
-"""Logits of the presets, shrunk, equal those of `transformers` (tools/golden/make_decoders.py, make_mixtral.py)."""
+"""Logits of the presets, shrunk, equal those of `transformers`.
+
+The makers are tools/golden/make_decoders.py and make_mixtral.py.
+"""
 
 import functools
 import re

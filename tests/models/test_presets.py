@@ -5,7 +5,7 @@ import pytest
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused
 from bigtrain.models import presets
-from bigtrain.models.count import count_parameters
+from bigtrain.models.count import count_active, count_parameters
 from bigtrain.models.position import Llama3Scaling
 
 # (dim, layers, heads, head_dim), and the parameters that the source states: GPT-2 the names of the
@@ -101,6 +101,47 @@ def test_llama_and_qwen_counts_equal_the_formula_and_the_published_count(key):
 )
 def test_counts_are_those_of_the_released_weights(key, count):
   assert count_parameters(preset(*key)) == count
+
+
+def counts_of_experts(dim, layers, attention, experts, top_k, hidden, rest):
+  """All parameters, and those that a token meets; of layers that are all alike, and the rest."""
+  layer = attention + dim * experts + 2 * dim
+  of = lambda n: layers * (layer + 3 * n * dim * hidden) + rest
+  return of(experts), of(top_k)
+
+
+def test_counts_of_experts_equal_the_formula_and_the_published_ones():
+  """Of arXiv:2401.04088 (47B, 13B), of the cards of Qwen3, and of arXiv:2412.19437 (671B, 37B)."""
+  llama = lambda dim, heads, kv: 2 * dim * 128 * (heads + kv)
+  qk_norm = 2 * 128
+  tables = lambda dim, vocab: 2 * dim * vocab + dim
+  mixtral = counts_of_experts(4096, 32, llama(4096, 32, 8), 8, 2, 14336, tables(4096, 32000))
+  of_qwen = llama(2048, 32, 4) + qk_norm
+  qwen = counts_of_experts(2048, 48, of_qwen, 128, 8, 768, tables(2048, 151936))
+  queries = 7168 * 1536 + 1536 + 1536 * 128 * 192
+  keys_values = 7168 * (512 + 64) + 512 + 512 * 128 * 256
+  latent = queries + keys_values + 128 * 128 * 7168
+  dense = 3 * (latent + 3 * 7168 * 18432 + 2 * 7168)
+  shared = 58 * 3 * 7168 * 2048
+  rest = tables(7168, 129280) + dense + shared
+  deepseek = counts_of_experts(7168, 58, latent, 256, 8, 2048, rest)
+  models = presets.mixtral("8x7b"), presets.qwen3_moe("30b-a3b"), presets.deepseek_v3()
+  found = [(count_parameters(c), count_active(c)) for c in models]
+  assert found == [mixtral, qwen, deepseek]
+  assert found == [
+    (46_702_792_704, 12_879_925_248),
+    (30_532_122_624, 3_353_032_704),
+    (671_026_404_352, 37_552_282_624),  # And 14,848 biases, which are no parameters.
+  ]
+
+
+@pytest.mark.parametrize(
+  "make",
+  [lambda: presets.mixtral("8x22b"), lambda: presets.qwen3_moe("235b-a22b"), presets.deepseek_v3],
+)
+def test_presets_of_experts_are_valid(make):
+  check_types(c := make())
+  c.check()
 
 
 @pytest.mark.parametrize("key", [*GPT, *GATED])

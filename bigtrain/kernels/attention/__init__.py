@@ -49,11 +49,11 @@ def attend(
   Raises:
     Refused: the kernel that `form` names cannot compute this.
   """
-  if sharding.cut_over():
+  if sharding.rows_are_cut():
     from bigtrain.parallel import context  # Which calls this in turn.
 
-    refused = 0.0 if key is None else dropout
-    return context.attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, refused)
+    extras = {"bias_KGP": bias_KGP, "dropout": dropout, "key": key}
+    return context.attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
   dropped = {"dropout": dropout, "key": key} if dropout and key is not None else {}
   call = Call(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, **dropped)
   statistics.report(call)
