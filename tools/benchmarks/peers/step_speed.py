@@ -93,10 +93,12 @@ def shown(values, scale: float = 1.0, digits: int = 0) -> str:
 def main(c: Settings) -> None:
   them = peers(c)
   losses = {}
-  for _ in range(c.rounds):
+  for i in range(c.rounds):
     for peer in them:
-      *times, losses[peer.name] = peer.steps(c.steps)
-      peer.times.append((times[0], times[1]))
+      wall, cpu, losses[peer.name] = peer.steps(c.steps)
+      peer.times.append((wall, cpu))
+    cpu = ", ".join(f"{1e3 * peer.times[-1][1]:,.0f}" for peer in them)
+    print(f"round {i + 1} of {c.rounds}: {cpu} CPU ms a step", flush=True)
   table = Table(
     title=f"{c.dtype}, {c.rounds} rounds of {c.steps} steps of {c.rows * c.length} tokens"
   )
@@ -109,7 +111,7 @@ def main(c: Settings) -> None:
     row = (shown(times[:, 0], 1e3), shown(times[:, 1], 1e3), shown(wall, 1, 2), shown(cpu, 1, 2))
     table.add_row(peer.name, *row, f"{losses[peer.name]:.3f}")
   console = Console()
-  console.width = max(console.width, 140)
+  console.width = max(console.width, 160)
   console.print(table)
   for peer in them:
     peer.process.kill()
