@@ -1,7 +1,7 @@
 """bigtrain's compiled step beside that of the same model in PyTorch, on CPU, taking turns.
 
-  python3.11 -m venv /tmp/torch && /tmp/torch/bin/pip install torch==2.13.0 numpy
-  uv run python tools/benchmarks/peers/step_speed.py --torch /tmp/torch/bin/python
+  python3.11 -m venv torch-venv && torch-venv/bin/pip install torch==2.13.0 numpy
+  uv run python tools/benchmarks/peers/step_speed.py --torch torch-venv/bin/python
 
 A decoder of 6 layers, 384 wide, with 6 heads, on 16 rows of 256 bytes: forward, loss, backward,
 clipping and AdamW. Every peer is a process of its own that waits while the others step, and each
