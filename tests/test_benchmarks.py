@@ -1,7 +1,10 @@
 """The plain decoder, against which overhead is measured, computes what bigtrain computes."""
 
 import dataclasses
+import io
+import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -12,6 +15,7 @@ from bigtrain.load import load
 from bigtrain.program import Program
 from tests import packed
 from tools.benchmarks import plain_decoder
+from tools.benchmarks.peers import peer_bigtrain
 
 QUICKSTART = pathlib.Path(__file__).parent.parent / "experiments" / "quickstart.py"
 
@@ -61,3 +65,13 @@ def test_the_benchmark_of_overhead_compares_the_two(quickstart, monkeypatch, cap
   overhead.main(overhead.Settings(batch=8, steps=1, blocks=2))
   shown = capsys.readouterr().out
   assert "A bigtrain" in shown and "B plain jax" in shown and "host of A" in shown
+
+
+def test_a_peer_takes_the_steps_that_it_is_asked_for_and_learns(monkeypatch, capsys):
+  sizes = {"layers": 1, "dim": 32, "heads": 2, "length": 8, "rows": 4, "vocab": 16}
+  asked = json.dumps(sizes | {"dtype": "float32", "kernel": "auto"}) + "\n1\n20\n"
+  monkeypatch.setattr(sys, "stdin", io.StringIO(asked))
+  peer_bigtrain.main()
+  (_, _, first), (wall, cpu, last) = map(json.loads, capsys.readouterr().out.splitlines())
+  assert abs(first - np.log(sizes["vocab"])) < 0.2 and wall > 0 and cpu > 0
+  assert last < first - 0.01

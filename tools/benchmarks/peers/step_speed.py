@@ -1,7 +1,7 @@
 """bigtrain's compiled step beside that of the same model in PyTorch, on CPU, taking turns.
 
-  python3.11 -m venv /tmp/torch && /tmp/torch/bin/pip install torch==2.13.0 numpy
-  uv run python tools/benchmarks/peers/step_speed.py --torch /tmp/torch/bin/python
+  python3.11 -m venv torch-venv && torch-venv/bin/pip install torch==2.13.0 numpy
+  uv run python tools/benchmarks/peers/step_speed.py --torch torch-venv/bin/python
 
 A decoder of 6 layers, 384 wide, with 6 heads, on 16 rows of 256 bytes: forward, loss, backward,
 clipping and AdamW. Every peer is a process of its own that waits while the others step, and each
@@ -93,10 +93,12 @@ def shown(values, scale: float = 1.0, digits: int = 0) -> str:
 def main(c: Settings) -> None:
   them = peers(c)
   losses = {}
-  for _ in range(c.rounds):
+  for i in range(c.rounds):
     for peer in them:
-      *times, losses[peer.name] = peer.steps(c.steps)
-      peer.times.append((times[0], times[1]))
+      wall, cpu, losses[peer.name] = peer.steps(c.steps)
+      peer.times.append((wall, cpu))
+    cpu = ", ".join(f"{1e3 * peer.times[-1][1]:,.0f}" for peer in them)
+    print(f"round {i + 1} of {c.rounds}: {cpu} CPU ms a step", flush=True)
   table = Table(
     title=f"{c.dtype}, {c.rounds} rounds of {c.steps} steps of {c.rows * c.length} tokens"
   )
@@ -109,7 +111,7 @@ def main(c: Settings) -> None:
     row = (shown(times[:, 0], 1e3), shown(times[:, 1], 1e3), shown(wall, 1, 2), shown(cpu, 1, 2))
     table.add_row(peer.name, *row, f"{losses[peer.name]:.3f}")
   console = Console()
-  console.width = max(console.width, 140)
+  console.width = max(console.width, 160)
   console.print(table)
   for peer in them:
     peer.process.kill()
