@@ -164,11 +164,12 @@ def _moved_on(x_BT: jax.Array, first_B1: jax.Array) -> jax.Array:
 
 
 def first(x_BTD: jax.Array) -> jax.Array:
-  """The first column, (B, D)."""
+  """The first column, (B, ...)."""
   if not sharding.split_over(x_BTD) - sharding.split_over(x_BTD, 1):
     return x_BTD[:, 0]
   # It lies first in every order. An index into a dim that is cut would gather all of it.
-  return jnp.where(jnp.arange(x_BTD.shape[1])[:, None] == 0, x_BTD, 0).sum(1)
+  first_T = jnp.expand_dims(jnp.arange(x_BTD.shape[1]) == 0, range(1, x_BTD.ndim - 1))
+  return jnp.where(first_T, x_BTD, 0).sum(1)
 
 
 def _island(local: Callable, *args: Any, out: Any = None) -> Any:

@@ -154,19 +154,19 @@ def test_a_batch_is_cut_into_what_each_device_holds_and_nothing_else_is():
 def test_memory_does_not_grow_with_the_square_of_a_piece_in_a_scan_over_layers(monkeypatch):
   """The tokens are those of every layer: what depends on them alone must not be made beforehand."""
   monkeypatch.setattr(blockwise, "BLOCK", 4)
-  arrays, form = arguments(), FORMS["causal"]
-  tokens = Tokens(arrays["positions"], arrays["segments"])
+  length = 512  # Pieces of 128: their masks would be larger than all queries.
 
-  def loss(q, k, v):
-    layer = jax.checkpoint(lambda q: attend(q, k, v, tokens, tokens, form))
-    return jax.lax.scan(lambda q, _: (layer(q), None), q, None, length=3)[0].sum()
+  def loss(q, k, v, positions):
+    attention = lambda q: attend(q, k, v, Tokens(positions), Tokens(positions), FORMS["causal"])
+    layer = lambda q, _: (jax.checkpoint(attention)(q), None)
+    return jax.lax.scan(layer, q, None, length=3)[0].sum()
 
-  with jax.set_mesh(Mesh(fsdp=1, context=1, tensor=8).make()), sharding.rows(cut=True):
-    monkeypatch.setattr(sharding, "cut_over", lambda: "context")  # A ring of one device.
-    parts = [jax.device_put(arrays[name][:, :, :1], jax.P()) for name in "qkv"]
-    tokens = jax.device_put(tokens, jax.P())
-    largest = max(_sizes(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*parts).jaxpr))
-  assert largest <= 4 * arrays["q"][:, :, :1].size
+  with jax.set_mesh(Mesh(fsdp=1, context=2).make(jax.devices()[:2])), sharding.rows(cut=True):
+    put = lambda dims, *shape: jax.device_put(np.ones(shape, np.float32), sharding.act(dims))
+    q, k = put("BTKGH", 1, length, 1, 1, 4), put("BTKH", 1, length, 1, 4)
+    positions = put("BT", 1, length).astype(np.int32)
+    traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, k, positions)
+  assert max(_sizes(traced.jaxpr)) <= 3 * q.size  # The queries of three layers.
 
 
 def _sizes(jaxpr):
