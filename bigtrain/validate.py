@@ -56,12 +56,15 @@ def validate(experiment: Experiment, devices: int | None = None, *, data: bool =
     functools.partial(_check_stages, experiment),
     functools.partial(_check_new_weights, experiment),
   )
-  with_data = (_check_vocabulary, _check_classes, _check_inputs) if data else ()
+  checks = (
+    _check_microbatches,
+    *((_check_vocabulary,) if data else ()),
+    _check_rows,
+    *((_check_classes, _check_inputs) if data else ()),
+    _check_width,
+  )
   _all(
-    functools.partial(_check_microbatches, experiment),
-    functools.partial(_check_rows, experiment),
-    functools.partial(_check_width, experiment),
-    *(functools.partial(check, experiment) for check in with_data),
+    *(functools.partial(check, experiment) for check in checks),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
 
