@@ -166,10 +166,10 @@ def by_process(target: str, arguments: list[str]) -> Callable[[Candidate], dict[
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=os.environ)
     try:
       plan = json.loads(done.stdout)
-    except json.JSONDecodeError:
-      raise Refused(f"plan {candidate.line()} failed: {done.stderr.strip()[-500:]}") from None
+    except json.JSONDecodeError:  # It was refused, or the compiler failed.
+      plan = {"problem": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
     took = plan.get("step_seconds")
-    say(f"{candidate.line()}: {f'{took:.4f} s' if took else 'does not fit'}")
+    say(f"{candidate.line()}: {f'{took:.4f} s' if took else plan['problem'].splitlines()[0]}")
     return plan
 
   return compile
