@@ -58,14 +58,17 @@ def validate(experiment: Experiment, devices: int | None = None, *, data: bool =
     functools.partial(_check_new_weights, experiment),
   )
   apart = lambda experiment: check_apart(experiment.data)
-  with_data = (_check_vocabulary, _check_classes, _check_inputs, apart) if data else ()
+  checks = (
+    _check_microbatches,
+    *((_check_vocabulary,) if data else ()),
+    _check_rows,
+    _check_token_types,
+    *((apart, _check_classes, _check_inputs) if data else ()),
+    _check_width,
+  )
   _all(
-    functools.partial(_check_microbatches, experiment),
-    functools.partial(_check_rows, experiment),
-    functools.partial(_check_token_types, experiment),
+    *(functools.partial(check, experiment) for check in checks),
     functools.partial(experiment.model.check_objective, experiment.objective),
-    functools.partial(_check_width, experiment),
-    *(functools.partial(check, experiment) for check in with_data),
     functools.partial(check_mesh, experiment, devices) if devices is not None else lambda: None,
   )
 

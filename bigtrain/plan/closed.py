@@ -20,6 +20,7 @@ from typing import Any
 
 from bigtrain.experiment import Experiment
 from bigtrain.models.transformer import KEPT, TransformerConfig
+from bigtrain.plan.compile import lengths
 from bigtrain.plan.network import Network
 from bigtrain.plan.topologies import Topology
 
@@ -82,12 +83,12 @@ def guess(e: Experiment, topology: Topology, sizes: Sizes, network: Network) -> 
   split = axes["tensor"] * axes["sequence"]
   shards = math.prod(axes[a] for a in ("fsdp", "expert", "context"))
   rows = e.batch / math.prod(axes[a] for a in ("slices", "data", "fsdp", "expert"))
-  length = e.data.row_length() or 1
-  tokens = rows * length / e.microbatches / axes["context"]  # That a chip has at a time.
+  of_rows = lengths(e)
+  tokens = rows * sum(of_rows) / e.microbatches / axes["context"]  # That a chip has at a time.
   layers = c.layers / axes["pipeline"]
   weights = sizes.parameters * BF16 / split / axes["pipeline"]
   link = lambda kind, size, *over: network.seconds(kind, size, network.along(over))
-  flops = (e.model.flops(length) or 0.0) * e.batch / topology.chips
+  flops = (e.model.flops(*of_rows) or 0.0) * e.batch / topology.chips
   forward = tokens * c.dim * BF16 * layers * e.microbatches
   sums = 4 + 2 * (c.remat not in ("none", "products"))
   gradient = sizes.parameters * F32 / split / shards / axes["pipeline"]

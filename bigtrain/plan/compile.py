@@ -116,6 +116,8 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
   from bigtrain.program import Program
   from bigtrain.validate import validate
 
+  if experiment.epochs is not None:  # Only the data tells how many steps; the program is the same.
+    experiment = dataclasses.replace(experiment, epochs=None, steps=1)
   experiment.mesh.shape(topology.chips, where=f"in {topology.slices} x {topology.name}")
   devices = topology.devices()
   validate(experiment, len(devices), data=False)
@@ -137,6 +139,16 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
   memory = {name: getattr(analysis, f"{name}_size_in_bytes") for name in MEMORY}
   memory["peak"] = analysis.peak_memory_in_bytes
   return Compiled(topology, network, made.as_text() or "", memory, state, seconds)
+
+
+def lengths(experiment: Experiment) -> tuple[int, ...]:
+  """Tokens of a row, and of its targets if they have others; of what is no text, 1."""
+  if not experiment.data.row_length():
+    return (1,)
+  spec = experiment.data.make(experiment.seed).spec(experiment.batch)
+  rows = max((array.shape for array in spec.values()), key=len)[1:2]
+  targets = spec["targets"].shape[1:2] if "targets" in spec else rows
+  return rows if targets == rows else rows + targets
 
 
 def _leaves(state) -> list[Leaf]:

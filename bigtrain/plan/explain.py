@@ -64,8 +64,8 @@ def largest(experiment: Experiment, topology: Topology, few: int = 12) -> list[T
   mesh = experiment.mesh.make(topology.devices())
   spec = experiment.data.make(experiment.seed).spec(experiment.batch)
   with jax.set_mesh(mesh):
-    program, place_ = Program(experiment, mesh), batch_sharding()
-    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place_) for k, s in spec.items()}
+    program, rows = Program(experiment, mesh), batch_sharding()
+    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in spec.items()}
     traced = jax.make_jaxpr(program.step)(program.abstract(), batch)
   found: dict[Any, Traced] = {}
   for t in _arrays(traced.jaxpr, dict(mesh.shape), ""):

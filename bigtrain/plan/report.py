@@ -5,8 +5,9 @@ from typing import Any
 
 from bigtrain.console import duration, human
 from bigtrain.experiment import Experiment
+from bigtrain.failures import OUT_OF_MEMORY
 from bigtrain.plan import hlo
-from bigtrain.plan.compile import Compiled
+from bigtrain.plan.compile import Compiled, lengths
 from bigtrain.plan.cost import PARTS, Collective, Cost, estimate
 from bigtrain.plan.explain import changes, largest, wanted
 from bigtrain.plan.memory import KINDS, Tensor, by, place, tensors
@@ -46,8 +47,7 @@ class Plan:
   def flops(self) -> float:
     """Model FLOPs of a step on one chip, by formula; 0 where there is none."""
     e = self.experiment
-    length = e.data.row_length() or 1
-    return (e.model.flops(length) or 0.0) * e.batch / self.compiled.topology.chips
+    return (e.model.flops(*lengths(e)) or 0.0) * e.batch / self.compiled.topology.chips
 
   @property
   def mfu(self) -> float:
@@ -56,11 +56,11 @@ class Plan:
   @property
   def tokens_per_second(self) -> float:
     """Of all chips; of data without tokens, examples."""
-    return self.experiment.batch * (self.experiment.data.row_length() or 1) / self.cost.step
+    return self.experiment.batch * sum(lengths(self.experiment)) / self.cost.step
 
   @property
   def hours(self) -> float:
-    """Of the whole run, nothing going wrong and nothing but steps."""
+    """Of the whole run, nothing going wrong and nothing but steps; 0 where epochs are given."""
     return self.experiment.steps * self.cost.step / 3600
 
   def collectives(self) -> list[Collective]:
@@ -119,10 +119,11 @@ def show(plan: Plan, console) -> None:
     f"MFU {plan.mfu:.1%}: {human(plan.flops)} model FLOPs a step and chip, by formula; "
     f"{human(plan.cost.flops)} in products that are executed",
     f"{human(plan.tokens_per_second)} {rate} a second, {human(plan.tokens_per_second / n)} a chip",
-    f"{plan.experiment.steps} steps: {duration(plan.hours * 3600)}, "
-    f"{plan.hours * n:,.0f} chip-hours"
-    + ("" if plan.price is None else f", ${plan.price * plan.hours * n:,.0f}"),
   ]
+  if plan.experiment.steps:
+    dollars = "" if plan.price is None else f", ${plan.price * plan.hours * n:,.0f}"
+    time = f"{duration(plan.hours * 3600)}, {plan.hours * n:,.0f} chip-hours{dollars}"
+    lines.append(f"{plan.experiment.steps} steps: {time}")
   for line in lines:
     console.print(line, highlight=False)
 
@@ -188,6 +189,11 @@ def _collectives(plan: Plan):
   return table
 
 
+def _problem(plan: dict[str, Any]) -> str:
+  said = plan.get("problem", "")
+  return "does not fit" if OUT_OF_MEMORY in said else said[:60]
+
+
 def _where(scope: str) -> str:
   """The part of the model and the pass; nothing where the compiler joined several."""
   marks = {"rematted": "again", "transpose(": "backward", "jvp": "forward"}
@@ -231,7 +237,7 @@ def show_search(found: Found, asked: list[Candidate], console) -> None:
   table = _table("Compiled, the best first", *columns)
   for c in asked:
     plan = c.plan or {}
-    took = f"{plan['step_seconds']:.4f}" if "step_seconds" in plan else "does not fit"
+    took = f"{plan['step_seconds']:.4f}" if "step_seconds" in plan else _problem(plan)
     peak = f"{plan['memory']['peak'] / GiB:.2f}" if "peak" in plan.get("memory", {}) else ""
     table.add_row(c.line(), took, peak, f"{c.guess.seconds:.4f}", c.guess.why())
   console.print(table)

@@ -43,8 +43,8 @@ class Candidate:
     return " ".join(f"--{flag} {value}" for flag, value in self.settings.items())
 
   @property
-  def tokens(self) -> float:
-    """Rows a second: compared at any batch."""
+  def rate(self) -> float:
+    """Rows a second, which compare at any batch; by the compiler once it was asked."""
     seconds = self.plan["step_seconds"] if self.plan else self.guess.seconds
     return self.settings["batch"] / seconds
 
@@ -105,9 +105,8 @@ def prune(e: Experiment, topology: Topology, batches: tuple[int, ...] = ()) -> F
   networks: dict[Any, Network] = {}
   for settings in candidates(e, topology, batches):
     if not can_be(made := applied(e, settings), topology.chips):
-      settings["evaluation.batch"] = settings[
-        "batch"
-      ]  # It may be that alone which does not divide.
+      # It may be the batch of evaluation alone that does not divide.
+      settings["evaluation.batch"] = settings["batch"]
       if not can_be(made := applied(e, settings), topology.chips):
         dropped["its sizes do not divide"] += 1
         continue
@@ -134,10 +133,10 @@ def kept(found: list[Candidate], hbm: float, dropped: Counter) -> list[Candidate
   """Those that may be the best one that fits if closed forms are wrong by `MARGIN` at most."""
   room = [c for c in found if c.guess.memory <= MARGIN * hbm]
   dropped["memory would not do"] += len(found) - len(room)
-  safe = [c.tokens for c in room if c.guess.memory * MARGIN <= hbm]
-  fast = [c for c in room if c.tokens * MARGIN**2 >= max(safe, default=0.0)]
+  safe = [c.rate for c in room if c.guess.memory * MARGIN <= hbm]
+  fast = [c for c in room if c.rate * MARGIN**2 >= max(safe, default=0.0)]
   dropped[f"another is {MARGIN**2:.2f} times as fast in closed form"] += len(room) - len(fast)
-  return sorted(fast, key=lambda c: (c.guess.memory > hbm, -c.tokens))
+  return sorted(fast, key=lambda c: (c.guess.memory > hbm, -c.rate))
 
 
 def search(
@@ -151,7 +150,7 @@ def search(
 
   with ThreadPoolExecutor(workers) as pool:
     asked = list(pool.map(ask, found.candidates[:few]))
-  return sorted(asked, key=lambda c: (not c.fits, -c.tokens if c.fits else 0.0))
+  return sorted(asked, key=lambda c: (not c.fits, -c.rate if c.fits else 0.0))
 
 
 def by_process(target: str, arguments: list[str]) -> Callable[[Candidate], dict[str, Any]]:
@@ -166,10 +165,10 @@ def by_process(target: str, arguments: list[str]) -> Callable[[Candidate], dict[
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=os.environ)
     try:
       plan = json.loads(done.stdout)
-    except json.JSONDecodeError:
-      raise Refused(f"plan {candidate.line()} failed: {done.stderr.strip()[-500:]}") from None
+    except json.JSONDecodeError:  # It was refused, or the compiler failed.
+      plan = {"problem": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
     took = plan.get("step_seconds")
-    say(f"{candidate.line()}: {f'{took:.4f} s' if took else 'does not fit'}")
+    say(f"{candidate.line()}: {f'{took:.4f} s' if took else plan['problem'].splitlines()[0]}")
     return plan
 
   return compile

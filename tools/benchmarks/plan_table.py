@@ -45,7 +45,7 @@ class Published:
 # which also moves activations to the host, and runs its own flags.
 CALIBRATION = (
   Published("llama3:8b", "v6e:16x16", 4, 7207),
-  Published("llama3:70b", "v6e:16x16", 2, 960),
+  Published("llama3:70b", "v6e:16x16", 5, 960),
 )
 
 
