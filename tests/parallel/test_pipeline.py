@@ -34,7 +34,9 @@ def test_stages_take_items_in_turn_and_rounds_follow_each_other():
 
 @pytest.mark.parametrize(("S", "M", "R"), [(2, 4, 1), (4, 8, 1), (4, 8, 3), (4, 4, 2)])
 def test_no_layer_is_wanted_before_the_one_below_it_is_done(S, M, R):
-  at = {(item, s): tick for (tick, s), item in np.ndenumerate(Schedule(S, M, R).table()) if item >= 0}
+  at = {
+    (item, s): tick for (tick, s), item in np.ndenumerate(Schedule(S, M, R).table()) if item >= 0
+  }
   assert len(at) == S * M * R
   for (item, s), tick in at.items():
     below = (item, s - 1) if s else (item - M, S - 1)
@@ -60,7 +62,9 @@ def affine(layers_L, x_BTD, row_B, add):
 
 def problem(layers: int):
   r = np.random.default_rng(0)
-  draw = lambda *shape: r.uniform(size=shape).astype(np.float32)  # All of one sign: well-conditioned.
+  draw = lambda *shape: r.uniform(size=shape).astype(
+    np.float32
+  )  # All of one sign: well-conditioned.
   return draw(layers), draw(B, T, D), draw(B), draw()
 
 
