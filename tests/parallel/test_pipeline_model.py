@@ -1,7 +1,6 @@
 """A whole model on stages: one device's numbers, layers where they belong, nothing sent in vain."""
 
 import dataclasses
-import functools
 from collections import Counter
 
 import jax
@@ -54,7 +53,6 @@ def test_two_updates_in_two_rounds_with_dropout_equal_one_device():
     (Mesh(pipeline=4, fsdp=2), {"microbatches": None}),
     (Mesh(pipeline=2, fsdp=1, tensor=4), {"microbatches": 8}),
     (Mesh(pipeline=2, fsdp=2, tensor=2), {"keep": "stages"}),
-    (Mesh(pipeline=2, fsdp=2, tensor=2, sequence=True), {"microbatches": 2}),
   ],
   ids=str,
 )

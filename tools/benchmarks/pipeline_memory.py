@@ -81,7 +81,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", args.stages)
     devices, args.dtype = None, jnp.float32
   mesh = Mesh(pipeline=args.stages, fsdp=1).make(devices)
-  counts = [args.stages * n for n in (1, 2, 4)]
+  counts = [args.stages * n for n in (4, 8, 16)]
   activation = args.length * args.dim * jnp.dtype(args.dtype).itemsize / 2**20
   title = f"MiB of temporary memory; one row's activation, a microbatch: {activation:.2f} MiB"
   table = Table("kept for the backward pass", *map(str, counts), title=title)
