@@ -107,8 +107,8 @@ def remarks(experiment: Experiment) -> Iterator[str]:
     for path, node in _pipelined(experiment):
       plan = node.pipeline.schedule(shape["pipeline"], _rows(experiment.batch, experiment, shape))
       yield (
-        f"{path}.pipeline: each of {plan.stages} stages waits {plan.bubble():.0%} of its time, with "
-        f"{plan.microbatches} microbatches in flight and rounds={plan.rounds}"
+        f"{path}.pipeline: each of {plan.stages} stages waits {plan.bubble():.0%} of its time, "
+        f"with {plan.microbatches} microbatches in flight and rounds={plan.rounds}"
       )
 
 

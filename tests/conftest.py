@@ -7,10 +7,15 @@ program, by less than compiling it takes.
 import importlib.metadata
 import os
 
-flags = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones do not know it.
-  flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")  # Later ones do not know it.
+    else "",
+  ]
+)
 
 os.environ.pop("UV", None)  # Commands are spelt as without it (hints.py).
 

@@ -255,9 +255,9 @@ def _of_round(plan: Schedule, layers: list, n) -> list:
 def _moved(plan: Schedule, step: int, ring: list, n) -> list:
   """Microbatches (S, Q, B, ...) one place further behind tick n, or with step -1 back again.
 
-  The first of the Q of a device is at its stage, the others wait. Of those one moves at a tick: from
-  the device in front of the first stage to that stage, all others a device nearer to it; and the
-  last device gets what the last stage has done. With Q = 1 that goes to the first stage itself.
+  The first of the Q of a device is at its stage, the others wait. Of these, one moves at a tick:
+  that of the first stage's device to the stage, that of any other to the device before; the last
+  device gets what the last stage has done. With Q = 1 that goes to the first stage itself.
   """
   S, Q = ring[0].shape[:2]
   first, last = (0, S - 1)[::step]
