@@ -25,7 +25,9 @@ SEGMENTS = np.array([[1] * 4 + [2] * 3, [1] * 5 + [0] * 2, [1] * 7])
 REAL = SEGMENTS > 0
 ROUTERS = {
   "softmax": RouterConfig(z_loss=0.5, balance_loss=BalanceLoss(factor=0.1)),
-  "by row": RouterConfig(normalized=False, scale=3.0, balance_loss=BalanceLoss(factor=0.2, over="row")),
+  "by row": RouterConfig(
+    normalized=False, scale=3.0, balance_loss=BalanceLoss(factor=0.2, over="row")
+  ),
   "sigmoid": RouterConfig(
     scores="sigmoid",
     scale=2.5,

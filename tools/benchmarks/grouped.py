@@ -1,6 +1,6 @@
 """Time of the grouped product and its gradients on this machine, by form, beside one dense product.
 
-  python tools/benchmarks/grouped.py
+python tools/benchmarks/grouped.py
 """
 
 import time
@@ -30,7 +30,9 @@ def main() -> None:
     start = time.perf_counter()
     for _ in range(REPEATS):
       jax.block_until_ready(step(x_RD, w_EDF))
-    print(f"{name:10} {1e3 * (time.perf_counter() - start) / REPEATS:7.1f} ms, jax {jax.__version__}")
+    print(
+      f"{name:10} {1e3 * (time.perf_counter() - start) / REPEATS:7.1f} ms, jax {jax.__version__}"
+    )
 
 
 if __name__ == "__main__":
