@@ -10,6 +10,7 @@ import pytest
 from bigtrain.mesh import Mesh
 from bigtrain.models.moe import BalanceLoss, Groups, MoEConfig, RouterConfig
 from bigtrain.parallel.expert import Capacity, Dropless
+from bigtrain.program import Program
 from bigtrain.validate import validate
 from tests import packed
 from tests.collectives import Collective, collectives
@@ -46,7 +47,14 @@ def start():
 
 @pytest.fixture(scope="module")
 def alone(start):
-  return packed.run(experiment(), start, meshed=False)
+  return run(experiment(), start, meshed=False)
+
+
+def run(e, start, *, meshed=True):
+  """The steps of `e` from a state of an experiment whose modules hold another config."""
+  structure = jax.tree.structure(Program(e, None).abstract())
+  state = jax.tree.unflatten(structure, jax.tree.leaves(start))
+  return packed.run(e, state, meshed=meshed)
 
 
 def worst(got, wanted) -> dict[str, float]:
@@ -68,13 +76,13 @@ MORE = {
 
 @pytest.mark.parametrize(("mesh", "dispatch"), MESHES.values(), ids=MESHES)
 def test_five_steps_equal_a_single_device(mesh, dispatch, start, alone):
-  assert worst(packed.run(experiment(Dropless(**dispatch), mesh=mesh), start), alone) == {}
+  assert worst(run(experiment(Dropless(**dispatch), mesh=mesh), start), alone) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "dispatch"), MORE.values(), ids=MORE)
 def test_five_steps_equal_a_single_device_on_more_meshes(mesh, dispatch, start, alone):
-  assert worst(packed.run(experiment(Dropless(**dispatch), mesh=mesh), start), alone) == {}
+  assert worst(run(experiment(Dropless(**dispatch), mesh=mesh), start), alone) == {}
 
 
 @pytest.mark.slow
@@ -83,23 +91,23 @@ def test_rows_that_are_cut_equal_a_single_device(axis, start):
   cut = {"expert": 2, "tensor": 2, "sequence": True} if axis == "sequence" else {"expert": 2}
   cut |= {"context": 2} if axis == "context" else {}
   data = packed.Packed(seq=12)  # Which the axis divides.
-  wanted = packed.run(experiment(data=data), start, meshed=False)
-  assert worst(packed.run(experiment(data=data, mesh=Mesh(**cut)), start), wanted) == {}
+  wanted = run(experiment(data=data), start, meshed=False)
+  assert worst(run(experiment(data=data, mesh=Mesh(**cut)), start), wanted) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("router", [SIGMOID, {"normalized": False}], ids=["sigmoid", "plain"])
 def test_other_routers_equal_a_single_device(router, start):
   mesh = Mesh(expert=2, tensor=2)
-  got = packed.run(experiment(router=router, mesh=mesh), start)
-  assert worst(got, packed.run(experiment(router=router), start, meshed=False)) == {}
+  got = run(experiment(router=router, mesh=mesh), start)
+  assert worst(got, run(experiment(router=router), start, meshed=False)) == {}
 
 
 @pytest.mark.slow
 def test_what_a_full_expert_leaves_out_is_the_same_on_a_mesh(start):
   tight = Capacity(factor=0.7)
-  got = packed.run(experiment(tight, mesh=Mesh(expert=2, tensor=2)), start)
-  wanted = packed.run(experiment(tight), start, meshed=False)
+  got = run(experiment(tight, mesh=Mesh(expert=2, tensor=2)), start)
+  wanted = run(experiment(tight), start, meshed=False)
   assert worst(got, wanted) == {}
   assert all(0.05 < metrics["overflow"] < 0.5 for metrics in wanted[1])
 
@@ -109,8 +117,8 @@ def test_microbatches_equal_the_whole_batch_where_rows_are_balanced(start):
   still = {"model": {"layers": 1, "dropout": 0.0}, "attention": {"dropout": 0.0}}
   router = {"balance_loss": BalanceLoss(factor=0.1, over="row")}
   e, parts = (experiment(router=router, microbatches=n, **still) for n in (1, 2))
-  wanted = packed.run(e, start, meshed=False)
-  assert worst(packed.run(parts, start, meshed=False), wanted) == {}
+  wanted = run(e, start, meshed=False)
+  assert worst(run(parts, start, meshed=False), wanted) == {}
 
 
 def test_the_run_that_is_compared_is_uneven_and_moves_biases(start, alone):

@@ -166,7 +166,8 @@ class MoE(nnx.Module):
   def _routed(self, x_BTD, real_BT) -> tuple[jax.Array, jax.Array]:
     """Weights and numbers of each token's experts, (B, T, A); padding chooses the number X."""
     c = self.c.router
-    logits_BTX = project("BTD,DX->BTX", x_BTD.astype(raised(x_BTD.dtype)), self.router_DX)
+    with jax.default_matmul_precision("float32"):  # Not the bfloat16 that a TPU multiplies by.
+      logits_BTX = project("BTD,DX->BTX", x_BTD.astype(raised(x_BTD.dtype)), self.router_DX)
     if c.scores == "softmax":
       score_BTX = prob_BTX = jax.nn.softmax(logits_BTX)
     else:

@@ -52,7 +52,7 @@ class SOAP(Optimizer):
 class Side(NamedTuple):
   """What is known of the rows, or of the columns, of a parameter's matrices."""
 
-  statistic: jax.Array  # Decayed mean of G G' (or G' G), (L, N, N).
+  statistic: jax.Array  # Decayed mean of G G' (or G' G), (L, N, N); of experts (L, E, N, N).
   basis: jax.Array  # Its eigenvectors, nearly, as columns.
 
 
@@ -91,13 +91,13 @@ def scale_by_soap(c: SOAP) -> optax.GradientTransformation:
 def _sides(at: Layout, w, largest: int) -> tuple[Side | None, Side | None]:
   """Both sides before the first update. They are sharded as the parameter's side is."""
   spec = jax.typeof(w).sharding.spec if not jax.sharding.get_abstract_mesh().empty else None
-  layers = w.shape[0] if at.stack else 1
+  layers = w.shape[: at.stack] or (1,)
 
   def side(axes: tuple[int, ...], size: int) -> Side | None:
     if size > largest:
       return None
-    place = None if spec is None else P(None, spec[axes[0]], None)
-    zeros = lambda: jnp.zeros((layers, size, size), w.dtype, out_sharding=place)
+    place = None if spec is None else P(*(spec[: at.stack] or (None,)), spec[axes[0]], None)
+    zeros = lambda: jnp.zeros((*layers, size, size), w.dtype, out_sharding=place)
     return Side(zeros(), zeros())
 
   rows, columns = at.sides(w)
@@ -114,8 +114,10 @@ def _turned(c: SOAP, at: Layout, count, g, mean, square, sides):
     matrix = lambda x: x.reshape(-1, *at.sides(x[0] if not at.stack else x))
     count, shape = counts[0], g.shape
     g, mean, square = map(matrix, (g, mean, square))
-    direction, square, sides = _step(c, count, g, mean, square, structure.unflatten(leaves))
-    return direction.reshape(shape), square.reshape(shape), *jax.tree.leaves(sides)
+    sides = structure.unflatten(x.reshape(-1, *x.shape[-2:]) for x in leaves)
+    direction, square, sides = _step(c, count, g, mean, square, sides)
+    back = (x.reshape(old.shape) for x, old in zip(jax.tree.leaves(sides), leaves, strict=True))
+    return direction.reshape(shape), square.reshape(shape), *back
 
   like = (stacks[0], stacks[2], *leaves)
   direction, square, *leaves = spread(local, like, counts, *stacks, *leaves)

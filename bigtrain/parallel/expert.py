@@ -104,8 +104,9 @@ def _local(c: Dropless | Capacity, network: Network, X: int, x_BTD, weights_BTA,
       y_BTD = jax.lax.psum_scatter(y_BTD, axis, scatter_dimension=1, tiled=True)
     else:
       y_BTD = jax.lax.psum(y_BTD, axis)
-  dropped = dropped.astype(jnp.float32)
-  return y_BTD, jax.lax.psum(dropped, (*jax.typeof(dropped).mat.varying,))
+  batch = filter(_spread, (*sharding.axes("B"), *sharding.axes("T")))
+  over = tuple(axis for axis in batch if axis in jax.typeof(dropped).mat.varying)
+  return y_BTD, jax.lax.psum(dropped.astype(jnp.float32), over)
 
 
 def _dense(c: Capacity, network: Network, X: int, x_BTD, choice_M, w):

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from bigtrain.mesh import Mesh
+from bigtrain.optim.adafactor import Adafactor
 from bigtrain.optim.layout import TABLES, Layout, is_matrix, layout, map_layers, spread
+from bigtrain.optim.muon import Muon
+from bigtrain.optim.soap import SOAP
 
 
 def of(name, *shape):
@@ -21,6 +24,8 @@ def of(name, *shape):
     ("q_DKGH", (5, 8, 2, 3, 4), Layout(1, 1), (8, 24)),
     ("o_KGHD", (5, 2, 3, 4, 8), Layout(1, 3), (24, 8)),
     ("embed_VD", (50, 8), Layout(0, 1), (50, 8)),
+    ("down_EFD", (5, 3, 16, 8), Layout(2, 1), (16, 8)),
+    ("k_LKN", (5, 8, 2, 3), Layout(1, 1), (8, 6)),
     ("kernel", (3, 3, 8, 16), Layout(0, 3), (72, 16)),
     ("kernel", (8, 16), Layout(0, 1), (8, 16)),
   ],
@@ -74,3 +79,21 @@ def test_hidden_matrices_are_not_spared(letters):
 )
 def test_look_up_tables_and_what_meets_inputs_and_outputs_are_spared(name):
   assert not is_matrix((jax.tree_util.GetAttrKey(name),), jnp.zeros((4, 4)), TABLES)
+
+
+@pytest.mark.parametrize("optimizer", [Muon, SOAP, Adafactor])
+def test_an_expert_is_a_matrix_of_its_own(optimizer):
+  r = np.random.default_rng(0)
+  w, *gradients = (jnp.float32(r.normal(size=(2, 3, 4, 6))) for _ in range(4))
+  tx = optimizer(lr=0.1, clip=None).make(10)
+
+  @jax.jit
+  def last(params, *gradients):
+    state, updates = tx.init(params), None
+    for gradient in gradients:
+      updates, state = tx.update(gradient, state, params)
+    return updates
+
+  together = last({"up_EDF": w}, *({"up_EDF": g} for g in gradients))["up_EDF"]
+  alone = last({"up_DF": w[1, 2]}, *({"up_DF": g[1, 2]} for g in gradients))["up_DF"]
+  np.testing.assert_allclose(together[1, 2], alone, rtol=1e-3, atol=1e-6)
