@@ -24,7 +24,17 @@ from bigtrain.plan.network import KINDS, Network
 
 ATTENTION = 0.6  # Of peak, forward and backward.
 PARTS = ("matrix", "vector", "kernels", "moved", "exposed")
-FREE = (*ALIASES, "after-all", "partition-id", "replica-id", "iota", "broadcast", "reshape")
+FREE = (
+  *ALIASES,
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "iota",
+  "broadcast",
+  "reshape",
+  "send",
+  "recv",
+)
 
 
 @dataclasses.dataclass
@@ -39,6 +49,7 @@ class Collective:
   exposed: float  # Seconds that nothing hides.
   asynchronous: bool
   scope: str
+  slow: bool = False  # Between slices, over the data center's network.
 
 
 @dataclasses.dataclass
@@ -85,18 +96,18 @@ class _Estimate:
   def of(self, name: str) -> Cost:
     """The cost of one execution of a computation, its instructions in the order of the schedule."""
     computation, cost = self.module.computations[name], Cost()
-    now, free = 0.0, 0.0  # When the next instruction is issued, and when the network is free.
+    now = 0.0  # When the next instruction is issued.
+    free = {False: 0.0, True: 0.0}  # When the network is, the one between chips and the slow one.
     under_way: dict[str, tuple[float, Collective]] = {}
     for i in computation.instructions:
-      collective = self._collective(i)
+      collective = self._collective(i, computation)
       if collective is None:
         now += self._compute(i, computation, cost)
         continue
       found, phase, key = collective
       if phase != "done":
-        begin = max(now, free)
-        free = begin + found.seconds
-        under_way[key] = free, found
+        free[found.slow] = max(now, free[found.slow]) + found.seconds
+        under_way[key] = free[found.slow], found
         cost.collectives.append(found)
       if phase != "start" and key in under_way:
         end, found = under_way.pop(key)
@@ -151,13 +162,17 @@ class _Estimate:
       return 0.0
     return _written(i)
 
-  def _collective(self, i: Instruction) -> tuple[Collective, str, str] | None:
+  def _collective(self, i: Instruction, within: Computation) -> tuple[Collective, str, str] | None:
     """(what, phase, key of the pair) if it is a collective; the phase is start, done or both."""
     opcode = re.sub("-(start|done)$", "", i.opcode)
     if opcode in KINDS:
       phase = i.opcode.removeprefix(opcode).removeprefix("-") or "both"
       key = i.operands[0] if phase == "done" else i.name
       return self._made(i, opcode, phase), phase, key
+    if i.opcode == "send" and (kind := re.search(r'megascale_transfer_type="(\w+)"', i.attributes)):
+      return self._between_slices(i, kind[1]), "start", _rendezvous(i)
+    if i.opcode == "recv-done":
+      return self._made(i, "", "done"), "done", _rendezvous(within.by_name[i.operands[0]])
     if i.opcode == "async-done":
       return self._made(i, "", "done"), "done", i.operands[0]
     if i.opcode not in ("fusion", "async-start"):
@@ -182,6 +197,13 @@ class _Estimate:
       made.kind, made.seconds = "reduce-scatter", made.seconds / 2
     return made, "both", i.name
 
+  def _between_slices(self, i: Instruction, kind: str) -> Collective:
+    """What a host sends for a chip: a collective of chips at the same place in every slice."""
+    group, axes = self.links.across()
+    kind, size = kind.lower().replace("_", "-"), i.arrays[0].bytes
+    seconds = self.links.seconds(kind, size, group)
+    return Collective(kind, axes, size, 1, seconds, 0.0, True, i.scope, slow=True)
+
   def _made(self, i: Instruction, kind: str, phase: str) -> Collective:
     if phase == "done":
       return Collective(kind, (), 0, 0, 0.0, 0.0, True, "")
@@ -191,6 +213,12 @@ class _Estimate:
       size *= len(group)
     seconds = self.links.seconds(kind, size, group)
     return Collective(kind, axes, size, 1, seconds, 0.0, phase == "start", i.scope)
+
+
+def _rendezvous(i: Instruction) -> str:
+  """What a send and its receive have in common."""
+  found = re.search(r'rendezvous="([^"]*)"', i.attributes)
+  return found[1] if found else i.name
 
 
 def _written(i: Instruction) -> float:

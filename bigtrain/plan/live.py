@@ -111,11 +111,15 @@ class _Liveness:
     if i.opcode == "while" or i.opcode in FIRST:
       first = operands[0]
       return first[0] if i.opcode.endswith("-done") and isinstance(first, list) else first
+    if i.opcode == "recv-done":
+      return [operands[0][0], []]
     if i.opcode.endswith("-done"):
       return operands[0][1] if isinstance(operands[0], list) and len(operands[0]) > 1 else []
     if i.opcode == "dynamic-update-slice":
       return operands[0]
     tree = _fresh(i, here)
+    if i.opcode == "send":
+      self._replace(tree, 0, operands[0], here)
     if i.opcode.endswith("-start") and operands and len(tree) > 1:
       source = 1 if i.opcode == "copy-start" else 0
       self._replace(tree, source, operands[0], here)

@@ -56,9 +56,17 @@ class Network:
       spans = tuple(a for a in self.axes if a in re.findall(r"'(\w+)'", named[1]))
       return self.along(spans), spans
     chips = _listed(i.attributes) or list(range(len(self.places)))
-    where = np.stack(np.unravel_index(chips, tuple(self.axes.values())), -1)
-    spans = [axis for axis, at in zip(self.axes, where.T, strict=True) if len(set(at.tolist())) > 1]
-    return chips, tuple(spans)
+    return chips, self._spans(chips)
+
+  def _spans(self, chips: list[int]) -> tuple[str, ...]:
+    """The mesh axes along which these chips differ."""
+    where = np.unravel_index(chips, tuple(self.axes.values()))
+    return tuple(a for a, at in zip(self.axes, where, strict=True) if len(set(at.tolist())) > 1)
+
+  def across(self) -> tuple[list[int], tuple[str, ...]]:
+    """The chips at the first one's place in every slice, and the mesh axes that they span."""
+    chips = np.flatnonzero((self.places == self.places[0]).all(1)).tolist()
+    return chips, self._spans(chips)
 
   def along(self, axes: Iterable[str]) -> list[int]:
     """The chips that differ from the first along these mesh axes alone."""

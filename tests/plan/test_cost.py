@@ -80,6 +80,31 @@ ENTRY %main (a: bf16[512,1024], i: s32[]) -> bf16[128,1024] {
   assert fused.exposed == plain.exposed == pytest.approx(GATHER)
 
 
+def test_between_slices_a_send_and_its_receive_are_a_collective_of_the_slow_network():
+  text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
+  %a = f32[1024,1024]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[1024,1024]{1,0}, u32[], token[]) send(%a, %t), channel_id=6, is_host_transfer=true, SAID
+  %r = (f32[1024,1024]{1,0}, u32[], token[]) recv(%t), channel_id=5, is_host_transfer=true, SAID
+  %b = f32[1024,1024]{1,0} add(%a, %a), backend_config={"estimated_cycles":"150000"}
+  %c = f32[1024,1024]{1,0} all-reduce(%b), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %d = token[] send-done(%s), channel_id=6, is_host_transfer=true
+  %e = (f32[1024,1024]{1,0}, token[]) recv-done(%r), channel_id=5, is_host_transfer=true
+  ROOT %f = f32[1024,1024]{1,0} get-tuple-element(%e), index=0
+}
+"""
+  said = 'frontend_attributes={_xla_host_transfer_rendezvous="x_0",'
+  text = text.replace("SAID", said + '_xla_megascale_transfer_type="ALL_REDUCE"}')
+  slow, fast = cost.estimate(hlo.parse(text), links("v5e:2x2", 2, slices=2, fsdp=4)).collectives
+  assert (slow.kind, slow.axes, slow.slow) == ("all-reduce", ("slices",), True)
+  assert slow.seconds == pytest.approx(2 * 4 * 2**20 / 2 / 3.125e9)
+  assert fast.axes == ("fsdp",)
+  assert fast.exposed == pytest.approx(fast.seconds)  # It waits for no slow one.
+  assert slow.exposed == pytest.approx(slow.seconds - 150000 / CLOCK - fast.seconds)
+
+
 def test_what_has_no_estimate_takes_its_bytes_and_is_called_uncounted():
   found = cost.estimate(module("pairs"), links("v5e:2x2", data=1, fsdp=4))
   assert found.seconds["moved"] == pytest.approx(2 * 512 * 1024 * 2 / BANDWIDTH)
