@@ -260,7 +260,7 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
   return island(gather, out, x)(x)
 
 
-def island(function: Callable, out_specs, results) -> Callable[..., Any]:
+def island(function: Callable, out_specs, results, *, opaque: bool = False) -> Callable[..., Any]:
   """`function` of what each device has of its arguments: `jax.shard_map` over all axes.
 
   Within a stage (parallel/pipeline.py) it is one over all stages: jax's own vmap of a shard_map
@@ -270,9 +270,11 @@ def island(function: Callable, out_specs, results) -> Callable[..., Any]:
     function: of arrays, which it does not close over.
     out_specs: of its results.
     results: arrays, or shapes and dtypes, as large as the results are on all devices together.
+    opaque: the function does not tell over which axes its values vary.
   """
   specs_of = lambda args: jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
-  plain = lambda *args: jax.shard_map(function, in_specs=specs_of(args), out_specs=out_specs)(*args)
+  over_all = functools.partial(jax.shard_map, check_vma=not opaque)
+  plain = lambda *args: over_all(function, in_specs=specs_of(args), out_specs=out_specs)(*args)
   if _rows.get() is None:
     return plain
 
@@ -289,7 +291,7 @@ def island(function: Callable, out_specs, results) -> Callable[..., Any]:
 
     staged = lambda spec: spec.update(partitions=(STAGES, *spec.partitions))
     specs = jax.tree.map(staged, out_specs, is_leaf=lambda x: isinstance(x, P))
-    found = jax.shard_map(local, in_specs=specs_of(args), out_specs=specs)(*args)
+    found = over_all(local, in_specs=specs_of(args), out_specs=specs)(*args)
     return found, jax.tree.map(lambda x: True, found)
 
   return of_stage

@@ -180,3 +180,13 @@ def distances(got, wanted) -> dict[str, float]:
     jax.tree_util.keystr(path): norm(np.subtract(a, b, dtype=np.float64)) / max(norm(b), 1e-30)
     for (path, a), b in pairs
   }
+
+
+def assert_equal(e: Experiment, got, wanted) -> None:
+  """Of two runs of `e`: weights, moments, averages and metrics are the same to rounding."""
+  (state, metrics), (state0, metrics0) = got, wanted
+  assert int(state.step) == e.steps and int(state.example) == e.steps * e.batch
+  found = distances(
+    (state.model, state.optimizer, metrics), (state0.model, state0.optimizer, metrics0)
+  )
+  assert {k: d for k, d in found.items() if not d <= 1e-5} == {}

@@ -14,7 +14,7 @@ from bigtrain.program import Program
 from bigtrain.validate import validate
 from tests import packed
 from tests.collectives import Collective, collectives
-from tests.test_parity import ADAMW
+from tests.packed import ADAMW
 
 X, A, F = 8, 2, 24
 SIGMOID = {"scores": "sigmoid", "scale": 1.5, "groups": Groups(groups=4, kept=2)}

@@ -10,9 +10,8 @@ import pytest
 from bigtrain.mesh import Mesh
 from tests import packed
 from tests.collectives import Collective, collectives
-from tests.packed import B, D, F, G, H, K, V
+from tests.packed import ADAMW, B, D, F, G, H, K, V
 from tests.test_collectives import large
-from tests.test_parity import ADAMW
 
 pytestmark = pytest.mark.slow
 

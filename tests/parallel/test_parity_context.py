@@ -9,7 +9,7 @@ from bigtrain.mesh import Mesh
 from bigtrain.validate import validate
 from tests import packed
 from tests.objectives import test_masked_lm, test_span_corruption
-from tests.test_parity import ADAMW
+from tests.packed import ADAMW
 
 T = 16  # What every mesh here can cut.
 

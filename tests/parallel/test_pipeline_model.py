@@ -20,10 +20,9 @@ from bigtrain.validate import validate
 from tests import packed
 from tests.collectives import Collective, collectives
 from tests.fields import FieldTest
-from tests.packed import B, D, F, G, H, K, T, V
+from tests.packed import ADAMW, B, D, F, G, H, K, T, V, assert_equal
 from tests.probes import PROBES
 from tests.test_collectives import SMALL
-from tests.test_parity import ADAMW, assert_equal
 
 LAYERS, STAGES, MICROBATCHES = 4, 2, 4
 ALL = Mesh(pipeline=STAGES, fsdp=2, tensor=2)

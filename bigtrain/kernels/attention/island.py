@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import jax
 
+from bigtrain import sharding
+
 Local = Callable[..., jax.Array]
 
 
@@ -22,14 +24,10 @@ def apart(function: Local, q_BTKGH, *arrays, opaque: bool = False) -> jax.Array:
     opaque: the function does not tell over which axes its values vary, as kernels do not that other
       projects wrote. Gradients are summed over axes that do not shard an array all the same.
   """
-  manual = set(jax.sharding.get_abstract_mesh().explicit_axes)
-  if not manual:
+  if not jax.sharding.get_abstract_mesh().explicit_axes:
     return function(q_BTKGH, *arrays)
-  specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (q_BTKGH, *arrays))
-  local = jax.shard_map(
-    function, in_specs=specs, out_specs=specs[0], axis_names=manual, check_vma=not opaque
-  )
-  return local(q_BTKGH, *arrays)
+  out_specs = jax.typeof(q_BTKGH).sharding.spec
+  return sharding.island(function, out_specs, q_BTKGH, opaque=opaque)(q_BTKGH, *arrays)
 
 
 def shards_positions(q_BTKGH) -> bool:
