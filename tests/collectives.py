@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-KIND = r"all-\w+|reduce-scatter|ragged-all-to-all|collective-\w+"
+KIND = r"all-to-all|all-\w+|reduce-scatter|ragged-all-to-all|collective-\w+"
 INSTRUCTION = re.compile(rf"= (?P<type>\S+|\(.*?\)) (?P<kind>{KIND})(-start)?\(")
 # How XLA writes groups of devices: all of them, as an array that is reshaped, or as axes of a mesh.
 LITERAL = re.compile(r"replica_groups=\{\{([\d,]+)\}")

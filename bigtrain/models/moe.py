@@ -178,7 +178,7 @@ class MoE(nnx.Module):
       for_choice_BTX += self.balance_bias_X[...]
     if c.groups is not None:
       for_choice_BTX = _in_best_groups(c.groups, for_choice_BTX)
-    choice_BTA = jax.lax.top_k(for_choice_BTX, self.c.top_k)[1]
+    choice_BTA = _top_k(for_choice_BTX, self.c.top_k)[1]
     hit_BTAX = choice_BTA[..., None] == jnp.arange(self.c.experts)
     weights_BTA = jnp.where(hit_BTAX, score_BTX[:, :, None], 0).sum(-1)
     if c.normalized:
@@ -227,10 +227,19 @@ def _in_best_groups(c: Groups, score_BTX) -> jax.Array:
   shaped = lambda x, shape, dims: jnp.reshape(x, shape, out_sharding=sharding.act(dims))
   score_BTYX = shaped(score_BTX, (B, T, c.groups, X // c.groups), "BTYX")
   best = min(2, X // c.groups)
-  group_BTY = jax.lax.top_k(score_BTYX, best)[0].sum(-1)
-  kept_BTA = jax.lax.top_k(group_BTY, c.kept)[1]
+  group_BTY = _top_k(score_BTYX, best)[0].sum(-1)
+  kept_BTA = _top_k(group_BTY, c.kept)[1]
   kept_BTY = (kept_BTA[..., None] == jnp.arange(c.groups)).any(2)
   return shaped(jnp.where(kept_BTY[..., None], score_BTYX, -jnp.inf), (B, T, X), "BTX")
+
+
+def _top_k(x, n: int) -> tuple[jax.Array, jax.Array]:
+  """The n largest of the last dim, and where they are. XLA would gather the whole batch first."""
+  best = lambda x: tuple(jax.lax.top_k(x, n))
+  if not jax.sharding.get_abstract_mesh().explicit_axes:
+    return best(x)
+  spec = jax.typeof(x).sharding.spec
+  return jax.shard_map(best, in_specs=spec, out_specs=(spec, spec))(x)
 
 
 def _experts(activation, x, w, sizes_E) -> jax.Array:
