@@ -34,8 +34,8 @@ ABOUT = """Compiles the real training step with the chip's own compiler, without
 what memory it takes and how long it should take. Memory is the compiler's account. Time is its own
 estimate of every instruction, with loops counted, and a stated model for what has none: Pallas
 kernels, gathers, links. It misses input, evaluation and saving, stalls and failures, links that
-collectives share, and latencies, which small steps are made of; the absolute figure may be off by a
-third, while two layouts of one program compare well. docs/plan.md has measured steps beside it."""
+collectives share, and latencies, which small steps are made of. No chip was timed against it yet:
+use it to compare layouts, and see docs/plan.md for published steps to hold it against."""
 
 
 def command(arguments: list[str]) -> int | None:
