@@ -361,16 +361,20 @@ def dropout(x, rate, key: jax.Array | None, dims: int | None = None) -> jax.Arra
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def _bernoulli(key, p, x, dims: int) -> jax.Array:
-  """True with probability p for each index of the first dims of `x`, whatever its layout.
+def row_keys(key: jax.Array, x) -> jax.Array:
+  """A key for each row of an activation (B, ...), which follows from the row's place in the batch.
 
-  Each row of the batch has a key of its own: a stage has rows of a microbatch alone.
+  A stage has rows of a microbatch alone, and draws for them what one device draws.
   """
-  shape, spec = x.shape[:dims], _spec(x)[:dims]
-  named = act("") is not None
   if (ids_B := _rows.get()) is None:
-    ids_B = jnp.arange(len(x), out_sharding=P(spec[0]) if named else None)
-  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, ids_B)
+    ids_B = jnp.arange(len(x), out_sharding=act("B") and P(_spec(x)[0]))
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, ids_B)
+
+
+def _bernoulli(key, p, x, dims: int) -> jax.Array:
+  """True with probability p for each index of the first dims of `x`, whatever its layout."""
+  shape, spec = x.shape[:dims], _spec(x)[:dims]
+  named, keys_B = act("") is not None, row_keys(key, x)
   if named and "context" in axes_of(spec[1:]):
     mesh = jax.sharding.get_abstract_mesh()
     one = functools.partial(zigzag.bernoulli, shape=shape[1:], shards=mesh.shape["context"])

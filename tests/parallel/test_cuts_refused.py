@@ -8,9 +8,9 @@ from bigtrain.config import Refused
 from bigtrain.mesh import Mesh
 from bigtrain.validate import validate
 from tests import classes, packed
+from tests.classes import MODELS
 from tests.objectives import test_masked_lm
 from tests.parallel import test_parity_context
-from tests.test_parity_classification import MODELS
 
 CALM = {"dropout": 0.0}  # Of attention.
 FEW = {"dropout": 0.0, "kv_heads": 4}

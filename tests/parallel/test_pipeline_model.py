@@ -44,6 +44,12 @@ def test_two_updates_in_two_rounds_with_dropout_equal_one_device():
   assert_like_one_device(experiment(ALL, rounds=2))
 
 
+def test_blockwise_attention_drops_in_a_stage_what_one_device_drops():
+  e = experiment(ALL)
+  e.model.pattern[0].attention.kernel = "blockwise"
+  assert_like_one_device(e)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("mesh", "schedule"),

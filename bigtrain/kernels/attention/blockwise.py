@@ -46,7 +46,8 @@ def attend(call: Call) -> jax.Array:
   seeds_BKE, dropout = None, 0.0
   if call.dropout and call.key is not None:
     # A key for each row and kv head: the same bits wherever these lie.
-    keys_BK = jax.random.split(call.key, call.k_BSKH.shape[::2])
+    split = functools.partial(jax.random.split, num=call.k_BSKH.shape[2])
+    keys_BK = jax.vmap(split)(sharding.row_keys(call.key, call.q_BTKGH))
     seeds_BKE, dropout = sharding.lay(jax.random.key_data(keys_BK), "BKE"), call.dropout
   settings = Settings(call.form, dropout)
 
