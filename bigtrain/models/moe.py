@@ -235,7 +235,11 @@ def _in_best_groups(c: Groups, score_BTX) -> jax.Array:
 
 def _top_k(x, n: int) -> tuple[jax.Array, jax.Array]:
   """The n largest of the last dim, and where they are. XLA would gather the whole batch first."""
-  best = lambda x: tuple(jax.lax.top_k(x, n))
+
+  def best(x):
+    values, places = jax.lax.top_k(x, n)
+    return values, places
+
   if not jax.sharding.get_abstract_mesh().explicit_axes:
     return best(x)
   spec = jax.typeof(x).sharding.spec

@@ -19,6 +19,8 @@ import math
 from typing import Any
 
 from bigtrain.experiment import Experiment
+from bigtrain.models.feed_forward import FeedForwardConfig
+from bigtrain.models.moe import MoEConfig
 from bigtrain.models.transformer import KEPT, TransformerConfig
 from bigtrain.plan.compile import lengths
 from bigtrain.plan.network import Network
@@ -113,12 +115,21 @@ def _again(c: TransformerConfig) -> float:
 def _kept(c: TransformerConfig, split: int) -> float:
   """Bytes that the remat policy keeps of one token of one layer, on average over the pattern."""
   block = c.pattern[0]
-  s = block.attention.sizes(c.dim)
-  head, hidden = s["H"] / split, block.feed_forward.hidden / split
+  s, f = block.attention.sizes(c.dim), block.feed_forward
+  head, up = s["H"] / split, _hidden(f) / split
   widths = {"q": s["K"] * s["G"] * head, "k": s["K"] * head, "v": s["K"] * head}
-  widths |= {"attention": widths["q"], "up": hidden, "gate": hidden * block.feed_forward.gated}
+  widths |= {"attention": widths["q"], "up": up, "gate": up, "received": 0.0}
+  if isinstance(f, MoEConfig):
+    widths["received"] = c.dim * f.top_k
+  elif not f.gated:
+    widths["gate"] = 0.0
   names = KEPT.get(c.remat, KEPT["products"])
   return BF16 * (c.dim * (8 if c.remat == "none" else 1) + sum(widths[name] for name in names))
+
+
+def _hidden(f: FeedForwardConfig | MoEConfig) -> int:
+  """Hidden units that a token passes through."""
+  return f.hidden * f.top_k + f.shared if isinstance(f, MoEConfig) else f.hidden
 
 
 def _working(e: Experiment, tokens: float, layer: float, split: int) -> float:
@@ -126,7 +137,7 @@ def _working(e: Experiment, tokens: float, layer: float, split: int) -> float:
   c: Any = e.model
   block, vocabulary = c.pattern[0], (c.vocabulary() or 0) / split
   s = block.attention.sizes(c.dim)
-  wide = 4 * c.dim + 3 * block.feed_forward.hidden / split + 4 * s["K"] * s["G"] * s["H"] / split
+  wide = 4 * c.dim + 3 * _hidden(block.feed_forward) / split + 4 * s["K"] * s["G"] * s["H"] / split
   chunk = min(getattr(e.objective, "loss_chunk", None) or tokens, tokens)
   loss = chunk * vocabulary * (F32 + F32 + BF16) + vocabulary * c.dim * (BF16 + F32)
   return 2 * layer + max(tokens * wide * BF16, loss)
