@@ -121,7 +121,7 @@ def over_devices(found: Found) -> Found:
   """One value for each statistic, from those of all devices, inside an island."""
 
   def reduce(name: str, value: jax.Array) -> jax.Array:
-    axes = (*jax.typeof(value).mat.varying,)
+    axes, value = (*jax.typeof(value).mat.varying,), jax.lax.stop_gradient(value)
     if value.dtype == bool:
       return jax.lax.pmin(value.astype(jnp.int32), axes).astype(bool)
     return _either(name, jax.lax.pmax, jax.lax.pmean)(value, axes)

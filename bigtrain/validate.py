@@ -293,7 +293,7 @@ def _check_cuts(e: Experiment, shape: dict[str, int]) -> None:
     why = "the data has none" if length is None else f"a {model} takes them whole"
     raise Refused(
       f"the mesh ({_axes(wide, shape)}) cuts rows of tokens ({', '.join(wide)}), but {why}; set "
-      "--mesh.context 1 and --mesh.sequence False"
+      "--mesh.context 1 and --mesh.no_sequence"
     )
   from bigtrain.parallel import context
 

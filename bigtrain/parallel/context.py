@@ -107,7 +107,7 @@ def _check_attention(axis: str | None, dropout: float, relative: bool) -> None:
   if axis == "context" and relative:
     raise Refused(
       "relative biases go by the columns of whole rows, of which each device has pieces in a ring; "
-      "set --mesh.ulysses True, or --mesh.context 1"
+      "set --mesh.ulysses, or --mesh.context 1"
     )
 
 

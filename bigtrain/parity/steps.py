@@ -143,13 +143,19 @@ class Reference:
 
 
 def compare(e: Experiment, reference: Reference, mesh: jax.sharding.Mesh) -> Report:
-  """What a mesh makes of the steps of `reference`, which are those of `e` on one device."""
+  """What a mesh makes of the steps of `reference`, which are those of `e` on one device.
+
+  Outputs are left out where they are other numbers: stages report means over microbatches, and
+  in rows that are cut padding attends to other padding.
+  """
+  whole = e.mesh.pipeline == e.mesh.context == 1
+  reported = lambda kind, name, got: kind != "output" or (whole and name in got)
   halves, tensors = Halves(e, mesh), {}
   for i, step in enumerate(reference.steps):
     trees = halves.gradient(step.state, batches(e, i)) | halves.update(step.state, step.given)
     for kind in KINDS:
       got, wanted, moved = (named(kind, x[kind]) for x in (trees, step.trees, step.moved))
-      for name in wanted:
+      for name in (name for name in wanted if reported(kind, name, got)):
         tensor = tensors.setdefault((kind, name), Tensor(kind, name))
         tensor.see(got[name], wanted[name], moved[name])
   axes = {axis: n for axis, n in mesh.shape.items() if n > 1}

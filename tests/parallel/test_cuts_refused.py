@@ -48,7 +48,7 @@ def decoder(seq=16, attention=CALM, **fields):
     (
       test_parity_context.t5(mesh=Mesh(fsdp=1, context=8)),
       "relative biases go by the columns of whole rows, of which each device has pieces in a ring; "
-      "set --mesh.ulysses True",
+      "set --mesh.ulysses",
     ),
     (
       decoder(mesh=Mesh(sequence=True)),
