@@ -17,7 +17,7 @@ from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import TokenizerFile
 from bigtrain.experiment import Evaluation
-from bigtrain.mesh import Mesh
+from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder import EncoderConfig, TextClassifierConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
@@ -358,5 +358,5 @@ def test_every_function_in_experiments_is_valid_whole_and_shrunk(path, tmp_path,
     e = function()
     validate(shrink(e), devices=1)  # Also without its data.
     supply(e)
-    fixed = [n for n in (e.mesh.data, e.mesh.fsdp, e.mesh.tensor) if n != -1]
-    validate(e, devices=math.prod(fixed))
+    axes = (getattr(e.mesh, axis) for axis in AXES if axis not in OTHER_NAMES)
+    validate(e, devices=math.prod(n for n in axes if n != -1))

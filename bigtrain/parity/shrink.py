@@ -12,7 +12,7 @@ from typing import Any
 
 from bigtrain.config import Refused, configs
 from bigtrain.experiment import Experiment
-from bigtrain.mesh import AXES, Mesh
+from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
 from bigtrain.models.transformer import TransformerConfig
 from bigtrain.optim.schedule import Schedule
 from bigtrain.optim.soap import SOAP
@@ -21,7 +21,7 @@ from bigtrain.sharding import ACTIVATION
 from bigtrain.smoke import LENGTHS, capped
 from bigtrain.validate import check_mesh, validate
 
-FIELDS = AXES[:-1]  # Of Mesh: the last axis is another name of one of them.
+FIELDS = tuple(axis for axis in AXES if axis not in OTHER_NAMES)  # Of Mesh.
 STEPS = 5
 ROWS = 2  # Of a microbatch on each device.
 DROPOUT = 0.1  # Where the experiment has none.

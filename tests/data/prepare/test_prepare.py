@@ -120,8 +120,9 @@ def test_another_number_of_tasks_or_workers_keeps_and_splits_the_same(planted, t
 def test_nothing_kept_is_still_a_report(tmp_path, capsys):
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "empty.txt").touch()
-  manifest = prepare(recipe(tmp_path / "in"), tmp_path / "out")
-  assert manifest is not None and manifest["splits"]["train"]["documents"] == 0
+  with pytest.raises(Refused, match="no document is left"):
+    prepare(recipe(tmp_path / "in"), tmp_path / "out")
+  assert (tmp_path / "out" / "report.html").exists()
   assert "preparing 1 file in " in capsys.readouterr().err
 
 
