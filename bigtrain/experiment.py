@@ -292,6 +292,7 @@ class Experiment(Generic[M, D, U, L]):
   epochs: float | None = None  # Passes over the training examples, in place of `steps`.
   batch_stages: tuple[tuple[int, int], ...] = ()  # (step, batch): that batch from that step on.
   microbatches: int = 1  # Equal parts of the batch whose gradients are added up before an update.
+  optimizer_on_host: bool = False  # Its state waits in the host's memory between updates.
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
   checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)

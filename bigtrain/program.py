@@ -14,6 +14,7 @@ from bigtrain.mesh import platform
 from bigtrain.objectives import Output
 from bigtrain.objectives.experts import load_max, rebalanced, with_experts
 from bigtrain.optim.clip import global_norm
+from bigtrain.optim.on_host import HOST, is_sent, on_host
 from bigtrain.state import State, combine, partition
 from bigtrain.statistics import sizes
 
@@ -24,7 +25,10 @@ class Program:
   def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh | None):
     self.experiment, self.mesh = experiment, mesh
     width = experiment.model.width()
-    self.transformation = experiment.optimizer.make(experiment.steps, width)
+    transformation = experiment.optimizer.make(experiment.steps, width)
+    self.transformation = (
+      on_host(transformation) if experiment.optimizer_on_host else transformation
+    )
     self.learning_rate = experiment.optimizer.learning_rate(experiment.steps)
 
   def init(self, key: jax.Array) -> State:
@@ -125,12 +129,19 @@ class Program:
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""
     # The key too is traced: on the devices of a topology nothing can run.
-    tree, mesh = jax.eval_shape(lambda: self.init(jax.random.key(0))), self.mesh
-    if mesh is None:
-      return tree
-    spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # Tracing gives constants none.
-    place = lambda x: jax.sharding.NamedSharding(mesh, spec(x))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
+    state = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+    on_host = lambda x: self.experiment.optimizer_on_host and is_sent(x)
+    waiting = jax.tree.map(lambda x: self._place(x, HOST if on_host(x) else None), state.optimizer)
+    return dataclasses.replace(jax.tree.map(self._place, state), optimizer=waiting)
+
+  def _place(self, x, memory: str | None = None) -> jax.ShapeDtypeStruct:
+    """A traced array where it lies when the step is called; without a mesh, on jax's one device."""
+    if self.mesh is not None:
+      spec = x.sharding.spec if x.sharding else jax.P()  # Tracing gives constants none.
+      place = jax.sharding.NamedSharding(self.mesh, spec, memory_kind=memory)
+    else:
+      place = memory and jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
   def compile_init(self):
     """Initialisation, compiled. On CPU it is not optimised: it runs once, for a moment."""

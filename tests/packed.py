@@ -163,8 +163,8 @@ def run(e: Experiment, state: State, *, meshed: bool = True) -> tuple[State, lis
   mesh, program, step = compiled(e, meshed=meshed)
   data, metrics = e.data.make(e.seed), []
   with in_mesh(mesh):
-    place = jax.tree.map(lambda x: x.sharding, program.abstract()) if meshed else None
-    leaves, structure = jax.tree.flatten(jax.device_put(state, place))
+    place = lambda x, like: jax.device_put(x, like.sharding)
+    leaves, structure = jax.tree.flatten(jax.tree.map(place, state, program.abstract()))
     for i in range(e.steps):
       rows = lambda wanted, i=i: data.batch(i * e.batch, e.batch, wanted)
       leaves, values = step(leaves, put(rows, e.batch, sharding.batch_sharding()))

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Tokens
+from bigtrain.models import remat
 from bigtrain.models.attention import AttentionConfig, Memory
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import FanIn, Initializer, Mup, Normal
@@ -24,18 +25,10 @@ from bigtrain.models.latent_attention import LatentAttentionConfig
 from bigtrain.models.moe import MoEConfig
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import RelativeBuckets, bucket
+from bigtrain.models.remat import KEPT, Name, Remat
 from bigtrain.parallel import pipeline
 from bigtrain.parallel.pipeline import Pipeline
 from bigtrain.width import Width
-
-# What the forward pass keeps for the backward pass: names as given by checkpoint_name.
-KEPT = {
-  "full": (),  # Only the input of each block; all else is computed again.
-  "attention": ("attention",),
-  "qkv": ("q", "k", "v", "attention"),
-  "products": ("q", "k", "v", "attention", "received", "up", "gate"),
-}
-Remat = Literal["none", "full", "attention", "qkv", "products"]
 
 
 @config
@@ -68,6 +61,8 @@ class TransformerConfig:
   drop_path: float = 0.0
   init: Normal | FanIn | Mup = dataclasses.field(default_factory=Normal)
   remat: Remat = "full"  # What the backward pass need not compute again.
+  # Of what it keeps, this waits in the host's memory; also `input`, what enters each block.
+  offload: tuple[Name, ...] = ()
   unroll: int = 1  # Repeats of the pattern in one iteration of the loop over layers.
   pipeline: Pipeline = dataclasses.field(default_factory=Pipeline)  # On a mesh with stages.
 
@@ -92,6 +87,8 @@ class TransformerConfig:
 
     The `first` blocks, and what is left over of the pattern, are not on stages.
     """
+    if self.offload:
+      raise Refused("model: nothing can be sent to the host from within stages; set offload to ()")
     repeats = (self.layers - len(self.first)) // len(self.pattern)
     self.pipeline.check_layers(stages, repeats, rows)
 
@@ -133,6 +130,7 @@ class TransformerConfig:
         )
     if self.unroll < 1:
       raise Refused(f"model: unroll is {self.unroll}; it must be at least 1 (no unrolling)")
+    remat.refuse(self.remat, self.offload)
     if not 0 <= self.dropout < 1:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
     if not 0 <= self.drop_path < 1:
@@ -310,10 +308,13 @@ class Transformer(nnx.Module):
     return jnp.transpose(bias_PKG, (1, 2, 0))
 
   def _remat(self, unrolled: bool):
-    apply = lambda block, *args: taps.collected(block)(*args)
-    if self.c.remat == "none":
+    def apply(block, x_BTD, *args):
+      if "input" in self.c.offload:  # Without a name it stays where it is.
+        x_BTD = checkpoint_name(x_BTD, remat.INPUT)
+      return taps.collected(block)(x_BTD, *args)
+
+    if (policy := remat.policy(self.c.remat, self.c.offload)) is None:
       return apply
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.c.remat])
     # Within a loop the compiler cannot merge the two computations; outside it must be kept from it.
     return jax.checkpoint(apply, policy=policy, prevent_cse=unrolled)
 
@@ -350,7 +351,7 @@ def _repeat(x_BTD, layer, *, apply, tokens: Tokens, cache: Cache | None, bias_KG
       k_BSKH, v_BSKH = pairs[j]
       layer_cache = LayerCache(k_BSKH, v_BSKH, Tokens(cache.positions_BS), cache.length)
     key, rate = jax.tree.map(lambda a, j=j: a[j], (keys, rates))
-    x_BTD = checkpoint_name(x_BTD, pipeline.INPUT)
+    x_BTD = checkpoint_name(x_BTD, remat.INPUT)
     given = (x_BTD, tokens, key, layer_cache, rate, bias_KGP)
     if memory is not None:
       given += (dataclasses.replace(memory, pairs=remembered and remembered[j]),)

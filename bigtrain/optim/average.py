@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bigtrain.optim.on_host import on_device
+
 
 class Average(NamedTuple):
   """The state of `track_average`."""
@@ -46,7 +48,7 @@ def averaged(opt_state: optax.OptState, model: Any) -> Any:
   kinds = (Average, optax.contrib.ScheduleFreeState)
   for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
     if isinstance(node, Average):
-      return node.weights
+      return on_device(node.weights)
     if isinstance(node, optax.contrib.ScheduleFreeState):
-      return optax.contrib.schedule_free_eval_params(node, model)
+      return optax.contrib.schedule_free_eval_params(on_device(node), model)
   return model

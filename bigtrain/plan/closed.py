@@ -21,7 +21,8 @@ from typing import Any
 from bigtrain.experiment import Experiment
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.moe import MoEConfig
-from bigtrain.models.transformer import KEPT, TransformerConfig
+from bigtrain.models.remat import INPUT, KEPT
+from bigtrain.models.transformer import TransformerConfig
 from bigtrain.plan.compile import lengths
 from bigtrain.plan.network import Network
 from bigtrain.plan.topologies import Topology
@@ -118,13 +119,13 @@ def _kept(c: TransformerConfig, split: int) -> float:
   s, f = block.attention.sizes(c.dim), block.feed_forward
   head, up = s["H"] / split, _hidden(f) / split
   widths = {"q": s["K"] * s["G"] * head, "k": s["K"] * head, "v": s["K"] * head}
-  widths |= {"attention": widths["q"], "up": up, "gate": up, "received": 0.0}
+  widths |= {INPUT: c.dim, "attention": widths["q"], "up": up, "gate": up, "received": 0.0}
   if isinstance(f, MoEConfig):
     widths["received"] = c.dim * f.top_k
   elif not f.gated:
     widths["gate"] = 0.0
-  names = KEPT.get(c.remat, KEPT["products"])
-  return BF16 * (c.dim * (8 if c.remat == "none" else 1) + sum(widths[name] for name in names))
+  names = {INPUT, *KEPT.get(c.remat, KEPT["products"])} - set(c.offload)
+  return BF16 * ((c.remat == "none") * 7 * c.dim + sum(widths[name] for name in names))
 
 
 def _hidden(f: FeedForwardConfig | MoEConfig) -> int:

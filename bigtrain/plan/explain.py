@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from bigtrain.experiment import Experiment
-from bigtrain.models.transformer import Remat, TransformerConfig
+from bigtrain.models.remat import Remat
+from bigtrain.models.transformer import TransformerConfig
 from bigtrain.plan.closed import Sizes, guess
 from bigtrain.plan.compile import Compiled
 from bigtrain.plan.memory import place

@@ -20,7 +20,8 @@ from typing import Any, get_args
 from bigtrain.config import Refused
 from bigtrain.console import say
 from bigtrain.experiment import Experiment
-from bigtrain.models.transformer import Remat, TransformerConfig
+from bigtrain.models.remat import Remat
+from bigtrain.models.transformer import TransformerConfig
 from bigtrain.plan.closed import Guess, Sizes, guess
 from bigtrain.plan.network import Network
 from bigtrain.plan.topologies import Topology

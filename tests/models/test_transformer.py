@@ -14,7 +14,8 @@ from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.norm import LayerNormConfig
 from bigtrain.models.position import Rotary
-from bigtrain.models.transformer import KEPT, BlockConfig, Transformer, TransformerConfig
+from bigtrain.models.remat import KEPT
+from bigtrain.models.transformer import BlockConfig, Transformer, TransformerConfig
 from tests.models.build import filled, normal, row
 
 DIM = 16
@@ -111,11 +112,11 @@ def small():
   return filled(lambda key: Transformer(c, key))
 
 
-def gradient(remat):
+def gradient(remat, **fields):
   """The gradient function, and the stack with that policy to apply it to."""
   x, tokens = normal(2, 7, DIM), row(7, 2)
   loss = lambda stack: (stack(x, tokens)[0] ** 2).mean()
-  return jax.grad(loss), with_config(small(), remat=remat)
+  return jax.grad(loss), with_config(small(), remat=remat, **fields)
 
 
 @functools.cache
@@ -137,6 +138,17 @@ def test_each_remat_policy_computes_less_again_than_the_one_before():
 
   counts = [products(remat) for remat in (*KEPT, "none")]
   assert counts == sorted(set(counts), reverse=True)
+
+
+def test_what_is_offloaded_waits_on_the_host_and_changes_no_gradient():
+  names = ("input", "q", "up")
+  grad, other = gradient("products", offload=names)
+  text = str(jax.make_jaxpr(grad)(other))
+  of_both_layers = {"input": "2,2,7,16", "q": "2,2,7,2,2,4", "up": "2,2,7,24"}
+  assert all(f"f32<host>[{shape}]" in text for shape in of_both_layers.values())
+  assert f"f32[{of_both_layers['input']}]" not in text  # It is not kept in both places.
+  for ours, plain in zip(jax.tree.leaves(jax.jit(grad)(other)), gradients("none"), strict=True):
+    np.testing.assert_allclose(ours, plain, rtol=2e-4, atol=1e-6)
 
 
 def test_dropout_has_its_rate_keeps_the_mean_and_follows_its_key():
@@ -170,6 +182,8 @@ def test_every_layer_drops_by_a_key_of_its_own():
     ({"dim": 18, "pattern": (block(),)}, "18 is not divisible by 4 heads"),
     ({"unroll": 0}, "unroll is 0"),
     ({"dropout": 1.0}, "dropout is 1.0; it is a rate"),
+    ({"offload": ("q",)}, "offload has 'q', but remat='full' keeps input"),
+    ({"remat": "none", "offload": ("q",)}, "remat='none' keeps everything, and nothing by name"),
   ],
 )
 def test_impossible_stacks_are_refused(fields, message):
