@@ -26,12 +26,12 @@ assert set(KEPT) | {"none"} == set(get_args(Remat))
 
 def refuse(remat: Remat, offload: tuple[Name, ...]) -> None:
   """Refuses to send to the host what is not kept by name."""
-  kept = () if remat == "none" else (INPUT, *KEPT[remat])
   for name in offload:
-    if name not in kept:
-      names = f"{', '.join(kept[:-1])} and {kept[-1]}" if kept[1:] else "input"
-      said = f"keeps {names}" if kept else "keeps everything, and nothing by name"
-      raise Refused(f"model: offload has {name!r}, but remat={remat!r} {said}")
+    if remat == "none":
+      raise Refused(f"model: offload has {name!r}, but remat='none' keeps all, and nothing by name")
+    if name not in (INPUT, *KEPT[remat]):
+      kept = ", ".join((INPUT, *KEPT[remat]))
+      raise Refused(f"model: offload has {name!r}, but remat={remat!r} keeps {kept} alone")
 
 
 def policy(remat: Remat, offload: tuple[Name, ...]) -> Callable[..., bool] | None:

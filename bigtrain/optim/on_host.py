@@ -32,5 +32,5 @@ def is_sent(x) -> bool:
   return x.ndim > 0
 
 
-def _moved(state, space: jax.memory.Space):
+def _moved(state, space):
   return jax.tree.map(lambda x: jax.device_put(x, space) if is_sent(x) else x, state)

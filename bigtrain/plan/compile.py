@@ -25,10 +25,10 @@ from bigtrain.failures import OUT_OF_MEMORY
 from bigtrain.plan.network import Network
 from bigtrain.plan.topologies import Topology
 
-FORMAT = 1  # Raised by whatever changes what is kept.
+FORMAT = 2  # Raised by whatever changes what is kept.
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 SOURCES = pathlib.Path(__file__).parents[1]
-MEMORY = ("argument", "output", "alias", "temp", "generated_code")
+MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_temp")
 
 
 @dataclasses.dataclass(frozen=True)

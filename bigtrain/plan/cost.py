@@ -10,7 +10,8 @@
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous
   collective begins when it is issued and the network is free, and what is left of it at its end is
   "exposed"; a synchronous one is exposed as a whole. A loop's body is timed once and multiplied.
-- Asynchronous copies between memories are taken to be hidden.
+- Copies to and from the host's memory are two queues more, at the rate of its bus. Asynchronous
+  copies between the chip's own memories are taken to be hidden.
 """
 
 import dataclasses
@@ -19,11 +20,14 @@ import re
 from collections import defaultdict
 
 from bigtrain.plan import network
-from bigtrain.plan.hlo import ALIASES, HBM, Computation, Instruction, Module
+from bigtrain.plan.hlo import ALIASES, HBM, HOST, Computation, Instruction, Module
 from bigtrain.plan.network import KINDS, Network
 
 ATTENTION = 0.6  # Of peak, forward and backward.
 PARTS = ("matrix", "vector", "kernels", "moved", "exposed")
+# Between chips, between slices over the data center's network, and to and from the host's memory.
+LINKS = ("chips", "slices", "to host", "from host")
+COPIES = ("copy", "dynamic-slice", "dynamic-update-slice")
 FREE = (
   *ALIASES,
   "after-all",
@@ -39,7 +43,7 @@ FREE = (
 
 @dataclasses.dataclass
 class Collective:
-  """One collective of the program, all its executions in a step."""
+  """One collective of the program, or one copy to or from the host, all executions in a step."""
 
   kind: str
   axes: tuple[str, ...]  # Of the mesh.
@@ -49,7 +53,7 @@ class Collective:
   exposed: float  # Seconds that nothing hides.
   asynchronous: bool
   scope: str
-  slow: bool = False  # Between slices, over the data center's network.
+  link: str = "chips"  # What carries it: one of LINKS, each of which is a queue.
 
 
 @dataclasses.dataclass
@@ -97,7 +101,7 @@ class _Estimate:
     """The cost of one execution of a computation, its instructions in the order of the schedule."""
     computation, cost = self.module.computations[name], Cost()
     now = 0.0  # When the next instruction is issued.
-    free = {False: 0.0, True: 0.0}  # When the network is, the one between chips and the slow one.
+    free = dict.fromkeys(LINKS, 0.0)  # When each link is.
     under_way: dict[str, tuple[float, Collective]] = {}
     for i in computation.instructions:
       collective = self._collective(i, computation)
@@ -106,8 +110,8 @@ class _Estimate:
         continue
       found, phase, key = collective
       if phase != "done":
-        free[found.slow] = max(now, free[found.slow]) + found.seconds
-        under_way[key] = free[found.slow], found
+        free[found.link] = max(now, free[found.link]) + found.seconds
+        under_way[key] = free[found.link], found
         cost.collectives.append(found)
       if phase != "start" and key in under_way:
         end, found = under_way.pop(key)
@@ -173,6 +177,8 @@ class _Estimate:
       return self._between_slices(i, kind[1]), "start", _rendezvous(i)
     if i.opcode == "recv-done":
       return self._made(i, "", "done"), "done", _rendezvous(within.by_name[i.operands[0]])
+    if re.sub("-(start|done)$", "", i.opcode) in COPIES:
+      return self._copied(i)
     if i.opcode == "async-done":
       return self._made(i, "", "done"), "done", i.operands[0]
     if i.opcode not in ("fusion", "async-start"):
@@ -202,7 +208,24 @@ class _Estimate:
     group, axes = self.links.across()
     kind, size = kind.lower().replace("_", "-"), i.arrays[0].bytes
     seconds = self.links.seconds(kind, size, group)
-    return Collective(kind, axes, size, 1, seconds, 0.0, True, i.scope, slow=True)
+    return Collective(kind, axes, size, 1, seconds, 0.0, True, i.scope, "slices")
+
+  def _copied(self, i: Instruction) -> tuple[Collective, str, str] | None:
+    """As `_collective`, of a copy; None where the host has no part in it, or it is a plain one."""
+    if i.opcode.endswith("-done"):
+      return self._made(i, "", "done"), "done", i.operands[0]
+    arrays = [a for a in i.arrays if a.dims]
+    if not i.opcode.endswith("-start") or {a.space == HOST for a in arrays} != {True, False}:
+      return None
+    # (what is made, what is copied): a slice of it, or with a slice put into it.
+    sent = i.opcode != "dynamic-slice-start" and arrays[0].space == HOST
+    size = min(a.bytes for a in arrays)
+    kind, seconds = "to host" if sent else "from host", size / self.chip.host
+    return (
+      Collective(f"copy {kind}", (), size, 1, seconds, 0.0, True, i.scope, kind),
+      "start",
+      i.name,
+    )
 
   def _made(self, i: Instruction, kind: str, phase: str) -> Collective:
     if phase == "done":

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 BYTES = {"pred": 1, "token": 0, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
-HBM = 0  # The memory space that a layout need not name. 1 is the vector unit's, 5 the host's.
+HBM, HOST = 0, 5  # Memory spaces; that of the chip a layout need not name. 1 is the vector unit's.
 ALIASES = ("get-tuple-element", "tuple", "bitcast", "opt-barrier", "parameter", "constant")
 
 

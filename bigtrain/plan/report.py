@@ -152,6 +152,8 @@ def _memory(plan: Plan):
   table.add_row("peak", f"{memory['peak'] / GiB:.2f}", "by the compiler's own account")
   left = chip.hbm - memory["peak"]
   table.add_row("left", f"{left / GiB:.2f}", f"of the chip's {chip.hbm / GiB:.2f}")
+  if host := memory["host_argument"] + memory["host_temp"]:
+    table.add_row("host", f"{host / GiB:.2f}", "in the memory of the host, for each chip")
   return table
 
 
@@ -176,7 +178,7 @@ def _time(plan: Plan):
 
 def _collectives(plan: Plan):
   columns = ("what", "over", "MB each", "times", "seconds", "exposed", "where")
-  table = _table("Collectives", *columns)
+  table = _table("Collectives, and copies to and from the host", *columns)
   found = plan.collectives()
   for c in found[:SHOWN]:
     kind = f"{c.kind}{', async' if c.asynchronous else ''}"

@@ -68,24 +68,32 @@ class Chip:
   axes: int  # Of the torus; two links along each.
   wraps: str  # When an axis of the torus is closed: its size is a multiple of "4", or is "16".
   dcn: float  # Bytes a second to other slices, for each chip.
+  host: float  # Bytes a second to the memory of its host, and as many from it.
   platform: str = "tpu"
 
 
 # HBM is what libtpu says it has, in its out-of-memory messages. The clock is that at which all
 # matrix units together reach the peak; by it the compiler gives a large product at most 98% of the
-# peak (85% on v6e).
+# peak (85% on v6e). [book] 16 GB/s between a chip and its host, 32 on v6e.
 CHIPS = {
   # [cloud] 197 TFLOP/s, 393 TOP/s, 16 GB, 819 GB/s. [book] 45 GB/s a link, 2D; DCN 25 GB/s a host.
-  "v5e": Chip("TPU v5 lite", 15.75 * GiB, 8.19e11, 197e12, 393e12, 1.5e9, 4.5e10, 2, "16", 3.125e9),
+  "v5e": Chip(
+    "TPU v5 lite", 15.75 * GiB, 8.19e11, 197e12, 393e12, 1.5e9, 4.5e10, 2, "16", 3.125e9, 1.6e10
+  ),
   # [cloud] 459 TFLOP/s, 95 GB, 2765 GB/s. [book] 918 TOP/s, 90 GB/s a link, 3D; DCN as above.
-  "v5p": Chip("TPU v5", 95.73 * GiB, 2.765e12, 459e12, 918e12, 1.75e9, 9e10, 3, "4", 6.25e9),
+  "v5p": Chip(
+    "TPU v5", 95.73 * GiB, 2.765e12, 459e12, 918e12, 1.75e9, 9e10, 3, "4", 6.25e9, 1.6e10
+  ),
   # [cloud] 918 TFLOP/s, 1836 TOP/s, 32 GB, 1638 GB/s, DCN 800 Gb/s a host of 8. [book] 90 GB/s a
   # link, 2D.
   "v6e": Chip(
-    "TPU v6 lite", 31.24 * GiB, 1.638e12, 918e12, 1836e12, 1.75e9, 9e10, 2, "16", 1.25e10
+    "TPU v6 lite", 31.24 * GiB, 1.638e12, 918e12, 1836e12, 1.75e9, 9e10, 2, "16", 1.25e10, 3.2e10
   ),
-  # [nvidia] 989 TFLOP/s, 1979 TOP/s, 80 GB, 3.35 TB/s; NVLink 450 GB/s one way; 400 Gb/s a GPU.
-  "h100": Chip("NVIDIA H100", 80e9, 3.35e12, 989e12, 1979e12, 0, 4.5e11, 1, "", 5e10, "gpu"),
+  # [nvidia] 989 TFLOP/s, 1979 TOP/s, 80 GB, 3.35 TB/s; one way NVLink 450 GB/s, PCIe 64 GB/s; 400
+  # Gb/s a GPU.
+  "h100": Chip(
+    "NVIDIA H100", 80e9, 3.35e12, 989e12, 1979e12, 0, 4.5e11, 1, "", 5e10, 6.4e10, "gpu"
+  ),
 }
 
 

@@ -182,8 +182,8 @@ def test_every_layer_drops_by_a_key_of_its_own():
     ({"dim": 18, "pattern": (block(),)}, "18 is not divisible by 4 heads"),
     ({"unroll": 0}, "unroll is 0"),
     ({"dropout": 1.0}, "dropout is 1.0; it is a rate"),
-    ({"offload": ("q",)}, "offload has 'q', but remat='full' keeps input"),
-    ({"remat": "none", "offload": ("q",)}, "remat='none' keeps everything, and nothing by name"),
+    ({"offload": ("q",)}, "offload has 'q', but remat='full' keeps input alone"),
+    ({"remat": "none", "offload": ("q",)}, "remat='none' keeps all, and nothing by name"),
   ],
 )
 def test_impossible_stacks_are_refused(fields, message):

@@ -33,7 +33,19 @@ def run(tmp_path, monkeypatch, capsys):
     asked.append(experiment.batch)
     if experiment.batch == 999:
       return Compiled(topology, links("v5e:2x2", fsdp=4), "", {}, [], 1.0, "out of everything")
-    memory = dict.fromkeys(("argument", "output", "alias", "temp", "generated_code", "peak"), 2**20)
+    memory = dict.fromkeys(
+      (
+        "argument",
+        "output",
+        "alias",
+        "temp",
+        "generated_code",
+        "host_argument",
+        "host_temp",
+        "peak",
+      ),
+      2**20,
+    )
     state = [Leaf("model.up_DF", 4096, (64, 64), (64, 32)), Leaf("optimizer.mu", 2, (2,), (2,))]
     text = (pathlib.Path(__file__).parent / "loops.hlo.txt").read_text()
     return Compiled(topology, links("v5e:2x2", fsdp=4), text, memory, state, 1.0)

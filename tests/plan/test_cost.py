@@ -98,7 +98,7 @@ ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
   said = 'frontend_attributes={_xla_host_transfer_rendezvous="x_0",'
   text = text.replace("SAID", said + '_xla_megascale_transfer_type="ALL_REDUCE"}')
   slow, fast = cost.estimate(hlo.parse(text), links("v5e:2x2", 2, slices=2, fsdp=4)).collectives
-  assert (slow.kind, slow.axes, slow.slow) == ("all-reduce", ("slices",), True)
+  assert (slow.kind, slow.axes, slow.link) == ("all-reduce", ("slices",), "slices")
   assert slow.seconds == pytest.approx(2 * 4 * 2**20 / 2 / 3.125e9)
   assert fast.axes == ("fsdp",)
   assert fast.exposed == pytest.approx(fast.seconds)  # It waits for no slow one.
@@ -135,3 +135,34 @@ ENTRY %main (q: bf16[4,512,128], k: bf16[2,512,128]) -> bf16[4,512,128] {
   text = text.replace("KERNEL", 'custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"')
   found = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4))
   assert found.flops == (4 + 3) * 2 * 4 * 512**2 * 128 / 2
+
+
+def test_copies_to_and_from_the_host_are_two_queues_of_their_own():
+  """Of 8 MiB each: one each way at once, then one that waits. A copy on the chip is hidden."""
+  text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[2,1024,1024], h: f32[4,2,1024,1024]) -> f32[2,1024,1024] {
+  %a = f32[2,1024,1024]{2,1,0} parameter(0)
+  %h = f32[4,2,1024,1024]{3,2,1,0:S(5)} parameter(1)
+  %z = s32[] constant(0)
+  %s1 = (f32[2,1024,1024]{2,1,0:S(5)}, f32[2,1024,1024]{2,1,0}, u32[]) copy-start(%a)
+  %s2 = ((HOST, s32[]), PART, u32[]) dynamic-slice-start(%h, %z)
+  %s3 = ((HOST, PART, s32[]), HOST, u32[]) dynamic-update-slice-start(%h, %a, %z)
+  %s4 = (f32[2,1024,1024]{2,1,0:S(1)}, f32[2,1024,1024]{2,1,0}, u32[]) copy-start(%a)
+  %b = f32[2,1024,1024]{2,1,0} add(%a, %a), backend_config={"estimated_cycles":"CYCLES"}
+  %d1 = f32[2,1024,1024]{2,1,0:S(5)} copy-done(%s1)
+  %d2 = f32[1,2,1024,1024]{3,2,1,0} dynamic-slice-done(%s2)
+  %d4 = f32[2,1024,1024]{2,1,0:S(1)} copy-done(%s4)
+  %d3 = f32[4,2,1024,1024]{3,2,1,0:S(5)} dynamic-update-slice-done(%s3)
+  ROOT %c = f32[2,1024,1024]{2,1,0} bitcast(%b)
+}
+"""
+  seconds = 2**23 / 1.6e10
+  text = text.replace("HOST", "f32[4,2,1024,1024]{3,2,1,0:S(5)}")
+  text = text.replace("PART", "f32[1,2,1024,1024]{3,2,1,0}")
+  text = text.replace("CYCLES", str(round(seconds * CLOCK)))
+  found = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4))
+  kinds = ["copy to host", "copy from host", "copy to host"]
+  assert [c.kind for c in found.collectives] == kinds
+  assert [c.seconds for c in found.collectives] == pytest.approx([seconds] * 3)
+  assert [c.exposed for c in found.collectives] == pytest.approx([0, 0, seconds], abs=1e-8)
