@@ -32,3 +32,22 @@ def test_a_step_is_compiled_and_its_products_are_the_model_s():
   kinds = memory.by("kind", tensors)
   assert kinds["parameters"] >= sum(x.bytes for x in made.state if x.group == "model")
   assert kinds["optimizer state"] >= 2 * kinds["parameters"] * 0.9
+
+
+@pytest.mark.tpu
+def test_what_waits_on_the_host_takes_none_of_the_chip_and_is_copied_both_ways():
+  def compiled(offload, on_host):
+    e = study(mesh=Mesh(fsdp=4))
+    e.model.remat, e.model.offload, e.optimizer_on_host = "products", offload, on_host
+    return compile_step(e, topology("v5e:2x2"))
+
+  here, there = compiled((), False), compiled(("up",), True)
+  optimizer = sum(x.bytes for x in there.state if x.group == "optimizer")
+  assert here.memory["host_argument"] == 0
+  assert optimizer <= there.memory["host_argument"] < 2 * optimizer  # Small arrays are padded.
+  assert there.memory["peak"] < here.memory["peak"] - optimizer / 2
+  copies = cost.estimate(hlo.parse(there.text), there.network).collectives
+  sent, back = (
+    sum(c.bytes * c.times for c in copies if c.kind == f"copy {way} host") for way in ("to", "from")
+  )
+  assert optimizer < back <= sent  # What the last layer made may still be on the chip.
