@@ -9,6 +9,8 @@ The reasoning is that of "How to scale your model" (jax-ml.github.io/scaling-boo
 - Over `tensor` a layer's activations are summed twice forward and twice backward, and nothing hides
   that either. So it pays only where there are too few tokens a chip to hide the gathers.
 - Over `data` and `slices` gradients are all-reduced once a step.
+- What waits on the host is sent there and comes back, both ways at once: activations while layers
+  compute, the optimizer's state between the gradient and the update, which nothing hides.
 
 Memory is the state, one gradient of it, what the remat policy keeps of every layer, and what one
 layer and the loss work with. It does not know attention's scores, which a kernel never stores.
@@ -33,10 +35,11 @@ BF16, F32 = 2, 4
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What a search need find out only once: bytes of the whole state, and parameters."""
+  """What a search need find out only once: bytes of the weights and of the optimizer's state."""
 
-  state: int
-  parameters: int
+  weights: int
+  optimizer: int
+  parameters: int  # Their number.
 
   @classmethod
   def of(cls, experiment: Experiment) -> "Sizes":
@@ -46,9 +49,8 @@ class Sizes:
 
     state = jax.eval_shape(lambda: Program(experiment, None).init(jax.random.key(0)))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return cls(
-      size((state.model, state.optimizer)), sum(x.size for x in jax.tree.leaves(state.model))
-    )
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    return cls(size(state.model), size(state.optimizer), parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +62,16 @@ class Guess:
   scatters: float
   tensor: float
   replicas: float
+  offload: float  # Of activations,
+  host: float  # and of the optimizer's state.
   state: float  # Bytes, as all of these.
   kept: float
   working: float
 
   @property
   def seconds(self) -> float:
-    return max(self.compute, self.gathers) + self.scatters + self.tensor + self.replicas
+    hidden = max(self.compute, self.gathers, self.offload)
+    return hidden + self.scatters + self.tensor + self.replicas + self.host
 
   @property
   def memory(self) -> float:
@@ -76,6 +81,7 @@ class Guess:
     """What the time is made of, in a line."""
     parts = {"compute": self.compute, "gathers": self.gathers, "scatters": self.scatters}
     parts |= {"tensor": self.tensor, "replicas": self.replicas}
+    parts |= {"offload": self.offload, "host": self.host}
     return ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items() if seconds)
 
 
@@ -95,14 +101,17 @@ def guess(e: Experiment, topology: Topology, sizes: Sizes, network: Network) -> 
   forward = tokens * c.dim * BF16 * layers * e.microbatches
   sums = 4 + 2 * (c.remat not in ("none", "products"))
   gradient = sizes.parameters * F32 / split / shards / axes["pipeline"]
-  kept = layers * tokens * _kept(c, split)
+  kept, sent = (layers * tokens * size for size in _kept(c, split))
+  optimizer = sizes.optimizer / split / shards / axes["pipeline"]
   return Guess(
     compute=flops * (1 + _again(c)) / (EFFICIENCY * topology.chip.bf16),
     gathers=2 * e.microbatches * link("all-gather", weights, "fsdp", "expert", "context"),
     scatters=e.microbatches * link("reduce-scatter", weights, "fsdp", "expert", "context"),
     tensor=sums * link("all-reduce", forward, "tensor", "sequence"),
     replicas=link("all-reduce", gradient, "data") + link("all-reduce", gradient, "slices"),
-    state=sizes.state / split / shards / axes["pipeline"],
+    offload=sent * e.microbatches / topology.chip.host,
+    host=e.optimizer_on_host * optimizer / topology.chip.host,
+    state=sizes.weights / split / shards / axes["pipeline"] + (not e.optimizer_on_host) * optimizer,
     kept=kept,
     working=gradient * (1 + (e.microbatches > 1)) + _working(e, tokens, weights / layers, split),
   )
@@ -113,8 +122,8 @@ def _again(c: TransformerConfig) -> float:
   return {"none": 0.0, "products": 0.03, "qkv": 0.2, "attention": 0.28}.get(c.remat, 1 / 3)
 
 
-def _kept(c: TransformerConfig, split: int) -> float:
-  """Bytes that the remat policy keeps of one token of one layer, on average over the pattern."""
+def _kept(c: TransformerConfig, split: int) -> tuple[float, float]:
+  """Bytes of one token of one layer that the remat policy keeps on the chip, and on the host."""
   block = c.pattern[0]
   s, f = block.attention.sizes(c.dim), block.feed_forward
   head, up = s["H"] / split, _hidden(f) / split
@@ -124,8 +133,9 @@ def _kept(c: TransformerConfig, split: int) -> float:
     widths["received"] = c.dim * f.top_k
   elif not f.gated:
     widths["gate"] = 0.0
-  names = {INPUT, *KEPT.get(c.remat, KEPT["products"])} - set(c.offload)
-  return BF16 * ((c.remat == "none") * 7 * c.dim + sum(widths[name] for name in names))
+  names = {INPUT, *KEPT.get(c.remat, KEPT["products"])}
+  here = (c.remat == "none") * 7 * c.dim + sum(widths[name] for name in names - {*c.offload})
+  return BF16 * here, BF16 * sum(widths[name] for name in c.offload)
 
 
 def _hidden(f: FeedForwardConfig | MoEConfig) -> int:

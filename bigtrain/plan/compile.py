@@ -22,6 +22,7 @@ from bigtrain.config import dump
 from bigtrain.data import cache
 from bigtrain.experiment import Experiment
 from bigtrain.failures import OUT_OF_MEMORY
+from bigtrain.optim.on_host import HOST
 from bigtrain.plan.network import Network
 from bigtrain.plan.topologies import Topology
 
@@ -39,6 +40,7 @@ class Leaf:
   bytes: int  # On each chip.
   shape: tuple[int, ...]
   part: tuple[int, ...]  # The shape of what one chip has of it.
+  on_host: bool = False  # It waits there.
 
   @property
   def group(self) -> str:
@@ -66,6 +68,11 @@ class Compiled:
   state: list[Leaf]
   seconds: float  # That it took to compile.
   problem: str = ""  # The compiler's message, where it did not fit.
+
+  @property
+  def state_bytes(self) -> int:
+    """Of the state, what lies in the memory of each chip."""
+    return sum(leaf.bytes for leaf in self.state if not leaf.on_host)
 
 
 def planned(experiment: Experiment, topology: Topology) -> Compiled:
@@ -162,5 +169,7 @@ def _leaves(state) -> list[Leaf]:
     )
     part = leaf.sharding.shard_shape(leaf.shape)
     bytes_ = math.prod(part) * leaf.dtype.itemsize
-    found.append(Leaf(name.removesuffix(".value"), bytes_, tuple(leaf.shape), tuple(part)))
+    on_host = leaf.sharding.memory_kind == HOST
+    name = name.removesuffix(".value")
+    found.append(Leaf(name, bytes_, tuple(leaf.shape), tuple(part), on_host))
   return found

@@ -101,7 +101,7 @@ class _Estimate:
     """The cost of one execution of a computation, its instructions in the order of the schedule."""
     computation, cost = self.module.computations[name], Cost()
     now = 0.0  # When the next instruction is issued.
-    free = dict.fromkeys(LINKS, 0.0)  # When each link is.
+    free: dict[str, float] = dict.fromkeys(LINKS, 0.0)  # When each link is.
     under_way: dict[str, tuple[float, Collective]] = {}
     for i in computation.instructions:
       collective = self._collective(i, computation)

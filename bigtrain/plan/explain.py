@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from bigtrain.experiment import Experiment
-from bigtrain.models.remat import Remat
+from bigtrain.models.remat import INPUT, KEPT, Remat
 from bigtrain.models.transformer import TransformerConfig
 from bigtrain.plan.closed import Sizes, guess
 from bigtrain.plan.compile import Compiled
 from bigtrain.plan.memory import place
 from bigtrain.plan.network import Network
-from bigtrain.plan.search import applied, can_be
+from bigtrain.plan.search import applied, can_be, pasted
 from bigtrain.plan.topologies import Topology
 
 GiB = 2**30
@@ -44,7 +44,7 @@ class Change:
   slower: float  # Of a step, by closed form; 1 is as fast.
 
   def line(self) -> str:
-    return " ".join(f"--{flag} {value}" for flag, value in self.settings.items())
+    return pasted(self.settings)
 
 
 def wanted(compiled: Compiled) -> float | None:
@@ -52,7 +52,7 @@ def wanted(compiled: Compiled) -> float | None:
   found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", compiled.problem)
   if found is None:
     return None
-  return float(found[1]) * UNITS[found[2]] + sum(leaf.bytes for leaf in compiled.state)
+  return float(found[1]) * UNITS[found[2]] + compiled.state_bytes
 
 
 def largest(experiment: Experiment, topology: Topology, few: int = 12) -> list[Traced]:
@@ -144,3 +144,6 @@ def _single(e: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
   if model.remat != "full":
     for n in (2, 4, 8, 16):
       yield {"model.remat": "full", "microbatches": e.microbatches * n}
+  yield {"optimizer_on_host": True}
+  if model.remat != "none":
+    yield {"model.offload": (INPUT, *KEPT[model.remat])}

@@ -213,7 +213,7 @@ def explain(plan: Plan, console) -> None:
     console.print(
       f"does not fit {c.topology.name}: a chip needs {needs / GiB:.1f} GiB and has "
       f"{there / GiB:.2f}; parameters and optimizer state are "
-      f"{sum(leaf.bytes for leaf in c.state) / GiB:.2f} of it"
+      f"{c.state_bytes / GiB:.2f} of it"
     )
   columns = ("array", "GiB each", "of", "made by")
   table = _table("Largest arrays of the step on a chip, before the compiler fuses any", *columns)

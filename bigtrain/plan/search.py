@@ -41,7 +41,7 @@ class Candidate:
 
   def line(self) -> str:
     """The overrides to paste."""
-    return " ".join(f"--{flag} {value}" for flag, value in self.settings.items())
+    return pasted(self.settings)
 
   @property
   def rate(self) -> float:
@@ -80,6 +80,17 @@ def candidates(
           for microbatches in MICROBATCHES:
             rest = {"batch": batch, "model.remat": remat, "microbatches": microbatches}
             yield mesh | rest
+
+
+def pasted(settings: dict[str, Any]) -> str:
+  """Settings as the command line takes them."""
+
+  def words(flag: str, value: Any) -> str:
+    if isinstance(value, bool):
+      return f"--{'' if value else 'no_'}{flag}"
+    return " ".join([f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))])
+
+  return " ".join(words(flag, value) for flag, value in settings.items())
 
 
 def applied(e: Experiment, settings: dict[str, Any]) -> Experiment:

@@ -46,7 +46,7 @@ def test_closed_forms_are_those_of_the_book():
   e = study(microbatches=2, mesh=Mesh(fsdp=8))
   e.model.remat = "full"
   where, chips = topology("v5e:2x4"), links("v5e:2x4", **e.mesh.shape(8))
-  sizes = Sizes(state=12 * 10**6, parameters=10**6)
+  sizes = Sizes(weights=4 * 10**6, optimizer=8 * 10**6, parameters=10**6)
   found = guess(e, where, sizes, chips)
   rows = 16 / 8 / 2  # That a chip has at a time.
   assert found.compute == pytest.approx(e.model.flops(256) * 16 / 8 * (4 / 3) / (0.8 * 197e12))
@@ -64,6 +64,14 @@ def test_closed_forms_are_those_of_the_book():
     2 * (16 / 4 / 2) * 256 * 128 * 2 * 2
   )  # Bytes: layers, rows, positions, width, microbatches.
   assert found.tensor == pytest.approx(6 * 2 * passed / 2 / LINK)
+  e.optimizer_on_host, e.model.offload = True, ("q", "attention")
+  found = guess(e, where, sizes, links("v5e:2x4", **e.mesh.shape(8)))
+  assert found.state == 4 * 10**6 / 8 and found.host == 8 * 10**6 / 8 / 1.6e10
+  assert found.kept == 2 * (16 / 4 / 2) * 256 * 2 * (128 + 2 * 64 / 2)
+  assert found.offload == pytest.approx(2 * (16 / 4) * 256 * 2 * 2 * 128 / 2 / 1.6e10)
+  assert found.seconds == pytest.approx(
+    max(found.compute, found.gathers, found.offload) + found.scatters + found.tensor + found.host
+  )
 
 
 def test_pruning_never_drops_the_best_where_closed_forms_err_within_the_margin():
@@ -96,7 +104,7 @@ def test_pruning_drops_what_is_far_too_slow_or_too_large():
 
 
 def _guess(seconds: float, memory: float) -> Guess:
-  return Guess(seconds, 0, 0, 0, 0, state=memory, kept=0, working=0)
+  return Guess(seconds, 0, 0, 0, 0, 0, 0, state=memory, kept=0, working=0)
 
 
 def test_every_candidate_is_kept_or_counted(grid):
@@ -146,6 +154,9 @@ def test_changes_that_fit_are_found_for_what_does_not(grid):
   fewest = [c.settings["microbatches"] for c in found if set(c.settings) == {"microbatches"}]
   assert fewest == [4]  # A quarter of what is not state is what first fits.
   assert [c.slower for c in found] == sorted(c.slower for c in found)
+  e.model.remat = "attention"
+  e.model.layers = 64  # So that what is kept is nearly all.
+  assert "--model.offload input attention" in [c.line() for c in explain.changes(e, grid, compiled)]
 
 
 def test_the_largest_arrays_of_a_step_are_named_by_their_part_of_the_model(grid):
