@@ -103,6 +103,8 @@ def _tuples(value: tuple | None, args: tuple) -> Iterator[tuple]:
     yield ("x",)
   elif args[0] in (int, float):
     yield (args[0](1),)
+  elif get_origin(args[0]) is Literal:
+    yield from ((arg,) for arg in get_args(args[0]))
   elif get_origin(args[0]) is tuple and set(get_args(args[0])) == {int}:
     yield ((1,) * len(get_args(args[0])),)
 

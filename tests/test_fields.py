@@ -1,6 +1,7 @@
 """Every field of every experiment is used: a second value of it changes what a run does."""
 
 import pathlib
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,7 @@ def test_a_constant_inside_the_program_is_part_of_its_jaxpr():
     (3, int | None, [6, 4, 1, 2, 0, None]),
     ((), tuple[str, ...], [("x",)]),
     ((), tuple[tuple[int, int], ...], [((1, 1),)]),
+    ((), tuple[Literal["a", "b"], ...], [("a",), ("b",)]),
     (None, toys.Rotary | toys.Learned | None, [toys.Rotary(), toys.Learned()]),
   ],
 )
