@@ -7,13 +7,13 @@ program, by less than compiling it takes.
 import importlib.metadata
 import os
 
+HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")  # Later ones know no other.
+
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false"
-    if importlib.metadata.version("jaxlib").startswith("0.10.")  # Later ones do not know it.
-    else "",
+    "--xla_cpu_use_fusion_emitters=false" if HAS_EMITTERS else "",
   ]
 )
 
