@@ -7,13 +7,13 @@ program, by less than compiling it takes.
 import importlib.metadata
 import os
 
-HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")  # Later ones know no other.
-
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false" if HAS_EMITTERS else "",
+    "--xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")  # Later ones do not know it.
+    else "",
   ]
 )
 
@@ -22,6 +22,7 @@ os.environ.pop("UV", None)  # Commands are spelt as without it (hints.py).
 import jax
 import pytest
 
+HAS_EMITTERS = "emitters" in os.environ["XLA_FLAGS"]  # Whether this compiler knows the option.
 jax.config.update("jax_num_cpu_devices", 8)
 
 

@@ -193,11 +193,11 @@ class MoE(nnx.Module):
     taps.tap(f"{taps.SUM}load", lambda: load_BX.sum(0))
     tokens_B = jnp.maximum(real_BT.sum(1), 1)
     if (loss := c.balance_loss) is not None:
-      taps.tap(f"{taps.SUM}balance_loss", _balance, loss, load_BX, prob_BTX, real_BT)
+      taps.tap(f"{taps.OF_ROWS}balance_loss", _balance, loss, load_BX, prob_BTX, real_BT)
     if c.z_loss:
       z_BT = jax.nn.logsumexp(logits_BTX, axis=-1) ** 2
       mean_B = lambda: c.z_loss * (z_BT * real_BT).sum(1) / tokens_B
-      taps.tap(f"{taps.SUM}router_z_loss", mean_B)
+      taps.tap(f"{taps.OF_ROWS}router_z_loss", mean_B)
 
 
 def _real(x_BTD, tokens: Tokens | None) -> jax.Array:
@@ -243,7 +243,9 @@ def _top_k(x, n: int) -> tuple[jax.Array, jax.Array]:
   if not jax.sharding.get_abstract_mesh().explicit_axes:
     return best(x)
   spec = jax.typeof(x).sharding.spec
-  return jax.shard_map(best, in_specs=spec, out_specs=(spec, spec))(x)
+  like = x.shape[:-1] + (n,)
+  results = jax.ShapeDtypeStruct(like, x.dtype), jax.ShapeDtypeStruct(like, jnp.int32)
+  return sharding.island(best, (spec, spec), results)(x)
 
 
 def _experts(activation, x, w, sizes_E) -> jax.Array:
