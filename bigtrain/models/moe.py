@@ -218,7 +218,7 @@ def _balance(c: BalanceLoss, load_BX, prob_BTX, real_BT) -> jax.Array:
   share_BX = load_BX / jnp.maximum(load_BX.sum(-1, keepdims=True), 1)
   mean_BX = prob_BX / jnp.maximum(prob_BX.sum(-1, keepdims=True), 1)
   loss_B = c.factor * load_BX.shape[-1] * (share_BX * mean_BX).sum(-1)
-  return loss_B + jnp.zeros_like(real_BT[:, 0], jnp.float32)
+  return loss_B + jnp.zeros_like(real_BT.sum(1), jnp.float32)  # A column of cut rows is not sliced.
 
 
 def _in_best_groups(c: Groups, score_BTX) -> jax.Array:
@@ -243,7 +243,7 @@ def _top_k(x, n: int) -> tuple[jax.Array, jax.Array]:
   if not jax.sharding.get_abstract_mesh().explicit_axes:
     return best(x)
   spec = jax.typeof(x).sharding.spec
-  like = x.shape[:-1] + (n,)
+  like = (*x.shape[:-1], n)
   results = jax.ShapeDtypeStruct(like, x.dtype), jax.ShapeDtypeStruct(like, jnp.int32)
   return sharding.island(best, (spec, spec), results)(x)
 
