@@ -105,7 +105,7 @@ def cover() -> list[tuple[str, tuple[str, ...]]]:
 
 COVER = cover()
 # What a plain run compares; the others are slow. Together they hold every pair of axes.
-FAST = [*COVER[:2], ("nnx", ("fsdp", "data"))]
+FAST = [COVER[0], ("gpt2", ("tensor", "fsdp", "data")), ("nnx", ("fsdp", "data"))]
 EACH = [(family, ("tensor", "fsdp", "data")) for family in STUDIES]
 SLOW = [case for case in (*COVER, *EACH) if case not in FAST]
 
