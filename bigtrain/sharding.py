@@ -250,6 +250,10 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
   over = [axis for axis in AXES if axis in over and mesh.shape[axis] > 1]
   if not over:
     return jax.sharding.reshard(x, P(*whole))
+  # First those along which the gradient is whole: jax cannot slice one that is still to be summed.
+  if alone := axes_of(spec.partitions) & set(axes) - set(over):
+    left = (tuple(a for a in _tuple(dim) if a not in alone) or None for dim in spec)
+    x = jax.sharding.reshard(x, spec := P(*left, reduced=spec.reduced))
 
   def gather(x):
     moved = {axis for dim in spec for axis in _tuple(dim) if axis in axes}
@@ -258,8 +262,7 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
         x = jax.lax.pcast(x, axis, to="reduced")
     for i, dim in enumerate(spec):
       for axis in reversed([a for a in _tuple(dim) if a in moved]):
-        to = "reduced" if axis in over else "invarying"
-        x = jax.lax.all_gather(x, axis, axis=i, tiled=True, to=to)
+        x = jax.lax.all_gather(x, axis, axis=i, tiled=True, to="reduced")
     return x
 
   out = P(*whole, reduced=frozenset(over) | spec.reduced)

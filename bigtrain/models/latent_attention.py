@@ -127,7 +127,9 @@ class LatentAttention(nnx.Module):
     still_BSKN = project("BSL,LKN->BSKN", latent_BSL, self.k_LKN)
     v_BSKU = project("BSL,LKU->BSKU", latent_BSL, self.v_LKU)
     turned_BSP = project("BSD,DP->BSP", x_BSD, self.shared_k_DP)
-    turned_BSP = sharding.shared(rotate(self.c.rotary, turned_BSP, tokens.positions))
+    # Not gathered yet: its positions lie as the residual stream's.
+    positions_BS = sharding.lay(tokens.positions[..., None], "BSP")[..., 0]
+    turned_BSP = sharding.shared(rotate(self.c.rotary, turned_BSP, positions_BS))
     turned_BSKP = jnp.broadcast_to(
       turned_BSP[:, :, None],
       (*still_BSKN.shape[:3], self.c.rotary_dim),
