@@ -23,6 +23,7 @@ from bigtrain import sharding, taps
 from bigtrain.config import Refused, configs
 from bigtrain.kernels import attention
 from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.latent_attention import LatentAttentionConfig
 from bigtrain.models.position import RelativeBuckets
 from bigtrain.parallel import zigzag
 from bigtrain.parallel.ring_attention import ring_attention
@@ -97,7 +98,8 @@ def check_model(model: Any, shape: Mapping[str, int]) -> None:
   """Refuses a model's config with attention that has no form for a mesh of that shape."""
   axis = next((axis for axis in sharding.CONTEXT if shape[axis] > 1), None)
   nodes = [node for _, node in configs(model)]
-  dropout = max((node.dropout for node in nodes if isinstance(node, AttentionConfig)), default=0.0)
+  kinds = (AttentionConfig, LatentAttentionConfig)
+  dropout = max((node.dropout for node in nodes if isinstance(node, kinds)), default=0.0)
   relative = any(isinstance(node, RelativeBuckets) for node in nodes)
   _check_attention(axis, dropout, relative)
 
