@@ -207,7 +207,7 @@ def _real(x_BTD, tokens: Tokens | None) -> jax.Array:
     real_BT &= tokens.positions >= 0
     if tokens.segments is not None:
       real_BT &= tokens.segments > 0
-  return real_BT
+  return sharding.lay(real_BT[..., None], "BTX")[..., 0]  # As the residual stream: `sequence` too.
 
 
 def _balance(c: BalanceLoss, load_BX, prob_BTX, real_BT) -> jax.Array:
