@@ -181,12 +181,18 @@ def scattered(x, dims: str) -> jax.Array:
           x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
     return x
 
-  return jax.shard_map(scatter, in_specs=jax.typeof(x).sharding.spec, out_specs=spec)(x)
+  return island(scatter, spec, x)(x)
 
 
 def axes(letter: str) -> tuple[str, ...]:
-  """The mesh axes over which activations shard this dimension letter."""
-  return ACTIVATION.get(letter, ())
+  """The mesh axes over which activations shard this dimension letter, of those that exist here."""
+  return within(ACTIVATION.get(letter, ()))
+
+
+def within(axes: Iterable[str]) -> tuple[str, ...]:
+  """Those of the axes that exist here: a stage knows nothing of the axis of stages."""
+  free = _free(axes)
+  return tuple(axis for axis in axes if axis in free)
 
 
 def batch_sharding() -> NamedSharding | None:
@@ -244,6 +250,10 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
   over = [axis for axis in AXES if axis in over and mesh.shape[axis] > 1]
   if not over:
     return jax.sharding.reshard(x, P(*whole))
+  # First those along which the gradient is whole: jax cannot slice one that is still to be summed.
+  if alone := axes_of(spec.partitions) & set(axes) - set(over):
+    left = (tuple(a for a in _tuple(dim) if a not in alone) or None for dim in spec)
+    x = jax.sharding.reshard(x, spec := P(*left, reduced=spec.reduced))
 
   def gather(x):
     moved = {axis for dim in spec for axis in _tuple(dim) if axis in axes}
@@ -252,8 +262,7 @@ def gathered(x, axes: Iterable[str], over: Iterable[str]) -> jax.Array:
         x = jax.lax.pcast(x, axis, to="reduced")
     for i, dim in enumerate(spec):
       for axis in reversed([a for a in _tuple(dim) if a in moved]):
-        to = "reduced" if axis in over else "invarying"
-        x = jax.lax.all_gather(x, axis, axis=i, tiled=True, to=to)
+        x = jax.lax.all_gather(x, axis, axis=i, tiled=True, to="reduced")
     return x
 
   out = P(*whole, reduced=frozenset(over) | spec.reduced)
@@ -269,25 +278,28 @@ def island(function: Callable, out_specs, results, *, opaque: bool = False) -> C
   Args:
     function: of arrays, which it does not close over.
     out_specs: of its results.
-    results: arrays, or shapes and dtypes, as large as the results are on all devices together.
+    results: arrays, or shapes and dtypes, as large as the results are on all devices together;
+      None where only the function itself can tell.
     opaque: the function does not tell over which axes its values vary.
   """
   specs_of = lambda args: jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
   over_all = functools.partial(jax.shard_map, check_vma=not opaque)
   plain = lambda *args: over_all(function, in_specs=specs_of(args), out_specs=out_specs)(*args)
-  if _rows.get() is None:
+  if (ids_B := _rows.get()) is None:
     return plain
 
   @jax.custom_batching.custom_vmap
   def of_stage(*args):
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    like = jax.eval_shape(plain, *args) if results is None else results
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     return jax.sharding.reshard(zeros, out_specs)  # For its type alone; the rule is what runs.
 
   @of_stage.def_vmap
   def of_all_stages(stages: int, is_mapped, *args):
     def local(*args):
       args = jax.tree.map(lambda x, mapped: x[0] if mapped else x, args, (*is_mapped,))
-      return jax.tree.map(lambda x: x[None], function(*args))
+      with stage(ids_B):  # Also where this is traced later.
+        return jax.tree.map(lambda x: x[None], function(*args))
 
     staged = lambda spec: spec.update(partitions=(STAGES, *spec.partitions))
     specs = jax.tree.map(staged, out_specs, is_leaf=lambda x: isinstance(x, P))

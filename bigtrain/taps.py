@@ -16,8 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigtrain import sharding
+
 Found = dict[str, jax.Array]  # "name/path.of.layer" -> value; (repeats, ...) for stacked layers.
 SUM = "sum:"
+OF_ROWS = "sum:row:"  # Of these each row has a value.
 
 _found: contextvars.ContextVar[Found] = contextvars.ContextVar("found")
 _kinds: contextvars.ContextVar[frozenset[bool]] = contextvars.ContextVar(
@@ -31,7 +34,7 @@ def tap(name: str, statistic: Callable[..., jax.Array], *args) -> None:
 
   Microbatches average a statistic, or, where the name ends in "max", take the largest. Of a mask,
   bool (units,), what is reported is the share of the units for which it holds in every microbatch.
-  A sum is one over all tokens, or has a value for each row.
+  A sum is one over all tokens, or, where the name begins with `OF_ROWS`, has a value for each row.
   """
   if _is_sum(name) in _kinds.get():
     _found.get()[f"{name}/{'.'.join(_path.get())}"] = statistic(*args)
@@ -111,6 +114,25 @@ def over_microbatches(found: Found) -> Found:
   return {name: reduce(name, value)(value, axis=0) for name, value in found.items()}
 
 
+def joined(found: Found, ids_MB: jax.Array) -> Found:
+  """As `over_microbatches` of statistics; sums are those over all rows, or of all rows in order.
+
+  Args:
+    found: of all microbatches, stacked in front; replicated.
+    ids_MB: which rows of the batch these have.
+  """
+  order = jnp.argsort(ids_MB.reshape(-1))
+
+  def of_rows(x_MB):
+    x_BM = jnp.moveaxis(x_MB, 0, -2)
+    return x_BM.reshape(*x_BM.shape[:-2], -1)[..., order]
+
+  sums = {name: value for name, value in found.items() if _is_sum(name)}
+  statistics = {name: value for name, value in found.items() if not _is_sum(name)}
+  join = lambda name, x: of_rows(x) if name.startswith(OF_ROWS) else x.sum(0)
+  return over_microbatches(statistics) | {name: join(name, x) for name, x in sums.items()}
+
+
 def shares(found: Found) -> Found:
   """The same with a share of units in the place of each mask."""
   share = lambda x: jnp.mean(x.astype(jnp.float32), axis=-1) if x.dtype == bool else x
@@ -121,7 +143,8 @@ def over_devices(found: Found) -> Found:
   """One value for each statistic, from those of all devices, inside an island."""
 
   def reduce(name: str, value: jax.Array) -> jax.Array:
-    axes, value = (*jax.typeof(value).mat.varying,), jax.lax.stop_gradient(value)
+    axes = sharding.within(jax.typeof(value).mat.varying)
+    value = jax.lax.stop_gradient(value)
     if value.dtype == bool:
       return jax.lax.pmin(value.astype(jnp.int32), axes).astype(bool)
     return _either(name, jax.lax.pmax, jax.lax.pmean)(value, axes)

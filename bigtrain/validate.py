@@ -306,24 +306,11 @@ def _check_cuts(e: Experiment, shape: dict[str, int]) -> None:
 def _check_pipeline(e: Experiment, shape: dict[str, int]) -> None:
   if (stages := shape["pipeline"]) == 1:
     return
-  from bigtrain.models.moe import MoEConfig
-
   pipelined = _pipelined(e)
   if not pipelined:
     raise Refused(
       f"the mesh has {stages} stages but {type(e.model).__name__} has no stack of layers to deal "
       f"to them; set --mesh.pipeline 1"
-    )
-  if wide := [axis for axis in CONTEXT if shape[axis] > 1]:
-    raise Refused(
-      f"rows cannot be cut ({_axes(wide, shape)}) within the {stages} stages of a pipeline: the "
-      "islands of its attention do not work inside a stage; set --mesh.context 1 or "
-      "--mesh.pipeline 1"
-    )
-  if any(isinstance(node, MoEConfig) for _, node in configs(e.model)):
-    raise Refused(
-      f"experts cannot be within the {stages} stages of a pipeline: their losses and loads are "
-      "sums over a batch, and stages report means of microbatches; set --mesh.pipeline 1"
     )
   for path, node in pipelined:
     for _, batch in _batches(e):

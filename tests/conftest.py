@@ -22,6 +22,7 @@ os.environ.pop("UV", None)  # Commands are spelt as without it (hints.py).
 import jax
 import pytest
 
+HAS_EMITTERS = "emitters" in os.environ["XLA_FLAGS"]  # Whether this compiler knows the option.
 jax.config.update("jax_num_cpu_devices", 8)
 
 

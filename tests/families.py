@@ -1,10 +1,12 @@
 """A study of each family of models, as people write them, and its small copy for parity tests."""
 
+import copy
 import dataclasses
 import functools
 
 import jax
 
+from bigtrain.config import configs
 from bigtrain.data.masked import MaskedText
 from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
@@ -18,6 +20,7 @@ from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Mup
 from bigtrain.models.language_model import LanguageModelConfig
 from bigtrain.models.mlp import MLPConfig
+from bigtrain.models.moe import MoEConfig, RouterConfig
 from bigtrain.models.norm import LayerNormConfig, RMSNormConfig
 from bigtrain.models.position import Rotary
 from bigtrain.models.transformer import BlockConfig
@@ -73,6 +76,14 @@ def llama() -> LanguageModelConfig:
   return model
 
 
+def moe() -> LanguageModelConfig:
+  """Everything that a router adds to a loss, and biases besides."""
+  model = presets.mixtral("8x7b")
+  (block,) = model.pattern
+  block.feed_forward.router = RouterConfig(z_loss=1e-2, bias_rate=1e-2)
+  return model
+
+
 def vit() -> ViTConfig:
   attention = AttentionConfig(heads=8, causal=False, bias=True)
   block = BlockConfig(attention=attention, feed_forward=FeedForwardConfig(hidden=40, bias=True))
@@ -97,21 +108,30 @@ STUDIES = {
   "llama": study(llama(), TextData(), CausalLM(z_loss=1e-4), "muon"),
   "bert": study(BERT, MaskedText(next_sentence=True), MaskedLM(), "schedule-free"),
   "t5": study(presets.t5("small"), Spans(), SpanCorruption(), "adafactor"),
+  "moe": study(moe(), TextData(), CausalLM(), "adamw"),
+  "mla": study(presets.deepseek_v3(), TextData(), CausalLM(), "muon"),
   "vit": study(vit(), classes.Blobs(), MIXED, "soap"),
   "mlp": study(MLP, classes.Blobs(), Classification(), "sgd"),
   "nnx": study(CNNConfig(), classes.Blobs(), WithNNXModule(), "adamw"),
 }
 
 
-def plain() -> Experiment:
+def plain(*, experts: bool = False) -> Experiment:
   """Two layers of rotations, RMS norms and dropout: what faults are planted in."""
   block = BlockConfig(
-    attention=AttentionConfig(heads=4, rotary=Rotary()), feed_forward=FeedForwardConfig(hidden=64)
+    attention=AttentionConfig(heads=4, rotary=Rotary()),
+    feed_forward=MoEConfig(experts=4, top_k=2, hidden=64)
+    if experts
+    else FeedForwardConfig(hidden=64),
   )
+  mesh = Mesh(data=2, fsdp=1, expert=2) if experts else Mesh(data=2, fsdp=2)
   model = LanguageModelConfig(vocab=128, dim=32, layers=2, pattern=(block,), remat="none")
-  e = study(model, TextData(), CausalLM(), "sgd", mesh=Mesh(data=2, fsdp=2))
+  e = study(model, TextData(), CausalLM(), "sgd", mesh=mesh)
   e = dataclasses.replace(shrink(e), steps=2, batch=BATCH)
-  e.model.drop_path = block.attention.dropout = block.feed_forward.dropout = 0.0
+  (block,) = e.model.pattern
+  e.model.drop_path = block.attention.dropout = 0.0
+  if not experts:
+    block.feed_forward.dropout = 0.0
   return e
 
 
@@ -119,7 +139,11 @@ def small(name: str, mesh: Mesh, optimizer: str | None = None) -> Experiment:
   e = STUDIES[name]
   if optimizer is not None:
     e = dataclasses.replace(e, optimizer=OPTIMIZERS[optimizer])
-  e = shrink(dataclasses.replace(e, mesh=mesh))
+  e = dataclasses.replace(e, mesh=mesh, model=copy.deepcopy(e.model))
+  for _, node in configs(e.model):
+    if isinstance(node, AttentionConfig) and mesh.context > 1:
+      node.dropout = 0.0  # Where rows are cut attention has none.
+  e = shrink(e)
   return dataclasses.replace(e, batch=BATCH * e.microbatches)
 
 

@@ -18,9 +18,10 @@ from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
 from bigtrain.kernels import cross_entropy
 from bigtrain.load import load
-from bigtrain.mesh import Mesh
-from bigtrain.models import attention, norm
+from bigtrain.mesh import OTHER_NAMES, Mesh
+from bigtrain.models import attention, moe, norm
 from bigtrain.optim import clip
+from bigtrain.parallel import expert
 from bigtrain.parity import shrink
 from bigtrain.parity.shrink import small_mesh
 from bigtrain.program import Program
@@ -29,22 +30,45 @@ from tests import families, packed
 from tests.families import OPTIMIZERS, STUDIES
 
 # The one place where an axis is added when its implementation lands.
-AXES = ("slices", "data", "fsdp", "tensor")
+AXES = (
+  "pipeline",
+  "context",
+  "expert",
+  "tensor",
+  "fsdp",
+  "sequence",
+  "ulysses",
+  "data",
+  "slices",
+)
+CUTS = {"context", "ulysses", "sequence"}
+# Two names of one field of Mesh.
+APART = {("tensor", "sequence"), ("context", "ulysses")}
 WIDTH = 3  # Axes of a mesh here: eight devices.
 
 
 def mesh_of(axes) -> Mesh:
   sizes = dict.fromkeys(("fsdp", *axes), 1) | dict.fromkeys(axes, 2)
-  sequence = sizes.pop("sequence", 1) > 1  # It stands for `tensor`.
-  return Mesh(**sizes | ({"tensor": 2, "sequence": True} if sequence else {}))
+  for other, axis in OTHER_NAMES.items():
+    if sizes.pop(other, 1) > 1:
+      sizes |= {axis: 2, other: True}
+  return Mesh(**sizes)
+
+
+def pairs(axes) -> set[tuple[str, str]]:
+  return set(itertools.combinations(axes, 2)) - APART
 
 
 def covering(axes, width: int) -> list[tuple[str, ...]]:
   """Few sets of so many axes, with every pair of axes in one of them."""
-  pairs = lambda some: set(itertools.combinations(some, 2)) - {("tensor", "sequence")}
   left, found = pairs(axes), []
+  possible = [
+    some
+    for some in itertools.combinations(axes, width)
+    if len(pairs(some)) == width * (width - 1) / 2
+  ]
   while left:
-    best = max(itertools.combinations(axes, width), key=lambda some: len(pairs(some) & left))
+    best = max(possible, key=lambda some: len(pairs(some) & left))
     found.append(best)
     left -= pairs(best)
   return found
@@ -57,9 +81,33 @@ def begun():
 
 
 MESHES = covering(AXES, WIDTH)
-# Every pair of axes on a transformer, and a module of someone else; with the slow ones, all on all.
-FAST = [*zip(itertools.cycle(("gpt2", "bert")), MESHES, strict=False), ("nnx", ("data", "fsdp"))]
-SLOW = [case for case in itertools.product(STUDIES, MESHES) if case not in FAST]
+
+
+def fits(family: str, axes) -> bool:
+  """Whether the family has what these axes are for."""
+  if family == "t5" and "context" in axes:
+    return False  # Relative biases are not for rings.
+  has_stack = family not in ("mlp", "nnx")
+  has_rows = has_stack and family != "vit"
+  return (has_stack or "pipeline" not in axes) and (has_rows or CUTS.isdisjoint(axes))
+
+
+def cover() -> list[tuple[str, tuple[str, ...]]]:
+  """Every mesh with a family: experts where the axis is, the others in turn."""
+  found, left = [], list(STUDIES)
+  for axes in MESHES:
+    first = ["moe", "mla"] if "expert" in axes else []
+    family = next(name for name in (*first, *left) if fits(name, axes))
+    left = [name for name in left if name != family] + [family]
+    found.append((family, axes))
+  return found
+
+
+COVER = cover()
+# What a plain run compares; the others are slow. Together they hold every pair of axes.
+FAST = [COVER[0], ("gpt2", ("tensor", "fsdp", "data")), ("nnx", ("fsdp", "data"))]
+EACH = [(family, ("tensor", "fsdp", "data")) for family in STUDIES]
+SLOW = [case for case in (*COVER, *EACH) if case not in FAST]
 
 
 def named(cases, **marks):
@@ -76,7 +124,7 @@ def test_five_steps_on_a_mesh_equal_those_of_one_device(family, axes):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_of_every_optimizer_equal_those_of_one_device(optimizer):
-  report = families.check(families.small("llama", mesh_of(MESHES[-1]), optimizer))
+  report = families.check(families.small("llama", mesh_of(("tensor", "fsdp", "data")), optimizer))
   assert report.equal, report.verdict()
   assert_says_something(report)
 
@@ -92,9 +140,12 @@ def assert_says_something(report):
   assert all("k_bias" in name or "conv" in name for name in dull), dull
 
 
-def test_every_pair_of_axes_is_in_a_mesh_that_the_fast_tests_compare():
-  compared = {pair for _, axes in FAST for pair in itertools.combinations(axes, 2)}
-  assert compared >= set(itertools.combinations(AXES, 2)) - {("tensor", "sequence")}
+def test_every_pair_of_axes_and_every_family_is_among_what_is_compared():
+  cases = [*FAST, *SLOW]
+  compared = {frozenset(pair) for _, axes in cases for pair in itertools.combinations(axes, 2)}
+  assert compared >= set(map(frozenset, pairs(AXES)))
+  assert {family for family, _ in cases} == STUDIES.keys()
+  assert {axis for _, axes in FAST for axis in axes} >= {"pipeline", "context", "expert", "tensor"}
 
 
 # Planted faults: each replaces production code, and what the gate names first begins so.
@@ -169,6 +220,31 @@ def unsummed_norm(monkeypatch):
   monkeypatch.setattr(clip, "global_norm", lambda tree: whole(tree) * 2**-0.5)
 
 
+def dropped_token(monkeypatch):
+  """Of what comes back from the experts of each device the first token is lost."""
+  in_slots = expert._in_slots
+
+  def planted(*args):
+    y_RD, kept = in_slots(*args)
+    return y_RD.at[0].set(0), kept
+
+  monkeypatch.setattr(expert, "_in_slots", planted)
+
+
+def unsharded_router(monkeypatch):
+  """The router learns from the tokens of the first shard of the batch alone."""
+  project = moe.project
+
+  def planted(dims, x_BTD, w, *args):
+    if dims != "BTD,DX->BTX" or jax.sharding.get_abstract_mesh().empty:
+      return project(dims, x_BTD, w, *args)
+    learns = (jnp.arange(len(x_BTD)) < len(x_BTD) // 2)[:, None, None]
+    still = jax.lax.stop_gradient(w[...])
+    return jnp.where(learns, project(dims, x_BTD, w), project(dims, x_BTD, still))
+
+  monkeypatch.setattr(moe, "project", planted)
+
+
 FAULTS = {
   missing_psum: ("gradient", "embed_VD"),
   scaled_gradient: ("gradient", "transformer.01.feed_forward.down_FD"),
@@ -176,15 +252,15 @@ FAULTS = {
   own_dropout: ("output", "transformer.00.attention"),
   norm_of_a_shard: ("output", "transformer.00.attention"),
   unsummed_norm: ("update", ""),
-  # Room for two more, once `plain` has experts: a token that the exchange drops on one shard must
-  # show as ("output", "transformer.00.feed_forward"), a router that sees one shard likewise, or, if
-  # it is the gradient alone, as ("gradient", the router's name).
+  dropped_token: ("output", "transformer.00"),
+  unsharded_router: ("gradient", "transformer.01.feed_forward.router_DX"),
 }
+OF_EXPERTS = (dropped_token, unsharded_router)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_found_and_named(fault, monkeypatch):
-  e = families.plain()
+  e = families.plain(experts=fault in OF_EXPERTS)
   families.reference(e)  # Without the fault.
   fault(monkeypatch)
   report = families.check(e)
@@ -197,8 +273,9 @@ def test_a_planted_fault_is_found_and_named(fault, monkeypatch):
     assert {t.name.rpartition(".")[2] for t in report.different()} == {name.rpartition(".")[2]}
 
 
-def test_without_a_fault_the_same_experiment_is_equal():
-  report = families.check(families.plain())
+@pytest.mark.parametrize("experts", [False, True])
+def test_without_a_fault_the_same_experiment_is_equal(experts):
+  report = families.check(families.plain(experts=experts))
   assert report.equal, report.verdict()
   assert report.first() is None
 
@@ -248,7 +325,8 @@ def test_the_command_refuses_what_it_cannot_compare(arguments, message, capsys):
 
 @pytest.mark.slow
 def test_the_command_makes_its_own_devices_on_one_core_for_all_axes_together(tmp_path):
-  arguments = [f"--mesh.{axis}=2" for axis in AXES]
+  axes = ("slices", "data", "fsdp", "tensor")
+  arguments = [f"--mesh.{axis}=2" for axis in axes]
   command = [sys.executable, "-m", "bigtrain.cli", "parity", "experiments/llama3.py:windowed"]
   core = {min(os.sched_getaffinity(0))}
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "BIGTRAIN_CACHE": str(tmp_path)}
@@ -258,7 +336,7 @@ def test_the_command_makes_its_own_devices_on_one_core_for_all_axes_together(tmp
     [*command, *arguments], env=environment, preexec_fn=pin, capture_output=True, text=True
   )
   assert done.returncode == Exit.DONE, done.stdout + done.stderr
-  assert f"({', '.join(f'{axis}=2' for axis in AXES)})" in done.stdout
+  assert f"({', '.join(f'{axis}=2' for axis in axes)})" in done.stdout
 
 
 # The small copy.

@@ -127,11 +127,12 @@ class LatentAttention(nnx.Module):
     still_BSKN = project("BSL,LKN->BSKN", latent_BSL, self.k_LKN)
     v_BSKU = project("BSL,LKU->BSKU", latent_BSL, self.v_LKU)
     turned_BSP = project("BSD,DP->BSP", x_BSD, self.shared_k_DP)
-    turned_BSP = sharding.shared(rotate(self.c.rotary, turned_BSP, tokens.positions))
-    turned_BSKP = jnp.broadcast_to(
-      turned_BSP[:, :, None],
-      (*still_BSKN.shape[:3], self.c.rotary_dim),
-      out_sharding=sharding.act("BSKP"),
+    # Not gathered yet: its positions lie as the residual stream's.
+    positions_BS = sharding.lay(tokens.positions[..., None], "BSP")[..., 0]
+    turned_BSP = sharding.shared(rotate(self.c.rotary, turned_BSP, positions_BS))
+    shape = (*still_BSKN.shape[:3], self.c.rotary_dim)
+    turned_BSKP = jax.lax.broadcast_in_dim(
+      turned_BSP, shape, (0, 1, 3), out_sharding=sharding.act("BSKP")
     )
     k_BSKH = jnp.concatenate([still_BSKN, turned_BSKP], axis=-1)
     v_BSKH = jnp.pad(v_BSKU, ((0, 0),) * 3 + ((0, k_BSKH.shape[-1] - v_BSKU.shape[-1]),))

@@ -193,11 +193,11 @@ class MoE(nnx.Module):
     taps.tap(f"{taps.SUM}load", lambda: load_BX.sum(0))
     tokens_B = jnp.maximum(real_BT.sum(1), 1)
     if (loss := c.balance_loss) is not None:
-      taps.tap(f"{taps.SUM}balance_loss", _balance, loss, load_BX, prob_BTX, real_BT)
+      taps.tap(f"{taps.OF_ROWS}balance_loss", _balance, loss, load_BX, prob_BTX, real_BT)
     if c.z_loss:
       z_BT = jax.nn.logsumexp(logits_BTX, axis=-1) ** 2
       mean_B = lambda: c.z_loss * (z_BT * real_BT).sum(1) / tokens_B
-      taps.tap(f"{taps.SUM}router_z_loss", mean_B)
+      taps.tap(f"{taps.OF_ROWS}router_z_loss", mean_B)
 
 
 def _real(x_BTD, tokens: Tokens | None) -> jax.Array:
@@ -207,7 +207,7 @@ def _real(x_BTD, tokens: Tokens | None) -> jax.Array:
     real_BT &= tokens.positions >= 0
     if tokens.segments is not None:
       real_BT &= tokens.segments > 0
-  return real_BT
+  return sharding.lay(real_BT[..., None], "BTX")[..., 0]  # As the residual stream: `sequence` too.
 
 
 def _balance(c: BalanceLoss, load_BX, prob_BTX, real_BT) -> jax.Array:
@@ -218,7 +218,7 @@ def _balance(c: BalanceLoss, load_BX, prob_BTX, real_BT) -> jax.Array:
   share_BX = load_BX / jnp.maximum(load_BX.sum(-1, keepdims=True), 1)
   mean_BX = prob_BX / jnp.maximum(prob_BX.sum(-1, keepdims=True), 1)
   loss_B = c.factor * load_BX.shape[-1] * (share_BX * mean_BX).sum(-1)
-  return loss_B + jnp.zeros_like(real_BT[:, 0], jnp.float32)
+  return loss_B + jnp.zeros_like(real_BT.sum(1), jnp.float32)  # A column of cut rows is not sliced.
 
 
 def _in_best_groups(c: Groups, score_BTX) -> jax.Array:
@@ -243,7 +243,9 @@ def _top_k(x, n: int) -> tuple[jax.Array, jax.Array]:
   if not jax.sharding.get_abstract_mesh().explicit_axes:
     return best(x)
   spec = jax.typeof(x).sharding.spec
-  return jax.shard_map(best, in_specs=spec, out_specs=(spec, spec))(x)
+  like = (*x.shape[:-1], n)
+  results = jax.ShapeDtypeStruct(like, x.dtype), jax.ShapeDtypeStruct(like, jnp.int32)
+  return sharding.island(best, (spec, spec), results)(x)
 
 
 def _experts(activation, x, w, sizes_E) -> jax.Array:

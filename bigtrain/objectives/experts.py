@@ -32,13 +32,13 @@ def with_experts(objective: Callable[..., Output]) -> Callable[..., Output]:
       return output
     loss, metrics = output.loss_sum, dict(output.metrics)
     for name in LOSSES:
-      if values := _values(found, name):
+      if values := _values(found, taps.OF_ROWS, name):
         loss_B = sum(x.reshape(-1, x.shape[-1]).sum(0) for x in values)
         added = output.weight * _mean(loss_B, batch.get("weights"))
         loss, metrics[name] = loss + added, (added, output.weight)
-    loads = {name.partition("/")[2]: x for name, x in found.items() if _is(name, "load")}
+    loads = {name.partition("/")[2]: x for name, x in found.items() if _is(name, taps.SUM, "load")}
     choices = sum(x.sum() for x in loads.values())
-    metrics["overflow"] = (sum(x.sum() for x in _values(found, "overflow")), choices)
+    metrics["overflow"] = (sum(x.sum() for x in _values(found, taps.SUM, "overflow")), choices)
     return dataclasses.replace(output, loss_sum=loss, metrics=metrics, loads=loads)
 
   return call
@@ -70,9 +70,9 @@ def _mean(loss_B, weights) -> jax.Array:
   return (loss_B * weight_B).sum() / jnp.maximum(weight_B.sum(), 1e-9)
 
 
-def _is(name: str, kind: str) -> bool:
-  return name.startswith(f"{taps.SUM}{kind}/")
+def _is(name: str, prefix: str, kind: str) -> bool:
+  return name.startswith(f"{prefix}{kind}/")
 
 
-def _values(found: taps.Found, kind: str) -> list[jax.Array]:
-  return [x for name, x in found.items() if _is(name, kind)]
+def _values(found: taps.Found, prefix: str, kind: str) -> list[jax.Array]:
+  return [x for name, x in found.items() if _is(name, prefix, kind)]

@@ -23,6 +23,7 @@ from bigtrain import sharding, taps
 from bigtrain.config import Refused, configs
 from bigtrain.kernels import attention
 from bigtrain.models.attention import AttentionConfig
+from bigtrain.models.latent_attention import LatentAttentionConfig
 from bigtrain.models.position import RelativeBuckets
 from bigtrain.parallel import zigzag
 from bigtrain.parallel.ring_attention import ring_attention
@@ -71,7 +72,11 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras) -> jax.Array:
     return _island(functools.partial(ring_attention, form), q_BTKGH, k_BSKH, v_BSKH, queries, keys)
   exchanged = functools.partial(_exchanged, form)
   args = q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP
-  y_BTKGH, found = _island(exchanged, *args, out=(jax.typeof(q_BTKGH).sharding.spec, P()))
+  if not jax.sharding.get_abstract_mesh().explicit_axes:
+    y_BTKGH, found = exchanged(*args)
+  else:
+    out = jax.typeof(q_BTKGH).sharding.spec, P()
+    y_BTKGH, found = sharding.island(exchanged, out, None)(*args)
   taps.hand_on(found)
   return y_BTKGH
 
@@ -93,7 +98,8 @@ def check_model(model: Any, shape: Mapping[str, int]) -> None:
   """Refuses a model's config with attention that has no form for a mesh of that shape."""
   axis = next((axis for axis in sharding.CONTEXT if shape[axis] > 1), None)
   nodes = [node for _, node in configs(model)]
-  dropout = max((node.dropout for node in nodes if isinstance(node, AttentionConfig)), default=0.0)
+  kinds = (AttentionConfig, LatentAttentionConfig)
+  dropout = max((node.dropout for node in nodes if isinstance(node, kinds)), default=0.0)
   relative = any(isinstance(node, RelativeBuckets) for node in nodes)
   _check_attention(axis, dropout, relative)
 
@@ -172,14 +178,11 @@ def first(x_BTD: jax.Array) -> jax.Array:
   return jnp.where(first_T, x_BTD, 0).sum(1)
 
 
-def _island(local: Callable, *args: Any, out: Any = None) -> Any:
-  """`local` of each device's part; the result is laid as `out` says, or as the first argument.
+def _island(local: Callable, *args: Any) -> Any:
+  """`local` of each device's part; the result is like the first argument, and laid as that.
 
   Inside an island that is there already it just runs: they do not nest.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.explicit_axes:
+  if not jax.sharding.get_abstract_mesh().explicit_axes:
     return local(*args)
-  specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
-  taken = set(mesh.explicit_axes)
-  return jax.shard_map(local, in_specs=specs, out_specs=out or specs[0], axis_names=taken)(*args)
+  return sharding.island(local, jax.typeof(args[0]).sharding.spec, args[0])(*args)

@@ -79,12 +79,10 @@ def through_experts(
   """
   arrays = (x_BTD, weights_BTA, choice_BTA, w)
   local = functools.partial(_local, c, network, experts)
-  manual = set(jax.sharding.get_abstract_mesh().explicit_axes)
-  if not manual:  # No mesh, or already inside an island: those do not nest.
-    return local(*arrays)
-  specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
-  out_specs = (sharding.act("BTD"), P())
-  return jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names=manual)(*arrays)
+  if not jax.sharding.get_abstract_mesh().explicit_axes:
+    return local(*arrays)  # No mesh, or already inside an island: those do not nest.
+  results = x_BTD, jax.ShapeDtypeStruct((), jnp.float32)
+  return sharding.island(local, (sharding.act("BTD"), P()), results)(*arrays)
 
 
 def _local(c: Dropless | Capacity, network: Network, X: int, x_BTD, weights_BTA, choice_BTA, w):

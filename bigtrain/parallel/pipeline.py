@@ -133,8 +133,8 @@ def run(
     of_all: a tree of what is the same for all rows and layers.
 
   Returns:
-    The output of the last layer, like `x_BTD`, and what layers report, with all layers in front;
-    microbatches are merged as those of `Experiment.microbatches` are.
+    The output of the last layer, like `x_BTD`, and what layers report, with all layers in front,
+    merged over microbatches by `taps.joined`.
   """
   stages = jax.sharding.get_abstract_mesh().shape[AXIS]
   plan = c.schedule(stages, len(x_BTD) * stages // sharding.axis_size("B"))
@@ -147,14 +147,16 @@ def run(
   def of_lists(layers, rows, of_all):
     x_BTD, ids_B, of_rows = jax.tree.unflatten(rows_tree, rows)
     with sharding.stage(ids_B):
-      return stage(jax.tree.unflatten(stack_tree, layers), x_BTD, of_rows, of_all)
+      y_BTD, found = stage(jax.tree.unflatten(stack_tree, layers), x_BTD, of_rows, of_all)
+    return y_BTD, (found, ids_B)
 
   policy = jax.checkpoint_policies.everything_saveable
   if kept is not None:
     names = (INPUT, *kept) if c.keep == "layers" else ()
     policy = jax.checkpoint_policies.save_only_these_names(*names)
-  x_SQBTD, found = _ticks(of_lists, plan, policy, layers, rows, of_all)
-  found = jax.sharding.reshard(taps.over_microbatches(found), P())
+  x_SQBTD, (found, ids_MRSB) = _ticks(of_lists, plan, policy, layers, rows, of_all)
+  found, ids_MRSB = jax.sharding.reshard((found, ids_MRSB), P())
+  found = taps.joined(found, ids_MRSB[:, 0, 0])
   found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), found)
   return _joined(x_SQBTD, jax.typeof(x_BTD).sharding.spec), found
 

@@ -13,6 +13,7 @@ from typing import Any
 from bigtrain.config import Refused, configs
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
+from bigtrain.models.moe import BalanceLoss
 from bigtrain.models.transformer import TransformerConfig
 from bigtrain.optim.schedule import Schedule
 from bigtrain.optim.soap import SOAP
@@ -33,6 +34,15 @@ CAPS = {
   "heads": 8,
   "kv_heads": 4,
   "head_dim": 8,
+  "q_rank": 32,
+  "kv_rank": 16,
+  "rotary_dim": 4,
+  "value_dim": 8,
+  "experts": 8,
+  "top_k": 2,
+  "shared": 64,
+  "groups": 4,
+  "kept": 2,
   "window": 4,
   "vocab": 128,
   "loss_chunk": 24,  # Tokens: a device has more, and not a multiple.
@@ -66,6 +76,8 @@ def shrink(experiment: Experiment) -> Experiment:
   for _, node in configs(e.model):
     if hasattr(node, "dtype"):
       node.dtype = "float32"
+    if isinstance(node, BalanceLoss) and e.mesh.pipeline > 1:
+      node.over = "row"  # Over a batch it is another number: that of each microbatch in the stages.
   lengths = {name: LENGTH for name in LENGTHS}
   e.data = made_up(capped(e.data, lengths).smoke(), e.model)
   for _, node in configs(e.optimizer):

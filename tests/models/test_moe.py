@@ -96,18 +96,18 @@ def test_a_router_equals_a_loop_over_tokens(router):
     load, prob = np.tile(load.sum(0), (B, 1)), np.tile(prob.sum(0), (B, 1))
   share, mean = (a / a.sum(1, keepdims=True) for a in (load, prob))
   wanted = router.balance_loss.factor * X * (share * mean).sum(1)
-  np.testing.assert_allclose(sums["sum:balance_loss/"], wanted, rtol=1e-5)
+  np.testing.assert_allclose(sums["sum:row:balance_loss/"], wanted, rtol=1e-5)
   if router.z_loss:
-    np.testing.assert_allclose(sums["sum:router_z_loss/"], 0.5 * z / REAL.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(sums["sum:row:router_z_loss/"], 0.5 * z / REAL.sum(1), rtol=1e-5)
   else:
-    assert "sum:router_z_loss/" not in sums
+    assert "sum:row:router_z_loss/" not in sums
 
 
 def test_even_experts_have_a_balance_loss_of_its_factor():
   made = layer(RouterConfig(balance_loss=BalanceLoss(factor=0.3)))
   made.router_DX[...] = jnp.zeros((D, X))
   _, sums = routed(made, tokens(0))
-  np.testing.assert_allclose(sums["sum:balance_loss/"], 0.3, rtol=1e-6)
+  np.testing.assert_allclose(sums["sum:row:balance_loss/"], 0.3, rtol=1e-6)
 
 
 def test_padding_passes_through_the_shared_expert_alone():
@@ -131,7 +131,7 @@ def test_biases_move_against_the_load_once_by_the_rate():
 def test_losses_of_all_layers_are_weighted_as_rows_are_and_overflow_is_a_share():
   def objective(model, batch, key):
     del model, key
-    taps.tap("sum:balance_loss/a", lambda: jnp.array([[1.0, 2.0], [3.0, 4.0]]))  # Two layers.
+    taps.tap("sum:row:balance_loss/a", lambda: jnp.array([[1.0, 2.0], [3.0, 4.0]]))  # Two layers.
     taps.tap("sum:load/a", lambda: jnp.full((2, X), 5.0))
     taps.tap("sum:overflow/a", lambda: jnp.array([3.0, 5.0]))
     weight = batch["weights"].sum()
