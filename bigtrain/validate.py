@@ -18,6 +18,7 @@ from bigtrain.experiment import Experiment
 from bigtrain.hints import to_set
 from bigtrain.mesh import AXES, OTHER_NAMES, USUAL
 from bigtrain.optim.schedule import Schedule
+from bigtrain.products import Delayed
 from bigtrain.sharding import ACTIVATION, CONTEXT, EXCHANGED, WEIGHT
 
 LEAST = {
@@ -324,6 +325,11 @@ def _check_pipeline(e: Experiment, shape: dict[str, int]) -> None:
     raise Refused(
       f"experts cannot be within the {stages} stages of a pipeline: their losses and loads are "
       "sums over a batch, and stages report means of microbatches; set --mesh.pipeline 1"
+    )
+  if e.products is not None and isinstance(e.products.scaling, Delayed):
+    raise Refused(
+      f"products: scaling is Delayed, which cannot be within the {stages} stages of a pipeline: what "
+      "its microbatches have seen would be added up; take Current, or set --mesh.pipeline 1"
     )
   for path, node in pipelined:
     for _, batch in _batches(e):
