@@ -66,8 +66,6 @@ class Products:
       try:
         re.compile(pattern)
       except re.error as error:
-        raise Refused(
-          f"products: high: no regular expression: {error}: {pattern!r}"
-        ) from None
+        raise Refused(f"products: high: no regular expression: {error}: {pattern!r}") from None
       if not pattern:
         raise Refused('products: high has "", which every path matches; set products to None')

@@ -57,10 +57,8 @@ def rounded(form: str, x, over: tuple[int, ...] | None, amax=None) -> Rounded:
   seen = jnp.max(jnp.abs(x), axis=over)
   if over is None:
     seen = jax.lax.pmax(seen, (*jax.typeof(seen).mat.varying,))
-  if amax is None:
-    limit = seen
-  else:  # 0: nothing was seen yet.
-    limit = jnp.where(amax > 0, amax, FIRST).astype(x.dtype)
+  # 0: nothing was seen yet.
+  limit = seen if amax is None else jnp.where(amax > 0, amax, FIRST).astype(x.dtype)
   scale = jnp.where(limit > 0, limit / TOP[form], 1)
   kept = () if over is None else tuple(i for i in range(x.ndim) if i not in over)
   x = x * jnp.expand_dims(1 / scale, [i for i in range(x.ndim) if i not in kept])

@@ -328,8 +328,8 @@ def _check_pipeline(e: Experiment, shape: dict[str, int]) -> None:
     )
   if e.products is not None and isinstance(e.products.scaling, Delayed):
     raise Refused(
-      f"products: scaling is Delayed, which cannot be within the {stages} stages of a pipeline: what "
-      "its microbatches have seen would be added up; take Current, or set --mesh.pipeline 1"
+      f"products: scaling is Delayed, which cannot be within the {stages} stages of a pipeline: "
+      "what its microbatches have seen would be added up; take Current, or set --mesh.pipeline 1"
     )
   for path, node in pipelined:
     for _, batch in _batches(e):

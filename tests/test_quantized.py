@@ -108,9 +108,7 @@ def gradient(e, state, meshed=True):
 
   def of(state, batch):
     amax = marks.largest(state.statistics.get("amax", {}))
-    found, output, _ = program.gradient(
-      state.model, state.variables, batch, program.key(0), amax
-    )
+    found, output, _ = program.gradient(state.model, state.variables, batch, program.key(0), amax)
     return found, output.loss_sum, output.amax
 
   with packed.in_mesh(mesh):
@@ -202,7 +200,7 @@ def test_tables_routers_heads_and_what_is_named_stay_high():
 
 def test_what_cannot_be_is_refused():
   e = packed.experiment(products=Products(high=("attenton",)))
-  with pytest.raises(Refused, match="found in no product's path; there is .*attention"):
+  with pytest.raises(Refused, match=r"found in no product's path; there is .*attention"):
     Program(e, None).abstract()
   table_alone = MLPConfig(inputs=4, hidden=(), classes=3).make(jax.random.key(0))
   with pytest.raises(Refused, match="no weight of a MLP goes through"):

@@ -1,4 +1,4 @@
-"""Weights in bfloat16: rounded at random, right in the mean, the same on any mesh, back from disk."""
+"""Weights in bfloat16: rounded at random, right in the mean, the same on any mesh."""
 
 import dataclasses
 

@@ -3,7 +3,8 @@
 Blocks, patterns, norms, positions, losses, microbatches and the optimizer stay; widths, lengths,
 the vocabulary and the repeats of the pattern become small. Everything is in float32, also what the
 experiment has in fewer bits: a number that lies between two others in eight bits, and differs in
-its last bit, may be rounded either way. Dropout is on: where each device drew its own bits, or all the same, only that would show it.
+its last bit, may be rounded either way. Dropout is on: where each device drew its own bits, or all
+the same, only that would show it.
 """
 
 import copy

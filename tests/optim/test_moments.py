@@ -47,7 +47,9 @@ def test_zero_stays_zero_and_no_mean_of_squares_becomes_it():
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 def test_a_slow_mean_follows_although_each_change_is_below_the_smallest_step(moments):
   """From 1 towards 0 by 0.999: after 700 updates it is at a half, not where it was."""
-  transformation = kept(moments, optax.scale_by_rms(0.999, 1e-8, eps_in_sqrt=False, initial_scale=1))
+  transformation = kept(
+    moments, optax.scale_by_rms(0.999, 1e-8, eps_in_sqrt=False, initial_scale=1)
+  )
   params = {"w_DF": jnp.zeros((64, 64))}
   update = jax.jit(lambda s: transformation.update(params, s, params)[1])
   state = transformation.init(params)
@@ -79,7 +81,7 @@ def test_state_is_narrow_lies_as_its_parameters_do_and_is_the_same_on_a_mesh(mom
 
 def test_where_nothing_is_kept_low_moments_are_refused():
   for optimizer in (SGD(lr=1, momentum=0.0, moments="int8"), Adafactor(lr=1, moments="bfloat16")):
-    with pytest.raises(Refused, match="set moments to float32|set moments\n"):
+    with pytest.raises(Refused, match=r"set\s+moments to float32"):
       optimizer.check()
   with pytest.raises(Refused, match="keeps none"):
     kept("int8", optax.identity()).init({"w": jnp.zeros((2, 2))})
