@@ -1,11 +1,14 @@
 """The real TPU compiler, where it is installed; there need be no TPU."""
 
+import re
+
 import pytest
 
 from bigtrain import Mesh
 from bigtrain.plan import cost, hlo, memory
 from bigtrain.plan.compile import compile_step
 from bigtrain.plan.topologies import topology
+from bigtrain.products import Products
 from tests.plan.test_search import study
 
 pytest.importorskip("libtpu", reason="TPU programs are compiled by libtpu")
@@ -32,3 +35,12 @@ def test_a_step_is_compiled_and_its_products_are_the_model_s():
   kinds = memory.by("kind", tensors)
   assert kinds["parameters"] >= sum(x.bytes for x in made.state if x.group == "model")
   assert kinds["optimizer state"] >= 2 * kinds["parameters"] * 0.9
+
+
+@pytest.mark.tpu
+def test_low_products_are_int8_on_the_matrix_unit():
+  e = study(mesh=Mesh(fsdp=2, tensor=2), products=Products())
+  text = compile_step(e, topology("v5e:2x2")).text
+  kinds = re.findall(r"= (\w+)\[\S+ (?:convolution|dot)\(", text)
+  # All but the logits, whose products are wide; none is left in bfloat16.
+  assert kinds.count("s32") >= 3 * 6 and "bf16" not in kinds
