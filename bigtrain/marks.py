@@ -79,7 +79,8 @@ def histories(c: Products | None, module: Any) -> dict[str, jax.Array]:
   marked = _paths(c, module)
   if not isinstance(c.scaling, Delayed):
     return {}
-  zeros = lambda stack: jnp.zeros((*stack, 3, c.scaling.history), jnp.float32)
+  kept = c.scaling.history
+  zeros = lambda stack: jnp.zeros((*stack, 3, kept), jnp.float32)
   return {path: zeros(stack) for path, stack in marked.items()}
 
 

@@ -54,7 +54,7 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
     n, spec = 1, sharding.merged(rows, columns)
   else:
     spec = sharding.before_sum(out, inner)
-  if low is None:
+  if low is None or eight is None:
     y = jnp.tensordot(x, w, n, out_sharding=spec)
   else:
     y = quantized.product(low.c, n, spec, x, w, eight, low.amax_3)

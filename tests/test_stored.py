@@ -57,6 +57,7 @@ def experiment(**fields):
   return packed.experiment(weights="bfloat16", optimizer=optimizer, batch=8, **fields)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_bit_for_bit(tmp_path):
   """With weights, moments and the histories of delayed scaling in the checkpoint."""
   from bigtrain.experiment import Checkpoints
