@@ -6,10 +6,11 @@ or objective is a @config class that fulfils one of the contracts below; nothing
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Self, TypeVar
 
 from bigtrain.config import Refused, config
 from bigtrain.mesh import Mesh
+from bigtrain.products import Products
 
 if TYPE_CHECKING:
   import jax
@@ -293,6 +294,10 @@ class Experiment(Generic[M, D, U, L]):
   batch_stages: tuple[tuple[int, int], ...] = ()  # (step, batch): that batch from that step on.
   microbatches: int = 1  # Equal parts of the batch whose gradients are added up before an update.
   optimizer_on_host: bool = False  # Its state waits in the host's memory between updates.
+  products: Products | None = None  # Weight products in eight bits; None: in the compute dtype.
+  # How parameters are stored. Matrices in `bfloat16` are updated in float32 and rounded at random,
+  # up or down in proportion, so that small updates are not lost (arXiv:2010.06192).
+  weights: Literal["float32", "bfloat16"] = "float32"
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
   checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)

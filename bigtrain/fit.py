@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from bigtrain import sharding
+from bigtrain import marks, sharding
 from bigtrain.config import Refused
 from bigtrain.experiment import Data, Experiment
 
@@ -27,7 +27,7 @@ def check_fit(experiment: Experiment, data: Data) -> None:
   spec = data.stage(0).spec(e.batch)
   batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for k, s in spec.items()}
   try:
-    jax.eval_shape(lambda key, batch: e.objective(e.model.make(key), batch, key), _key(), batch)
+    jax.eval_shape(functools.partial(_loss, e), _key(), batch)
   except Refused:
     raise
   except Exception as error:
@@ -38,6 +38,12 @@ def check_fit(experiment: Experiment, data: Data) -> None:
     raise Refused(
       f"{name} does not go with {model} and {of}: {_reason(error, sorted(batch))}{takes}"
     ) from error
+
+
+def _loss(e: Experiment, key, batch):
+  model = e.model.make(key)
+  amax = marks.largest(marks.histories(e.products, model))
+  return e.objective(marks.low(e.products, model, amax), batch, key)
 
 
 def _key() -> jax.ShapeDtypeStruct:

@@ -1,8 +1,8 @@
 """Numbers: the compute dtype, and the one function through which every weight product goes.
 
 Parameters are float32. Activations are in the compute dtype, and a product takes the dtype of the
-activation that enters it; norms, softmax and losses reduce in float32. Low-precision products
-belong in `project`.
+activation that enters it; norms, softmax and losses reduce in float32. The products of parameters
+that products.py has marked are made of eight bits.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from bigtrain import sharding
+from bigtrain import marks, quantized, sharding
 from bigtrain.mesh import platform
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -42,14 +42,25 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
   n = sum(d in w_dims for d in x_dims)
   rows, inner, columns = x_dims[:-n], w_dims[:n], w_dims[n:]
   assert x_dims[-n:] == inner and rows + columns == out, dims
-  w = sharding.use(w, w_dims, x.dtype, over=sharding.split_over(x, len(rows)))
-  if sharding.mergeable(rows, inner) and sharding.mergeable(rows, columns):
-    shape = (*x.shape[:-n], *w.shape[n:])
-    x_NC, w_CM = _matrix(x, rows, inner), _matrix(w, inner, columns)
-    y_NM = jnp.matmul(x_NC, w_CM, out_sharding=sharding.merged(rows, columns))
-    y = jnp.reshape(y_NM, shape, out_sharding=sharding.act(out))
+  low, over = marks.low_of(w), sharding.split_over(x, len(rows))
+  w = sharding.use(w, w_dims, x.dtype, over)
+  eight = None if low is None else quantized.weight(low, w_dims, n, w)
+  shape = (*x.shape[:-n], *w.shape[n:])
+  if merges := sharding.mergeable(rows, inner) and sharding.mergeable(rows, columns):
+    x, w = _matrix(x, rows, inner), _matrix(w, inner, columns)
+    if eight is not None:
+      scale_M = _vector(eight.scale, columns)
+      eight = eight._replace(q=_matrix(eight.q, inner, columns), scale=scale_M)
+    n, spec = 1, sharding.merged(rows, columns)
   else:
-    y = jnp.einsum(dims.lower(), x, w, out_sharding=sharding.before_sum(out, inner))
+    spec = sharding.before_sum(out, inner)
+  if low is None or eight is None:
+    y = jnp.tensordot(x, w, n, out_sharding=spec)
+  else:
+    y = quantized.product(low.c, n, spec, x, w, eight, low.amax_3)
+  if merges:
+    y = jnp.reshape(y, shape, out_sharding=sharding.act(out))
+  else:
     y = sharding.scattered(y, out)
   return y if bias is None else y + bias[...].astype(y.dtype)
 
@@ -60,3 +71,8 @@ def _matrix(a, rows: str, columns: str) -> jax.Array:
   if spec is not None:  # What `shared` marked stays so.
     spec = spec.update(reduced=jax.typeof(a).sharding.spec.reduced)
   return jnp.reshape(a, shape, out_sharding=spec)
+
+
+def _vector(a, dims: str) -> jax.Array:
+  """One dim of all; a scalar stays one."""
+  return jnp.reshape(a, -1, out_sharding=sharding.merged(dims)) if a.ndim else a

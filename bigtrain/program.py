@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from bigtrain import compiler_options, failures, sharding, taps
+from bigtrain import compiler_options, failures, marks, sharding, taps
 from bigtrain.data import cache
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import platform
@@ -17,6 +16,7 @@ from bigtrain.optim.clip import global_norm
 from bigtrain.optim.on_host import HOST, is_sent, on_host
 from bigtrain.state import State, combine, partition
 from bigtrain.statistics import sizes
+from bigtrain.stored import narrowed, updated, widened
 
 
 class Program:
@@ -33,14 +33,16 @@ class Program:
 
   def init(self, key: jax.Array) -> State:
     """The state before the first update: the same bits on any mesh."""
-    model, variables = partition(self.experiment.model.make(key))
+    e = self.experiment
+    model, variables = partition(e.model.make(key))
+    seen = marks.histories(e.products, model)
     return State(
       step=jnp.zeros((), jnp.int32),
       example=jnp.zeros((), jnp.uint32),
-      model=model,
+      model=narrowed(e.weights, model),
       optimizer=self.transformation.init(model),
       variables=variables,
-      statistics={},
+      statistics={"amax": seen} if seen else {},
     )
 
   def step(
@@ -48,11 +50,16 @@ class Program:
   ) -> tuple[State, dict[str, Any]]:
     """One update, and its metrics as float32 scalars; with `statistics`, a dict of these by layer
     is among them as "layers"."""
+    key, kept = self.key(state.step), state.statistics
+    seen = kept.get("amax", {})
     gradient, output, variables = self.gradient(
-      state.model, state.variables, batch, self.key(state.step), statistics=statistics
+      state.model, state.variables, batch, key, marks.largest(seen), statistics=statistics
     )
-    updates, optimizer = self.transformation.update(gradient, state.optimizer, state.model)
-    model = optax.apply_updates(state.model, updates)
+    wide = widened(state.model)
+    updates, optimizer = self.transformation.update(gradient, state.optimizer, wide)
+    model = updated(state.model, updates, key)
+    if seen:
+      kept = kept | {"amax": marks.followed(seen, output.amax)}
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
     metrics: dict[str, Any] = {name: value / weight for name, (value, weight) in sums.items()}
     metrics |= {
@@ -64,7 +71,7 @@ class Program:
       metrics["load_max"] = load_max(output.loads)
       variables = rebalanced(combine(state.model, variables), variables, output.loads)
     if statistics:
-      of_trees = sizes(gradient=gradient, parameter=state.model, update=updates)
+      of_trees = sizes(gradient=gradient, parameter=wide, update=updates)
       metrics["layers"] = of_trees | output.taps
     state = dataclasses.replace(
       state,
@@ -73,6 +80,7 @@ class Program:
       model=model,
       optimizer=optimizer,
       variables=variables,
+      statistics=kept,
     )
     return state, metrics
 
@@ -83,27 +91,39 @@ class Program:
     return jax.random.fold_in(steps, step)
 
   def gradient(
-    self, model, variables, batch: dict[str, jax.Array], key, *, statistics: bool = False
+    self,
+    model,
+    variables,
+    batch: dict[str, jax.Array],
+    key,
+    amax: marks.Amax | None = None,
+    *,
+    statistics: bool = False,
   ) -> tuple[Any, Output, Any]:
     """The gradient of the mean loss, the sums over the batch, and the variables after it.
 
     Microbatches add up sums, which are divided once: the result is that of the whole batch to
     rounding, also where microbatches hold different numbers of tokens. Variables go through them
-    in turn.
+    in turn. `amax` is what delayed scaling scales by, and `Output.amax` what was seen (marks.py).
     """
 
     objective = with_experts(self.experiment.objective)
     tapped = taps.collect(objective) if statistics else lambda *args: (objective(*args), {})
 
-    def loss(model, variables, batch, key):
-      output, found = tapped(combine(model, variables), batch, key)
+    def loss(model, amax, variables, batch, key):
+      module = marks.low(self.experiment.products, combine(model, variables), amax)
+      output, found = tapped(module, batch, key)
       after = variables if output.variables is None else output.variables
       return output.loss_sum, (dataclasses.replace(output, variables=None), after, found)
 
-    grad = jax.grad(loss, has_aux=True)
+    def grad(variables, batch, key):
+      of_loss = jax.grad(loss, argnums=(0, 1), has_aux=True)
+      (gradient, seen), found = of_loss(model, amax or {}, variables, batch, key)
+      return widened(gradient), seen, found
+
     n = self.experiment.microbatches
     if n == 1:
-      total, (output, variables, found) = grad(model, variables, batch, key)
+      total, seen, (output, variables, found) = grad(variables, batch, key)
     else:
       # Rows m, m + n, m + 2n, ... form microbatch m: every device keeps the rows it has.
       def split(x):
@@ -113,18 +133,19 @@ class Program:
       parts = (jax.tree.map(split, batch), jax.random.split(key, n))
 
       def add(carry, part):
-        sums, variables = carry
-        gradient, (output, variables, found) = grad(model, variables, *part)
-        return (jax.tree.map(jnp.add, sums, (gradient, output)), variables), found
+        sums, seen, variables = carry
+        gradient, more, (output, variables, found) = grad(variables, *part)
+        sums = jax.tree.map(jnp.add, sums, (gradient, output))
+        return (sums, jax.tree.map(jnp.maximum, seen, more), variables), found
 
       first = jax.tree.map(lambda x: x[0], parts)
-      gradient, (output, _, _) = jax.eval_shape(grad, model, variables, *first)
-      zeros = jax.tree.map(jnp.zeros_like, (gradient, output))
-      ((total, output), variables), found = jax.lax.scan(add, (zeros, variables), parts)
+      gradient, seen, (output, _, _) = jax.eval_shape(grad, variables, *first)
+      sums, seen = jax.tree.map(jnp.zeros_like, ((gradient, output), seen))
+      ((total, output), seen, variables), found = jax.lax.scan(add, (sums, seen, variables), parts)
       found = taps.over_microbatches(found)
     weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone moves nothing.
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), total)
-    return gradient, dataclasses.replace(output, taps=taps.shares(found)), variables
+    return gradient, dataclasses.replace(output, taps=taps.shares(found), amax=seen), variables
 
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""

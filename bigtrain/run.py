@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from bigtrain import checkpoint, console, load, processes
+from bigtrain import checkpoint, console, load, marks, processes
 from bigtrain.checkpoint import Store
 from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused, nearest
@@ -92,9 +92,14 @@ class Run:
 
   @property
   def weights(self) -> Any:
-    """The module to evaluate and sample with: averaged weights, where the optimizer keeps them."""
+    """The module to evaluate and sample with: averaged weights, where the optimizer keeps them.
+
+    Its products are low where those of training are.
+    """
     state = self.state
-    return combine(averaged(state.optimizer, state.model), state.variables)
+    module = combine(averaged(state.optimizer, state.model), state.variables)
+    seen = state.statistics.get("amax", {})
+    return marks.low(self.experiment.products, module, marks.largest(seen))
 
   @property
   def model(self):

@@ -20,7 +20,7 @@ class State:
 
   step: jax.Array  # Completed updates, int32.
   example: jax.Array  # The next global example, uint32: the data position.
-  model: Any  # The module with its parameters alone, float32.
+  model: Any  # The module with its parameters alone, float32 unless Experiment.weights says else.
   optimizer: optax.OptState
   variables: Any  # The module with all its other variables alone.
   statistics: dict[str, Any]  # Running statistics of the training itself.

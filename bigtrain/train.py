@@ -24,6 +24,7 @@ from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
 from bigtrain.state import State
+from bigtrain.stored import widened
 from bigtrain.validate import remarks, validate
 from bigtrain.writers import default_writers
 
@@ -143,7 +144,7 @@ def begin(run: Run, program: Program) -> State:
       found, told = weights.load(
         source, state, run.experiment.new_weights, run.data.tokenizer_json()
       )
-      optimizer = jax.jit(program.transformation.init)(found["model"])
+      optimizer = jax.jit(program.transformation.init)(widened(found["model"]))
       state = dataclasses.replace(state, **found, optimizer=optimizer)
     for line in told:
       run.directory.event("weights_told", told=line)

@@ -18,6 +18,7 @@ from bigtrain.experiment import Experiment
 from bigtrain.hints import to_set
 from bigtrain.mesh import AXES, OTHER_NAMES, USUAL
 from bigtrain.optim.schedule import Schedule
+from bigtrain.products import Delayed
 from bigtrain.sharding import ACTIVATION, CONTEXT, EXCHANGED, WEIGHT
 
 LEAST = {
@@ -311,6 +312,11 @@ def _check_pipeline(e: Experiment, shape: dict[str, int]) -> None:
     raise Refused(
       f"the mesh has {stages} stages but {type(e.model).__name__} has no stack of layers to deal "
       f"to them; set --mesh.pipeline 1"
+    )
+  if e.products is not None and isinstance(e.products.scaling, Delayed):
+    raise Refused(
+      f"products: scaling is Delayed, which cannot be within the {stages} stages of a pipeline: "
+      "what its microbatches have seen would be added up; take Current, or set --mesh.pipeline 1"
     )
   for path, node in pipelined:
     for _, batch in _batches(e):

@@ -66,10 +66,19 @@ def _of_run(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str,
   leaves = checkpoint.flatten(part)
   wanted = {name: leaf for name, leaf in leaves.items() if not is_new(_of_module(name))}
   with checkpoint.newest_of(RunDirectory(source, writes=False).checkpoints) as (store, step):
-    have = [name for name in store.leaves(step) if name.split(".")[0] in part]
-    found = store.restore(step, wanted)
+    have = {name: of for name, of in store.leaves(step).items() if name.split(".")[0] in part}
+    found = store.restore(step, {k: _as_saved(x, have.get(k, "")) for k, x in wanted.items()})
+  found = {name: x.astype(wanted[name].dtype) for name, x in found.items()}
   unused = [_of_module(name) for name in have if name not in wanted]
   return checkpoint.unflatten(leaves | found, part), unused
+
+
+def _as_saved(leaf, saved: str) -> jax.ShapeDtypeStruct:
+  """What to restore for a leaf; of weights, in the dtype in which the other run kept them."""
+  kept = {"float32", "bfloat16"}
+  dtype = saved.partition("[")[0] if leaf.dtype.name in kept else leaf.dtype
+  dtype = dtype if dtype in kept else leaf.dtype
+  return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
 
 def _other_tokenizer(source: str, mine: str | None) -> list[str]:
@@ -87,7 +96,7 @@ def _other_tokenizer(source: str, mine: str | None) -> list[str]:
 
 def _of_file(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str, Any], list[str]]:
   model, unused = huggingface.load_some(part["model"], huggingface.read(source), is_new)
-  place = lambda leaf, like: jax.device_put(leaf, like.sharding)
+  place = lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding)
   return part | {"model": jax.tree.map(place, model, part["model"])}, unused
 
 

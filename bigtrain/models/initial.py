@@ -74,6 +74,8 @@ class Mup:
 class Initializer:
   """Draws the parameters of a stack of `layers` layers, sharded as their letters say.
 
+  A weight keeps these letters as its `dims`; what was stacked has dims in front of them.
+
   `width` is the model's, which it also gives to `readout`: Mup needs it.
 
   Raises:
@@ -110,4 +112,5 @@ class Initializer:
 
   def _draw(self, key, dims, sizes, std) -> nnx.Param:
     shape = tuple(sizes[d] for d in dims)
-    return nnx.Param(jax.random.normal(key, shape, out_sharding=sharding.weight(dims)) * std)
+    w = jax.random.normal(key, shape, out_sharding=sharding.weight(dims)) * std
+    return nnx.Param(w, dims=dims)

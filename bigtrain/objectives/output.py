@@ -26,6 +26,8 @@ class Output:
   loads: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   # Statistics of the layers, by name (taps.py); the training step puts them here.
   taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  # The largest magnitudes that low products have met (marks.py); the training step puts them here.
+  amax: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 def by_source(batch: dict[str, jax.Array], loss: jax.Array, weights: jax.Array) -> Sums:

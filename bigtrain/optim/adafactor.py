@@ -50,6 +50,11 @@ class Adafactor(Optimizer):
   def check(self) -> None:
     Optimizer.check(self)
     check_positive(decay=self.decay, threshold=self.threshold, eps=self.eps)
+    if self.moments != "float32":
+      raise Refused(
+        f"moments is {self.moments}, but Adafactor keeps one number for each row and column; set "
+        "moments to float32"
+      )
     if self.least is not None:
       check_positive(least=self.least)
 

@@ -15,6 +15,7 @@ from bigtrain.config import Refused, config, nearest
 from bigtrain.experiment import OptimizerConfig
 from bigtrain.optim import clip
 from bigtrain.optim.average import track_average
+from bigtrain.optim.moments import Moments, kept
 from bigtrain.optim.schedule import Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay
 from bigtrain.width import Width
 
@@ -41,6 +42,9 @@ class Optimizer(OptimizerConfig):
   # Largest norm of a unit's gradient, as a share of the norm of its weights: adaptive clipping,
   # 0.01 in Brock 2021, arXiv:2102.06171. A unit is one column of a layer's matrix (layout.py).
   clip_unit: float | None = None
+  # How the direction's means of gradients and of their squares are kept between updates: float32,
+  # or rounded at random to bfloat16 or to eight bits (moments.py).
+  moments: Moments = "float32"
   average: float | None = None  # Decay of a moving average of the weights, as in 0.999.
 
   @abc.abstractmethod
@@ -66,7 +70,7 @@ class Optimizer(OptimizerConfig):
       None if self.clip_value is None else clip.by_value(self.clip_value),
       None if self.clip_unit is None else clip.by_unit(self.clip_unit),
       None if self.clip is None else clip.by_global_norm(self.clip),
-      direction,
+      kept(self.moments, direction),
       None if width is None else self._scale_by_width(width),
       decay_weights(self.weight_decay, self.no_decay) if self.weight_decay else None,
       scale_by_rates(self.learning_rate(steps), self.factor, [name for name, _ in self.rates]),

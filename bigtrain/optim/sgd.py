@@ -26,5 +26,7 @@ class SGD(Optimizer):
     Optimizer.check(self)
     if not 0 <= self.momentum < 1:
       raise Refused(f"momentum is {self.momentum}; it is a decay, from 0 to below 1")
+    if self.moments != "float32" and not self.momentum:
+      raise Refused(f"moments is {self.moments}, but momentum is 0; set moments to float32")
     if self.nesterov and not self.momentum:
       raise Refused("nesterov needs momentum, which is 0; set momentum to 0.9, or nesterov False")

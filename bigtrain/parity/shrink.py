@@ -1,8 +1,10 @@
 """A copy of an experiment that a laptop compares in seconds: the same structure on the same axes.
 
 Blocks, patterns, norms, positions, losses, microbatches and the optimizer stay; widths, lengths,
-the vocabulary and the repeats of the pattern become small. Products are in float32, and dropout is
-on: where each device drew its own bits, or all the same, only that would show it.
+the vocabulary and the repeats of the pattern become small. Everything is in float32, also what the
+experiment has in fewer bits: a number that lies between two others in eight bits, and differs in
+its last bit, may be rounded either way. Dropout is on: where each device drew its own bits, or all
+the same, only that would show it.
 """
 
 import copy
@@ -15,6 +17,7 @@ from bigtrain.experiment import Experiment
 from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
 from bigtrain.models.moe import BalanceLoss
 from bigtrain.models.transformer import TransformerConfig
+from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.schedule import Schedule
 from bigtrain.optim.soap import SOAP
 from bigtrain.parity.synthetic import made_up
@@ -80,10 +83,13 @@ def shrink(experiment: Experiment) -> Experiment:
       node.over = "row"  # Over a batch it is another number: that of each microbatch in the stages.
   lengths = {name: LENGTH for name in LENGTHS}
   e.data = made_up(capped(e.data, lengths).smoke(), e.model)
+  e.products, e.weights = None, "float32"
   for _, node in configs(e.optimizer):
-    if isinstance(node, Schedule):
+    if isinstance(node, Optimizer):
+      node.moments = "float32"
+    elif isinstance(node, Schedule):
       node.warmup = min(node.warmup, 2)
-    elif isinstance(node, SOAP):
+    if isinstance(node, SOAP):
       node.eps = max(node.eps, SOAP_EPS)
   shape = e.mesh.shape(devices)
   e.steps, e.epochs, e.microbatches = STEPS, None, min(e.microbatches, 2)

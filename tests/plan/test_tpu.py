@@ -1,11 +1,14 @@
 """The real TPU compiler, where it is installed; there need be no TPU."""
 
+import re
+
 import pytest
 
 from bigtrain import Mesh
 from bigtrain.plan import cost, hlo, memory
 from bigtrain.plan.compile import compile_step
 from bigtrain.plan.topologies import topology
+from bigtrain.products import Products
 from tests.plan.test_search import study
 
 pytest.importorskip("libtpu", reason="TPU programs are compiled by libtpu")
@@ -51,3 +54,12 @@ def test_what_waits_on_the_host_takes_none_of_the_chip_and_is_copied_both_ways()
     sum(c.bytes * c.times for c in copies if c.kind == f"copy {way} host") for way in ("to", "from")
   )
   assert optimizer < back <= sent  # What the last layer made may still be on the chip.
+
+
+@pytest.mark.tpu
+def test_low_products_are_int8_on_the_matrix_unit():
+  e = study(mesh=Mesh(fsdp=2, tensor=2), products=Products())
+  text = compile_step(e, topology("v5e:2x2")).text
+  kinds = re.findall(r"= (\w+)\[\S+ (?:convolution|dot)\(", text)
+  # All but the logits, whose products are wide; none is left in bfloat16.
+  assert kinds.count("s32") >= 3 * 6 and "bf16" not in kinds
