@@ -10,6 +10,8 @@
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous
   collective begins when it is issued and the network is free, and what is left of it at its end is
   "exposed"; a synchronous one is exposed as a whole. A loop's body is timed once and multiplied.
+- A collective that runs on the sparse cores is asynchronous from when it is given its operand, and
+  goes over as many rings at once as the compiler writes that it has.
 - Asynchronous copies between memories are taken to be hidden.
 """
 
@@ -175,6 +177,8 @@ class _Estimate:
       return self._made(i, "", "done"), "done", _rendezvous(within.by_name[i.operands[0]])
     if i.opcode == "async-done":
       return self._made(i, "", "done"), "done", i.operands[0]
+    if i.opcode in ("call-start", "call-update", "call-done"):
+      return self._on_sparse_cores(i, within)
     if i.opcode not in ("fusion", "async-start"):
       return None
     inside = list(self.module.inner(i))
@@ -197,6 +201,26 @@ class _Estimate:
       made.kind, made.seconds = "reduce-scatter", made.seconds / 2
     return made, "both", i.name
 
+  def _on_sparse_cores(
+    self, i: Instruction, within: Computation
+  ) -> tuple[Collective, str, str] | None:
+    """As `_collective`, of a call that is under way on the sparse cores.
+
+    It is started, then given its operand (an update) unless it had that at once, then awaited.
+    """
+    call = i
+    while call.opcode != "call-start":
+      call = within.by_name[call.operands[0]]
+    inside = self.module.computations[call.called[0]].instructions
+    found = next((j for j in inside if j.opcode in KINDS), None)
+    if found is None:
+      return None
+    if i.opcode == "call-done":
+      return self._made(i, "", "done"), "done", call.name
+    if i is call and not i.operands:
+      return None
+    return self._made(found, found.opcode, "start"), "start", call.name
+
   def _between_slices(self, i: Instruction, kind: str) -> Collective:
     """What a host sends for a chip: a collective of chips at the same place in every slice."""
     group, axes = self.links.across()
@@ -211,7 +235,7 @@ class _Estimate:
     group, axes = self.links.group(i)
     if kind == "reduce-scatter":  # What it prints is a part of what it moves.
       size *= len(group)
-    seconds = self.links.seconds(kind, size, group)
+    seconds = self.links.seconds(kind, size, group, rings=i.attributes.count('"phase_rings"'))
     return Collective(kind, axes, size, 1, seconds, 0.0, phase == "start", i.scope)
 
 
