@@ -157,6 +157,8 @@ class _Estimate:
     """
     if i.opcode == "call-start":  # By the sparse cores, such as the look-up of an embedding.
       inner = self.module.computations[i.called[0]]
+      if any(j.opcode in KINDS for j in inner.instructions):
+        return 0.0  # It is timed as a collective from when it has its operand.
       return sum(self._moved(j, inner) for j in inner.instructions) or _written(inner.root)
     if i.opcode in FREE or i.opcode.endswith(("-start", "-done", "-update")):
       return 0.0
