@@ -11,10 +11,30 @@ Options = dict[str, str | bool]
 # neighbour each, steps of small models took up to 1.9 times as long by the compiler's estimate.
 WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
+# TPUs with sparse cores: collectives run there while the matrix units compute. On v5p the compiler
+# refuses to overlap them in any other way ("continuation fusion is not supported").
+SPARSE_CORES: Options = {
+  f"xla_tpu_enable_sparse_core_collective_offload_{name}": "true"
+  for name in (
+    "all_gather",
+    "2d_all_gather",  # Over two and three axes of the torus; without these, over one alone.
+    "3d_all_gather",
+    "reduce_scatter",
+    "nd_reduce_scatter",  # Where a group is the whole slice: else all-reduced and cut.
+    "all_reduce",
+  )
+}
+# How the sparse cores are to be used then, as in MaxText's recipes for these chips.
+SPARSE_CORES |= {
+  "xla_tpu_use_tc_device_shape_on_sc": "true",
+  "xla_sc_disable_megacore_partitioning": "true",
+  "xla_sc_enable_instruction_fusion": "false",
+}
+
 BY_KIND: dict[str, tuple[Options, ...]] = {
   "TPU v5 lite": (WHOLE_PRODUCTS,),
-  "TPU v5": (WHOLE_PRODUCTS,),
-  "TPU v6 lite": (WHOLE_PRODUCTS,),
+  "TPU v5": (WHOLE_PRODUCTS, SPARSE_CORES),
+  "TPU v6 lite": (WHOLE_PRODUCTS, SPARSE_CORES),
 }
 
 

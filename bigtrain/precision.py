@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bigtrain import marks, quantized, sharding
+from bigtrain.kernels.fence import gradient_fence
 from bigtrain.mesh import platform
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -36,17 +37,20 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
   `x` ends in the contracted dims and `w`, a stored parameter, begins with them; it is gathered
   here, in the dtype of `x`. The product is made on two-dimensional operands: on CPU the weight
   gradient of a (B*T, D) operand is twice as fast as that of a (B, T, D) one. Where a dim inside a
-  group is sharded, the group cannot be merged without moving data, and the einsum itself serves.
+  group is sharded, the group cannot be merged without moving data, and the einsum itself serves;
+  also on TPU, where a merged product would be copied into the order that attention takes.
   """
   x_dims, w_dims, out = re.split(",|->", dims)
   n = sum(d in w_dims for d in x_dims)
   rows, inner, columns = x_dims[:-n], w_dims[:n], w_dims[n:]
   assert x_dims[-n:] == inner and rows + columns == out, dims
+  x = gradient_fence(x)
   low, over = marks.low_of(w), sharding.split_over(x, len(rows))
   w = sharding.use(w, w_dims, x.dtype, over)
   eight = None if low is None else quantized.weight(low, w_dims, n, w)
   shape = (*x.shape[:-n], *w.shape[n:])
-  if merges := sharding.mergeable(rows, inner) and sharding.mergeable(rows, columns):
+  merges = sharding.mergeable(rows, inner) and sharding.mergeable(rows, columns)
+  if merges := merges and platform() != "tpu":
     x, w = _matrix(x, rows, inner), _matrix(w, inner, columns)
     if eight is not None:
       scale_M = _vector(eight.scale, columns)

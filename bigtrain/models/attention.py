@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
@@ -141,7 +140,6 @@ class Attention(nnx.Module):
     return self._attend(q_BTKGH, k_BSKH, v_BSKH, tokens, memory.tokens, form, key)
 
   def _attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, form: Form, key, bias_KGP=None):
-    q_BTKGH = q_BTKGH * self.score_scale if self.c.scaled else q_BTKGH
     extras = {"bias_KGP": bias_KGP, "dropout": self.c.dropout, "key": key}
     y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
     return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)
@@ -150,9 +148,10 @@ class Attention(nnx.Module):
     q_BTKGH = project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH, self.q_bias_KGH)
     if self.q_norm is not None:
       q_BTKGH = self.q_norm(q_BTKGH)
+    scale = self.score_scale if self.c.scaled else 1.0
     if self.c.rotary is not None:
-      q_BTKGH = rotate(self.c.rotary, q_BTKGH, tokens.positions)
-    return checkpoint_name(q_BTKGH, "q")
+      return rotate(self.c.rotary, q_BTKGH, tokens.positions, scale)
+    return q_BTKGH * scale
 
   def keys_values(self, x_BSD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """What can be attended to, (B, S, K, H) each."""
@@ -162,4 +161,4 @@ class Attention(nnx.Module):
       k_BSKH = self.k_norm(k_BSKH)
     if self.c.rotary is not None:
       k_BSKH = rotate(self.c.rotary, k_BSKH, tokens.positions)
-    return checkpoint_name(k_BSKH, "k"), checkpoint_name(v_BSKH, "v")
+    return k_BSKH, v_BSKH

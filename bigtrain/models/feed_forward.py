@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Tokens
+from bigtrain.kernels.fence import fence
 from bigtrain.models.activation import Activation, ActivationName
 from bigtrain.models.initial import Initializer
 from bigtrain.precision import project
@@ -61,11 +62,12 @@ class FeedForward(nnx.Module):
     del tokens
     x_BTD = sharding.shared(x_BTD)
     up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F)
-    up_BTF = checkpoint_name(up_BTF, "up")
+    up_BTF = checkpoint_name(fence(up_BTF), "up")
     if self.gate_DF is None:
       h_BTF = self.activation(up_BTF)
     else:
       gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F)
-      h_BTF = self.activation(checkpoint_name(gate_BTF, "gate")) * up_BTF
+      gate_BTF = checkpoint_name(fence(gate_BTF), "gate")
+      h_BTF = self.activation(gate_BTF) * up_BTF
     h_BTF = sharding.dropout(h_BTF, self.c.dropout, key)
-    return project("BTF,FD->BTD", h_BTF, self.down_FD, self.down_bias_D)
+    return project("BTF,FD->BTD", fence(h_BTF), self.down_FD, self.down_bias_D)

@@ -107,7 +107,7 @@ class LatentAttention(nnx.Module):
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
     extras = {"bias_KGP": bias_KGP, "dropout": self.c.dropout, "key": key}
     form = Form(causal=self.c.causal)
-    y_BTKGH = attend(q_BTKGH * self.score_scale, k_BSKH, v_BSKH, tokens, keys, form, **extras)
+    y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, **extras)
     y_BTKU = checkpoint_name(y_BTKGH[:, :, :, 0, : self.c.value_dim], "attention")
     return project("BTKU,KUD->BTD", y_BTKU, self.o_KUD), cache
 
@@ -118,7 +118,7 @@ class LatentAttention(nnx.Module):
     q_BTKGH = project("BTL,LKGH->BTKGH", sharding.shared(q_BTL), self.q_LKGH)
     still, turned = jnp.split(q_BTKGH, [self.c.head_dim], axis=-1)
     turned = rotate(self.c.rotary, turned, tokens.positions)
-    return checkpoint_name(jnp.concatenate([still, turned], axis=-1), "q")
+    return jnp.concatenate([still, turned], axis=-1) * self.score_scale
 
   def _keys_values(self, x_BSD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """(B, S, K, H) each: values have zeros behind, so that both are of one width."""
@@ -136,4 +136,4 @@ class LatentAttention(nnx.Module):
     )
     k_BSKH = jnp.concatenate([still_BSKN, turned_BSKP], axis=-1)
     v_BSKH = jnp.pad(v_BSKU, ((0, 0),) * 3 + ((0, k_BSKH.shape[-1] - v_BSKU.shape[-1]),))
-    return checkpoint_name(k_BSKH, "k"), checkpoint_name(v_BSKH, "v")
+    return k_BSKH, v_BSKH

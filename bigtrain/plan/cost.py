@@ -10,6 +10,8 @@
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous
   collective begins when it is issued and the network is free, and what is left of it at its end is
   "exposed"; a synchronous one is exposed as a whole. A loop's body is timed once and multiplied.
+- A collective that runs on the sparse cores is asynchronous from when it is given its operand, and
+  goes over as many rings at once as the compiler writes that it has.
 - Copies to and from the host's memory are two queues more, at the rate of its bus. Asynchronous
   copies between the chip's own memories are taken to be hidden.
 """
@@ -159,6 +161,8 @@ class _Estimate:
     """
     if i.opcode == "call-start":  # By the sparse cores, such as the look-up of an embedding.
       inner = self.module.computations[i.called[0]]
+      if any(j.opcode in KINDS for j in inner.instructions):
+        return 0.0  # It is timed as a collective from when it has its operand.
       return sum(self._moved(j, inner) for j in inner.instructions) or _written(inner.root)
     if i.opcode in FREE or i.opcode.endswith(("-start", "-done", "-update")):
       return 0.0
@@ -181,6 +185,8 @@ class _Estimate:
       return self._copied(i)
     if i.opcode == "async-done":
       return self._made(i, "", "done"), "done", i.operands[0]
+    if i.opcode in ("call-start", "call-update", "call-done"):
+      return self._on_sparse_cores(i, within)
     if i.opcode not in ("fusion", "async-start"):
       return None
     inside = list(self.module.inner(i))
@@ -202,6 +208,26 @@ class _Estimate:
     if found.opcode == "all-reduce" and any(j.opcode == "dynamic-slice" for j in inside):
       made.kind, made.seconds = "reduce-scatter", made.seconds / 2
     return made, "both", i.name
+
+  def _on_sparse_cores(
+    self, i: Instruction, within: Computation
+  ) -> tuple[Collective, str, str] | None:
+    """As `_collective`, of a call that is under way on the sparse cores.
+
+    It is started, then given its operand (an update) unless it had that at once, then awaited.
+    """
+    call = i
+    while call.opcode != "call-start":
+      call = within.by_name[call.operands[0]]
+    inside = self.module.computations[call.called[0]].instructions
+    found = next((j for j in inside if j.opcode in KINDS), None)
+    if found is None:
+      return None
+    if i.opcode == "call-done":
+      return self._made(i, "", "done"), "done", call.name
+    if i is call and not i.operands:
+      return None
+    return self._made(found, found.opcode, "start"), "start", call.name
 
   def _between_slices(self, i: Instruction, kind: str) -> Collective:
     """What a host sends for a chip: a collective of chips at the same place in every slice."""
@@ -234,7 +260,7 @@ class _Estimate:
     group, axes = self.links.group(i)
     if kind == "reduce-scatter":  # What it prints is a part of what it moves.
       size *= len(group)
-    seconds = self.links.seconds(kind, size, group)
+    seconds = self.links.seconds(kind, size, group, rings=i.attributes.count('"phase_rings"'))
     return Collective(kind, axes, size, 1, seconds, 0.0, phase == "start", i.scope)
 
 

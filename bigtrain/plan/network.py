@@ -73,8 +73,12 @@ class Network:
     grid = np.arange(len(self.places)).reshape(tuple(self.axes.values()))
     return grid[tuple(slice(None) if a in axes else 0 for a in self.axes)].reshape(-1).tolist()
 
-  def seconds(self, kind: str, size: int, group: list[int]) -> float:
-    """Of one collective that moves `size` bytes (whole, of one chip) within a group."""
+  def seconds(self, kind: str, size: int, group: list[int], rings: int = 0) -> float:
+    """Of one collective that moves `size` bytes (whole, of one chip) within a group.
+
+    `rings`, where the compiler says it, is among how many rings its bytes are divided; each sends
+    one way over one link at a time.
+    """
     n, chip = len(group), self.topology.chip
     if n < 2:
       return 0.0
@@ -84,6 +88,8 @@ class Network:
       return self._factor(kind, n, closed=True) * size / chip.link
     if kind == "collective-permute":
       return size / chip.link
+    if rings:
+      return self._factor(kind, n, closed=True) * size / (rings * chip.link)
     rates, all_closed = 0.0, True
     for axis, whole in enumerate(self.topology.shape):
       along = set(self.places[group][:, axis].tolist())

@@ -9,7 +9,7 @@ import jax
 from bigtrain import mesh, sharding
 from bigtrain.config import Refused
 from bigtrain.kernels.attention import blockwise, cudnn, plain, splash, statistics, tokamax
-from bigtrain.kernels.attention.call import Call, Form, Kernel, Tokens, visible
+from bigtrain.kernels.attention.call import Call, Form, Kernel, Tokens, named, visible
 
 __all__ = ["Form", "Kernel", "Tokens", "attend", "kernel_of", "refuse", "visible"]
 
@@ -43,8 +43,9 @@ def attend(
   column s for the query in column t = s - p + T - 1. It is a vector for each head, so that a kernel
   that goes through the scores block by block needs no array of their size.
 
-  The output, with what else a kernel needs for its backward pass, has the checkpoint name
-  "attention". What a query gets that sees nothing is finite, and no more is promised of it.
+  The inputs have the checkpoint names "q", "k" and "v", each as its kernel lays it out; the output,
+  with what else a kernel needs for its backward pass, has "attention". What a
+  query gets that sees nothing is finite, and no more is promised of it.
 
   Raises:
     Refused: the kernel that `form` names cannot compute this.
@@ -53,11 +54,16 @@ def attend(
     from bigtrain.parallel import context  # Which calls this in turn.
 
     extras = {"bias_KGP": bias_KGP, "dropout": dropout, "key": key}
-    return context.attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
+    return context.attend(*named(q_BTKGH, k_BSKH, v_BSKH), queries, keys, form, **extras)
   dropped = {"dropout": dropout, "key": key} if dropout and key is not None else {}
   call = Call(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, **dropped)
   statistics.report(call)
-  return kernel_of(call).attend(call)
+  kernel = kernel_of(call)
+  inside = bool(jax.sharding.get_abstract_mesh().manual_axes)  # They have names outside, then.
+  if kernel is not splash and not inside:
+    q_BTKGH, k_BSKH, v_BSKH = named(q_BTKGH, k_BSKH, v_BSKH)
+    call = call._replace(q_BTKGH=q_BTKGH, k_BSKH=k_BSKH, v_BSKH=v_BSKH)
+  return kernel.attend(call)
 
 
 def refuse(form: Form, dropout: float) -> None:

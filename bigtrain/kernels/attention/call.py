@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Kernel = Literal["auto", "plain", "blockwise", "splash", "cudnn", "tokamax"]
 
@@ -54,6 +55,11 @@ class Call(NamedTuple):
   bias_KGP: Any = None
   dropout: float = 0.0  # Rate; of a call without a key 0.
   key: Any = None
+
+
+def named(q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Queries, keys and values with the names by which a remat policy keeps them."""
+  return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
 
 
 def documents(queries: Tokens, keys: Tokens) -> tuple[jax.Array, jax.Array]:
