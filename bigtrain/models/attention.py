@@ -11,7 +11,7 @@ from flax import nnx
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
-from bigtrain.kernels.attention import Form, Kernel, Tokens, attend, refuse
+from bigtrain.kernels.attention import Call, Form, Kernel, Tokens, attend, refuse
 from bigtrain.models.initial import Initializer
 from bigtrain.models.norm import NormConfig
 from bigtrain.models.position import Rotary, rotate
@@ -131,17 +131,17 @@ class Attention(nnx.Module):
       cache = cache.extended(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
     form = self.c.form()._replace(aligned=cache is None)
-    return self._attend(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, key, bias_KGP), cache
+    call = Call(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, bias_KGP, self.c.dropout, key)
+    return self._output(attend(call)), cache
 
   def across(self, x_BTD, tokens: Tokens, memory: Memory, key=None) -> jax.Array:
     """Attends to a memory: to what is of the same document there. Returns (B, T, D)."""
     k_BSKH, v_BSKH = memory.pairs or self.keys_values(sharding.shared(memory.x_BSD), memory.tokens)
     q_BTKGH, form = self._queries(x_BTD, tokens), self.c.form()._replace(causal=False, window=None)
-    return self._attend(q_BTKGH, k_BSKH, v_BSKH, tokens, memory.tokens, form, key)
+    call = Call(q_BTKGH, k_BSKH, v_BSKH, tokens, memory.tokens, form, None, self.c.dropout, key)
+    return self._output(attend(call))
 
-  def _attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, form: Form, key, bias_KGP=None):
-    extras = {"bias_KGP": bias_KGP, "dropout": self.c.dropout, "key": key}
-    y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
+  def _output(self, y_BTKGH) -> jax.Array:
     return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)
 
   def _queries(self, x_BTD, tokens: Tokens) -> jax.Array:

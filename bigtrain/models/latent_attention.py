@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
-from bigtrain.kernels.attention import Form, Tokens, attend
+from bigtrain.kernels.attention import Call, Form, Tokens, attend
 from bigtrain.models.initial import Initializer
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import Rotary, rotate
@@ -105,10 +105,9 @@ class LatentAttention(nnx.Module):
     if cache is not None:
       cache = cache.extended(k_BSKH, v_BSKH)
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
-    extras = {"bias_KGP": bias_KGP, "dropout": self.c.dropout, "key": key}
     form = Form(causal=self.c.causal)
-    y_BTKGH = attend(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, **extras)
-    y_BTKU = checkpoint_name(y_BTKGH[:, :, :, 0, : self.c.value_dim], "attention")
+    call = Call(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, bias_KGP, self.c.dropout, key)
+    y_BTKU = checkpoint_name(attend(call)[:, :, :, 0, : self.c.value_dim], "attention")
     return project("BTKU,KUD->BTD", y_BTKU, self.o_KUD), cache
 
   def _queries(self, x_BTD, tokens: Tokens) -> jax.Array:

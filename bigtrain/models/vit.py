@@ -16,7 +16,7 @@ from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
 from bigtrain.experiment import ModelConfig
 from bigtrain.hints import to_set
-from bigtrain.kernels.attention import Tokens, attend
+from bigtrain.kernels.attention import Call, Tokens, attend
 from bigtrain.models.activation import ActivationName
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
@@ -223,8 +223,8 @@ class AttentionPool(nnx.Module):
     k_BSKH = project("BSD,DKH->BSKH", x_BTD, a.k_DKH, a.k_bias_KH)
     v_BSKH = project("BSD,DKH->BSKH", x_BTD, a.v_DKH, a.v_bias_KH)
     at = lambda n: Tokens(jnp.zeros((B, n), jnp.int32, out_sharding=sharding.act("BT")))
-    form = a.c.form()
-    y_BTKGH = attend(q_BTKGH * a.score_scale, k_BSKH, v_BSKH, at(1), at(T), form)
+    call = Call(q_BTKGH * a.score_scale, k_BSKH, v_BSKH, at(1), at(T), a.c.form())
+    y_BTKGH = attend(call)
     x_BTD = project("BTKGH,KGHD->BTD", y_BTKGH, a.o_KGHD, a.o_bias_D)
     return (x_BTD + self.feed_forward(self.norm(x_BTD)))[:, 0]
 

@@ -22,6 +22,7 @@ from jax import P
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, configs
 from bigtrain.kernels import attention
+from bigtrain.kernels.attention import Call
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.latent_attention import LatentAttentionConfig
 from bigtrain.models.position import RelativeBuckets
@@ -54,7 +55,7 @@ def _laid(x_BT: jax.Array) -> jax.Array:
   return sharding.lay(x_BT, "BT")
 
 
-def attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras) -> jax.Array:
+def attend(call: Call) -> jax.Array:
   """`kernels.attention.attend` where rows are cut.
 
   Raises:
@@ -63,9 +64,8 @@ def attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras) -> jax.Array:
   axis = sharding.cut_over()
   if axis is None:  # Over `sequence` at most, which has given way to heads.
     with sharding.rows(cut=False):
-      return attention.attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, **extras)
-  bias_KGP = extras["bias_KGP"]
-  dropout = 0.0 if extras["key"] is None else extras["dropout"]
+      return attention.attend(call)
+  q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, dropout, _ = call
   _check_attention(axis, dropout, bias_KGP is not None)
   if axis == "context":
     form = form._replace(aligned=False)  # Columns are in zig-zag order.
@@ -131,8 +131,8 @@ def _exchanged(form, q_BTKGH, k_BSKH, v_BSKH, queries, keys, bias_KGP) -> tuple[
     first = size * jax.lax.axis_index("ulysses")
     bias_KGP = jax.lax.dynamic_slice_in_dim(bias_KGP, first, size)
   with sharding.rows(cut=False):
-    attend = taps.collected(functools.partial(attention.attend, bias_KGP=bias_KGP))
-    y_BTKGH, found = attend(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form)
+    call = Call(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP)
+    y_BTKGH, found = taps.collected(attention.attend)(call)
   return swap(y_BTKGH, split_axis=positions, concat_axis=heads), taps.over_devices(found)
 
 

@@ -79,7 +79,7 @@ def test_splash_compiles_for_a_tpu_without_communication(window, monkeypatch):
 
     def run(q, k, v, segments, dout):
       tokens = Tokens(segments, segments)
-      out, pull = jax.vjp(lambda *a: attend(*a, tokens, tokens, form), q, k, v)
+      out, pull = jax.vjp(lambda *a: attend(Call(*a, tokens, tokens, form)), q, k, v)
       return out, pull(dout)
 
     q = shape("BTKGH", jnp.bfloat16, 4, 512, 2, 4, 64)
@@ -190,7 +190,7 @@ def test_statistics_are_of_the_scores_whatever_computes_the_output(T):
 
   def run(arrays, bias_KGP):
     given = (*arrays, c.queries, c.keys, c.form)
-    return taps.collect(lambda: attend(*given, bias_KGP=bias_KGP))()[1]
+    return taps.collect(lambda: attend(Call(*given, bias_KGP=bias_KGP)))()[1]
 
   found = jax.jit(run)(c[:3], c.bias_KGP)
   score = np.einsum("btkgh,bskh->bkgts", np.float64(c.q_BTKGH), c.k_BSKH)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigtrain.kernels.attention import Form, Tokens, attend, visible
+from bigtrain.kernels.attention import Call, Form, Tokens, attend, visible
 from bigtrain.kernels.attention.plain import by_column
 from bigtrain.mesh import Mesh
 from bigtrain.models.attention import AttentionConfig
@@ -126,7 +126,7 @@ def test_grouped_queries_equal_repeated_key_value_heads():
 def test_a_query_that_sees_nothing_is_finite_in_value_and_gradient():
   q, k, v = normal(1, 3, 2, 1, 4), normal(1, 3, 2, 4, seed=2), normal(1, 3, 2, 4, seed=3)
   empty = Tokens(np.full((1, 3), -1))
-  total = lambda *x: attend(*x, empty, empty, Form(causal=False)).sum()
+  total = lambda *x: attend(Call(*x, empty, empty, Form(causal=False))).sum()
   value, grads = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
   assert all(np.isfinite(x).all() for x in (value, *grads))
 
@@ -134,7 +134,7 @@ def test_a_query_that_sees_nothing_is_finite_in_value_and_gradient():
 def test_dropped_attention_keeps_its_mean():
   q, k = np.zeros((8, 16, 2, 1, 4), np.float32), np.zeros((8, 16, 2, 4), np.float32)
   v, tokens, form = np.ones_like(k), Tokens(np.zeros((8, 16), np.int32)), Form(causal=False)
-  drop = lambda key: attend(q, k, v, tokens, tokens, form, dropout=0.25, key=key)
+  drop = lambda key: attend(Call(q, k, v, tokens, tokens, form, dropout=0.25, key=key))
   out = jax.jit(drop)(jax.random.key(3))
   # Each of 256 sums of 16 weights of 1/16, kept with 3/4 and scaled by 4/3.
   assert abs(float(out.mean()) - 1) < 4 * np.sqrt(1 / 3 / 16 / 256)
@@ -148,7 +148,7 @@ def test_a_single_head_keeps_its_sharding():
     shape = lambda dims, *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place(dims))
     q, k = shape("BTKGH", 8, 6, 1, 1, 4), shape("BSKH", 8, 6, 1, 4)
     tokens = Tokens(jax.ShapeDtypeStruct((8, 6), jnp.int32, sharding=place("BT")))
-    run = lambda q, k, tokens: attend(q, k, k, tokens, tokens, Form(causal=True))
+    run = lambda q, k, tokens: attend(Call(q, k, k, tokens, tokens, Form(causal=True)))
     assert jax.eval_shape(run, q, k, tokens).sharding.spec == act("BTKGH")
 
 
@@ -165,7 +165,7 @@ def test_a_bias_is_added_by_the_distance_of_columns():
   queries, keys = at([1, 2, 1, 2]), at([2, 1, 2, 1, 1, 2])
   mask = queries.segments[:, :, None] == keys.segments[:, None]
   arrays = map(jnp.asarray, (q, k, v))
-  out = attend(*arrays, queries, keys, Form(causal=False), bias_KGP=jnp.asarray(bias))
+  out = attend(Call(*arrays, queries, keys, Form(causal=False), bias_KGP=jnp.asarray(bias)))
   score = np.einsum("btkgh,bskh->bkgts", np.float64(q), k) + found
   exp = np.exp(score) * mask[:, None, None]
   expected = np.einsum("bkgts,bskh->btkgh", exp / exp.sum(-1, keepdims=True), v)

@@ -12,7 +12,7 @@ import pytest
 
 from bigtrain import sharding
 from bigtrain.config import Refused
-from bigtrain.kernels.attention import Form, Tokens, attend
+from bigtrain.kernels.attention import Call, Form, Tokens, attend
 from bigtrain.mesh import Mesh
 from bigtrain.parallel import blockwise, context, zigzag
 from tests.collectives import collectives
@@ -47,7 +47,7 @@ def arguments() -> dict[str, np.ndarray]:
 def loss(form: Form, arrays, bias_KGP=None):
   """A weighted sum of the outputs of tokens; what padding sees means nothing."""
   tokens = Tokens(arrays["positions"], arrays["segments"])
-  y = attend(arrays["q"], arrays["k"], arrays["v"], tokens, tokens, form, bias_KGP=bias_KGP)
+  y = attend(Call(arrays["q"], arrays["k"], arrays["v"], tokens, tokens, form, bias_KGP=bias_KGP))
   return (arrays["factor"] * y).sum(), y
 
 
@@ -157,7 +157,9 @@ def test_memory_does_not_grow_with_the_square_of_a_piece_in_a_scan_over_layers(m
   length = 512  # Pieces of 128: their masks would be larger than all queries.
 
   def loss(q, k, v, positions):
-    attention = lambda q: attend(q, k, v, Tokens(positions), Tokens(positions), FORMS["causal"])
+    attention = lambda q: attend(
+      Call(q, k, v, Tokens(positions), Tokens(positions), FORMS["causal"])
+    )
     layer = lambda q, _: (jax.checkpoint(attention)(q), None)
     return jax.lax.scan(layer, q, None, length=3)[0].sum()
 

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bigtrain.kernels.attention import Form, Tokens, attend
+from bigtrain.kernels.attention import Call, Form, Tokens, attend
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ def compiled(kernel, args):
   form = Form(causal=True, aligned=True, kernel=kernel)
 
   def run(q, k, v, tokens, dout):
-    out, pull = jax.vjp(lambda *arrays: attend(*arrays, tokens, tokens, form), q, k, v)
+    out, pull = jax.vjp(lambda *arrays: attend(Call(*arrays, tokens, tokens, form)), q, k, v)
     return out, pull(dout)
 
   return jax.jit(run).lower(*args).compile()

@@ -11,7 +11,7 @@ from bigtrain.config import Refused
 from bigtrain.kernels.attention import blockwise, cudnn, plain, splash, statistics, tokamax
 from bigtrain.kernels.attention.call import Call, Form, Kernel, Tokens, named, visible
 
-__all__ = ["Form", "Kernel", "Tokens", "attend", "kernel_of", "refuse", "visible"]
+__all__ = ["Call", "Form", "Kernel", "Tokens", "attend", "kernel_of", "refuse", "visible"]
 
 KERNELS = {
   "plain": plain,
@@ -25,45 +25,31 @@ BEST = {"cpu": (blockwise,), "gpu": (cudnn, blockwise), "tpu": (splash, blockwis
 FEW = 64  # Queries up to which "auto" takes the plain form: no block of scores would be left out.
 
 
-def attend(
-  q_BTKGH,
-  k_BSKH,
-  v_BSKH,
-  queries: Tokens,
-  keys: Tokens,
-  form: Form,
-  *,
-  bias_KGP=None,
-  dropout=0.0,
-  key=None,
-) -> jax.Array:
+def attend(call: Call) -> jax.Array:
   """Softmax attention; scores and softmax in float32. Returns (B, T, K, G, H) in the dtype of `v`.
 
-  Queries come scaled. `bias_KGP` is added by distance, after a soft cap: entry p to the score of
-  column s for the query in column t = s - p + T - 1. It is a vector for each head, so that a kernel
-  that goes through the scores block by block needs no array of their size.
-
   The inputs have the checkpoint names "q", "k" and "v", each as its kernel lays it out; the output,
-  with what else a kernel needs for its backward pass, has "attention". What a
-  query gets that sees nothing is finite, and no more is promised of it.
+  with what else a kernel needs for its backward pass, has "attention". What a query gets that sees
+  nothing is finite, and no more is promised of it.
 
   Raises:
-    Refused: the kernel that `form` names cannot compute this.
+    Refused: the kernel that `call.form` names cannot compute this.
   """
+  if not call.dropout or call.key is None:
+    call = call._replace(dropout=0.0, key=None)
   if sharding.rows_are_cut():
     from bigtrain.parallel import context  # Which calls this in turn.
 
-    extras = {"bias_KGP": bias_KGP, "dropout": dropout, "key": key}
-    return context.attend(*named(q_BTKGH, k_BSKH, v_BSKH), queries, keys, form, **extras)
-  dropped = {"dropout": dropout, "key": key} if dropout and key is not None else {}
-  call = Call(q_BTKGH, k_BSKH, v_BSKH, queries, keys, form, bias_KGP, **dropped)
+    return context.attend(_named(call))
   statistics.report(call)
   kernel = kernel_of(call)
   inside = bool(jax.sharding.get_abstract_mesh().manual_axes)  # They have names outside, then.
-  if kernel is not splash and not inside:
-    q_BTKGH, k_BSKH, v_BSKH = named(q_BTKGH, k_BSKH, v_BSKH)
-    call = call._replace(q_BTKGH=q_BTKGH, k_BSKH=k_BSKH, v_BSKH=v_BSKH)
-  return kernel.attend(call)
+  return kernel.attend(call if kernel is splash or inside else _named(call))
+
+
+def _named(call: Call) -> Call:
+  q_BTKGH, k_BSKH, v_BSKH = named(call.q_BTKGH, call.k_BSKH, call.v_BSKH)
+  return call._replace(q_BTKGH=q_BTKGH, k_BSKH=k_BSKH, v_BSKH=v_BSKH)
 
 
 def refuse(form: Form, dropout: float) -> None:

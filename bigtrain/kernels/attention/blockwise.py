@@ -25,7 +25,7 @@ from bigtrain import sharding
 from bigtrain.kernels.attention import block
 from bigtrain.kernels.attention.block import NOTHING, Part, Settings, cut, merged
 from bigtrain.kernels.attention.call import Call, Form, Tokens, documents
-from bigtrain.kernels.attention.island import apart, shards_positions
+from bigtrain.kernels.attention.island import apart, misplaced
 from bigtrain.precision import raised
 
 QUERIES, KEYS = 128, 512  # Of a block, at most.
@@ -38,7 +38,7 @@ def limit(form: Form, dropout: float) -> str | None:
 
 def unfit(call: Call) -> str | None:
   """Why this kernel cannot answer this call, if it cannot."""
-  return "positions are spread over devices" if shards_positions(call.q_BTKGH) else None
+  return misplaced(call.q_BTKGH)
 
 
 def attend(call: Call) -> jax.Array:

@@ -44,14 +44,17 @@ class Form(NamedTuple):
 
 
 class Call(NamedTuple):
-  """The arguments of `attend`."""
+  """Queries, keys and values, and what attention makes of them."""
 
-  q_BTKGH: Any
+  q_BTKGH: Any  # Scaled.
   k_BSKH: Any
   v_BSKH: Any
   queries: Tokens
   keys: Tokens
   form: Form
+  # Added by distance, after a soft cap: entry p to the score of column s for the query in column
+  # t = s - p + T - 1. It is a vector for each head, so that a kernel that goes through the scores
+  # block by block needs no array of their size.
   bias_KGP: Any = None
   dropout: float = 0.0  # Rate; of a call without a key 0.
   key: Any = None

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import mesh
 from bigtrain.kernels.attention.call import Call, Form, documents
-from bigtrain.kernels.attention.island import apart, shards_positions, tells_varying
+from bigtrain.kernels.attention.island import apart, misplaced
 
 # Documents reach cuDNN as a bias of (B, T, S) scores, of which it has no smaller form that fits
 # packed rows of any number of documents: 32 MiB a row at this length. Longer rows go blockwise.
@@ -47,11 +47,7 @@ def unfit(call: Call) -> str | None:
     return "rows of an odd length do not fit it"
   if (longest := max(call.q_BTKGH.shape[1], call.k_BSKH.shape[1])) > PACKED:
     return f"rows of {longest} are longer than {PACKED}"
-  if shards_positions(call.q_BTKGH):
-    return "positions are spread over devices"
-  if tells_varying(call.q_BTKGH):
-    return "an island around it checks over which axes values vary"
-  return None
+  return misplaced(call.q_BTKGH, opaque=True)
 
 
 def attend(call: Call, *, implementation: Literal["cudnn", "xla"] = "cudnn") -> jax.Array:

@@ -30,15 +30,11 @@ def apart(function: Local, q_BTKGH, *arrays, opaque: bool = False) -> jax.Array:
   return sharding.island(function, out_specs, q_BTKGH, opaque=opaque)(q_BTKGH, *arrays)
 
 
-def shards_positions(q_BTKGH) -> bool:
-  """Whether the positions of these queries are spread over devices."""
-  spec = jax.typeof(q_BTKGH).sharding.spec
-  return len(spec) > 1 and bool(spec[1])
-
-
-def tells_varying(q_BTKGH) -> bool:
-  """Whether this is traced for an island in which every operation says over which axes it varies.
-
-  Kernels that other projects wrote do not, and fail there.
-  """
-  return bool(jax.typeof(q_BTKGH).mat.varying)
+def misplaced(q_BTKGH, *, opaque: bool = False) -> str | None:
+  """Why `apart` cannot serve queries that lie like these, if it cannot; `opaque` as there."""
+  spec, varying = jax.typeof(q_BTKGH).sharding.spec, jax.typeof(q_BTKGH).mat.varying
+  if len(spec) > 1 and spec[1]:
+    return "positions are spread over devices"
+  if opaque and varying:  # There every operation says over which axes it varies.
+    return "an island around it checks over which axes values vary"
+  return None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bigtrain import mesh
 from bigtrain.kernels.attention.call import Call, Form, documents, named
-from bigtrain.kernels.attention.island import apart, shards_positions, tells_varying
+from bigtrain.kernels.attention.island import apart, misplaced
 
 LANES = 128  # Of a TPU's vectors: what a block of queries or keys is a multiple of.
 # The largest that divides the row. Larger blocks mean fewer steps and fewer reads of k and v, until
@@ -40,11 +40,7 @@ def unfit(call: Call) -> str | None:
     return "queries and keys do not stand in the same columns"
   if T % LANES or S % LANES:
     return f"rows of {T} queries and {S} keys are not multiples of {LANES}"
-  if shards_positions(call.q_BTKGH):
-    return "positions are spread over devices"
-  if tells_varying(call.q_BTKGH):
-    return "an island around it checks over which axes values vary"
-  return None
+  return misplaced(call.q_BTKGH, opaque=True)
 
 
 def attend(call: Call, *, interpret: bool = False) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain.kernels.attention.call import Call, Form, visible
-from bigtrain.kernels.attention.island import apart, shards_positions, tells_varying
+from bigtrain.kernels.attention.island import apart, misplaced
 
 
 def limit(form: Form, dropout: float) -> str | None:
@@ -26,11 +26,7 @@ def unfit(call: Call) -> str | None:
   """Why this kernel cannot answer this call, if it cannot."""
   if call.bias_KGP is not None:
     return "biases of scores would reach it as an array of all scores"
-  if shards_positions(call.q_BTKGH):
-    return "positions are spread over devices"
-  if tells_varying(call.q_BTKGH):
-    return "an island around it checks over which axes values vary"
-  return None
+  return misplaced(call.q_BTKGH, opaque=True)
 
 
 def attend(call: Call) -> jax.Array:
