@@ -8,6 +8,7 @@ from flax import nnx
 
 from bigtrain import sharding
 from bigtrain.config import config
+from bigtrain.dropout import dropout
 from bigtrain.experiment import ModelConfig
 from bigtrain.models.initial import Initializer, Normal
 from bigtrain.models.position import lookup
@@ -41,7 +42,7 @@ class BigramModel(nnx.Module):
 
   def hidden(self, tokens_BT, positions_BT=None, segments_BT=None, key=None):
     x_BTD = lookup(self.embed_VD, tokens_BT, jnp.float32)
-    return sharding.dropout(x_BTD, self.c.dropout, key)
+    return dropout(x_BTD, self.c.dropout, key)
 
   def output_VD(self, x_BTD):
     return sharding.use(self.embed_VD, "VD", over=sharding.split_over(x_BTD, 2))

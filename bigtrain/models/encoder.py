@@ -12,6 +12,7 @@ from flax import nnx
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
+from bigtrain.dropout import dropout
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models.initial import Initializer
@@ -96,7 +97,7 @@ class Encoder(nnx.Module):
       x_BTD = lookup(self.embed_VD, tokens_BT, dtype) + lookup(self.type_YD, types_BT, dtype)
       if self.position_TD is not None:
         x_BTD += lookup(self.position_TD, tokens.positions, dtype)
-      x_BTD = sharding.dropout(self.embed_norm(x_BTD), c.dropout, kd)
+      x_BTD = dropout(self.embed_norm(x_BTD), c.dropout, kd)
     with taps.named("transformer"):
       x_BTD, _ = self.transformer(x_BTD, tokens, kt)
     return x_BTD if self.norm is None else self.norm(x_BTD)
@@ -247,7 +248,7 @@ class TextClassifier(nnx.Module):
     ke, kd = (None, None) if key is None else jax.random.split(key)
     with taps.named("encoder"):
       x_BTD = self.encoder(tokens_BT, positions_BT, segments_BT, types_BT, ke)
-    pooled_BM = sharding.dropout(self.encoder.pooled(x_BTD), self.c.dropout, kd)
+    pooled_BM = dropout(self.encoder.pooled(x_BTD), self.c.dropout, kd)
     pooled_BM = readout(pooled_BM, self.c.width())
     logits_BC = project("BM,MC->BC", pooled_BM, self.classes_MC, self.classes_bias_C)
     return logits_BC.astype(jnp.float32)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
+from bigtrain.dropout import dropout
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models.attention import AttentionConfig, Memory
@@ -262,10 +263,10 @@ class EncoderDecoder(nnx.Module):
     kd, ks, ko = (None,) * 3 if key is None else jax.random.split(key, 3)
     with jax.named_scope("embed"):
       x_BTD = lookup(self.embed_VD, tokens_BT, compute_dtype(self.c.dtype))
-    x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
+    x_BTD = dropout(x_BTD, self.c.dropout, kd)
     x_BTD, cache = stack(x_BTD, tokens, ks, *context)
     x_BTD = x_BTD if norm is None else norm(x_BTD)
-    return sharding.dropout(x_BTD, self.c.dropout, ko), cache
+    return dropout(x_BTD, self.c.dropout, ko), cache
 
 
 def _one_document(tokens_BT) -> Tokens:

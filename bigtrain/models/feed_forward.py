@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
+from bigtrain.dropout import dropout
 from bigtrain.kernels.attention import Tokens
 from bigtrain.kernels.fence import fence
 from bigtrain.models.activation import Activation, ActivationName
@@ -69,5 +70,5 @@ class FeedForward(nnx.Module):
       gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F)
       gate_BTF = checkpoint_name(fence(gate_BTF), "gate")
       h_BTF = self.activation(gate_BTF) * up_BTF
-    h_BTF = sharding.dropout(h_BTF, self.c.dropout, key)
+    h_BTF = dropout(h_BTF, self.c.dropout, key)
     return project("BTF,FD->BTD", fence(h_BTF), self.down_FD, self.down_bias_D)

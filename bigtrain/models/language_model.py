@@ -13,6 +13,7 @@ from flax import nnx
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
+from bigtrain.dropout import dropout
 from bigtrain.experiment import ModelConfig
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models.initial import Initializer
@@ -149,7 +150,7 @@ class LanguageModel(nnx.Module):
       elif isinstance(self.c.position, Sinusoidal):
         waves_BTD = sinusoid(self.c.position, tokens.positions, self.c.dim).astype(dtype)
         x_BTD += sharding.lay(waves_BTD, "BTD")
-      x_BTD = sharding.dropout(x_BTD, self.c.dropout, kd)
+      x_BTD = dropout(x_BTD, self.c.dropout, kd)
     with taps.named("transformer"):
       x_BTD, cache = self.transformer(x_BTD, tokens, kt, cache)
     return (x_BTD if self.norm is None else self.norm(x_BTD)), cache

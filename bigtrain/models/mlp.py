@@ -17,6 +17,7 @@ from flax import nnx
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
+from bigtrain.dropout import dropout
 from bigtrain.experiment import ModelConfig
 from bigtrain.hints import to_set
 from bigtrain.models.activation import Activation, ActivationName
@@ -140,7 +141,7 @@ class MLP(nnx.Module):
     keys = [None] * len(hidden) if key is None else jax.random.split(key, len(hidden))
     for i, (layer, k) in enumerate(zip(hidden, keys, strict=True)):
       with taps.named("layers", i):
-        y = sharding.dropout(layer(x), self.c.dropout, k)
+        y = dropout(layer(x), self.c.dropout, k)
         if self.c.residual and x.shape == y.shape and layer is not hidden[0]:
           y += sharding.lay(x, f"B{layer.letters[1]}")
         taps.tap("output", taps.rms, y)

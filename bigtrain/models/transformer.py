@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
+from bigtrain.dropout import dropout
 from bigtrain.kernels.attention import Tokens
 from bigtrain.models import remat
 from bigtrain.models.attention import AttentionConfig, Memory
@@ -193,10 +194,10 @@ class Block(nnx.Module):
       y_BTD, more = function(x_BTD if self.placement == "post" else norm(x_BTD))
       if out_norm is not None:
         y_BTD = out_norm(y_BTD)
-      y_BTD = sharding.dropout(y_BTD, self.dropout, key)
+      y_BTD = dropout(y_BTD, self.dropout, key)
       if key is not None and drop_path is not None:
         key = jax.random.fold_in(key, 1)  # Elements and rows are dropped independently.
-        y_BTD = sharding.dropout(y_BTD, drop_path, key, dims=1)
+        y_BTD = dropout(y_BTD, drop_path, key, dims=1)
       x_BTD = x_BTD + y_BTD
       return norm(x_BTD) if self.placement == "post" else x_BTD, more
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
+from bigtrain.dropout import dropout
 from bigtrain.experiment import ModelConfig
 from bigtrain.hints import to_set
 from bigtrain.kernels.attention import Call, Tokens, attend
@@ -173,7 +174,7 @@ class ViT(nnx.Module):
     """What the classes are read from, (B, D), in the compute dtype."""
     kd, kt = (None, None) if key is None else jax.random.split(key)
     with jax.named_scope("embed"):
-      x_BTD = sharding.dropout(self._embedded(images_BRSC), self.c.dropout, kd)
+      x_BTD = dropout(self._embedded(images_BRSC), self.c.dropout, kd)
     B, T, _ = x_BTD.shape
     none_B = jnp.zeros((B, 1), jnp.int32, out_sharding=sharding.act("BT"))
     with taps.named("transformer"):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigtrain import sharding
 from bigtrain.config import Refused
+from bigtrain.dropout import dropout
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.norm import LayerNormConfig
@@ -153,12 +153,12 @@ def test_what_is_offloaded_waits_on_the_host_and_changes_no_gradient():
 
 def test_dropout_has_its_rate_keeps_the_mean_and_follows_its_key():
   x, n = jnp.full((250, 400), 2.0), 100_000
-  drop = lambda seed: np.asarray(sharding.dropout(x, 0.3, jax.random.key(seed)))
+  drop = lambda seed: np.asarray(dropout(x, 0.3, jax.random.key(seed)))
   found = drop(0)
   assert abs((found == 0).mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / n)
   np.testing.assert_allclose(found[found != 0], 2.0 / 0.7, rtol=1e-6)
   assert np.array_equal(found, drop(0)) and not np.array_equal(found, drop(1))
-  assert sharding.dropout(x, 0.3, None) is x
+  assert dropout(x, 0.3, None) is x
 
 
 def test_every_layer_drops_by_a_key_of_its_own():

@@ -14,6 +14,7 @@ from jax import P
 
 from bigtrain import sharding
 from bigtrain.config import Refused
+from bigtrain.dropout import dropout
 from bigtrain.mesh import Mesh
 from bigtrain.parallel import pipeline
 from bigtrain.parallel.pipeline import Pipeline, Schedule
@@ -155,10 +156,10 @@ def test_a_row_draws_the_same_mask_whichever_rows_are_with_it():
   @jax.jit
   def draw(x_BTD, ids_B):
     with sharding.stage(ids_B):
-      return sharding.dropout(x_BTD, 0.4, jax.random.key(1))
+      return dropout(x_BTD, 0.4, jax.random.key(1))
 
   x_BTD, some = jnp.ones((64, 32, 8)), jnp.array([3, 11, 7])
-  drawn_BTD = jax.jit(lambda x: sharding.dropout(x, 0.4, jax.random.key(1)))(x_BTD)
+  drawn_BTD = jax.jit(lambda x: dropout(x, 0.4, jax.random.key(1)))(x_BTD)
   np.testing.assert_array_equal(draw(x_BTD[some], some), drawn_BTD[some])
   assert len(np.unique(drawn_BTD.reshape(64, -1), axis=0)) == 64
   assert np.mean(drawn_BTD == 0) == pytest.approx(0.4, abs=0.01)

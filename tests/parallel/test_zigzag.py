@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigtrain import sharding
+from bigtrain.dropout import dropout
 from bigtrain.mesh import Mesh
 from bigtrain.parallel import zigzag
 
@@ -21,10 +22,10 @@ def test_under_a_causal_mask_every_device_has_as_many_keys_to_look_at():
 
 def test_dropout_of_cut_rows_has_the_bits_of_whole_rows():
   key, x_BTD = jax.random.key(3), np.ones((4, 16, 6), np.float32)
-  whole_BTD = np.asarray(sharding.dropout(jnp.asarray(x_BTD), 0.3, key))
+  whole_BTD = np.asarray(dropout(jnp.asarray(x_BTD), 0.3, key))
   mesh = Mesh(fsdp=2, context=2, tensor=2, sequence=True).make()
   with jax.set_mesh(mesh), sharding.rows(cut=True):
-    dropped = jax.jit(lambda x_BTD: sharding.dropout(x_BTD, 0.3, key))
+    dropped = jax.jit(lambda x_BTD: dropout(x_BTD, 0.3, key))
     cut_BTD = np.asarray(dropped(jax.device_put(x_BTD, sharding.act("BTD"))))
   np.testing.assert_array_equal(cut_BTD, whole_BTD[:, zigzag.columns(16, 2)])
   assert 0 < (whole_BTD == 0).mean() < 0.6

@@ -22,6 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
+from bigtrain.dropout import row_keys
 from bigtrain.kernels.attention import block
 from bigtrain.kernels.attention.block import NOTHING, Part, Settings, cut, merged
 from bigtrain.kernels.attention.call import Call, Form, Tokens, documents
@@ -47,7 +48,7 @@ def attend(call: Call) -> jax.Array:
   if call.dropout and call.key is not None:
     # A key for each row and kv head: the same bits wherever these lie.
     split = functools.partial(jax.random.split, num=call.k_BSKH.shape[2])
-    keys_BK = jax.vmap(split)(sharding.row_keys(call.key, call.q_BTKGH))
+    keys_BK = jax.vmap(split)(row_keys(call.key, call.q_BTKGH))
     seeds_BKE, dropout = sharding.lay(jax.random.key_data(keys_BK), "BKE"), call.dropout
   settings = Settings(call.form, dropout)
 

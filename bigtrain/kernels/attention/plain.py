@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
+from bigtrain.dropout import dropout
 from bigtrain.kernels.attention.call import Call, Form, visible
 from bigtrain.precision import raised
 
@@ -34,7 +35,7 @@ def attend(call: Call) -> jax.Array:
   score_BKNS, mask_BNS = scores(call)
   score_BKNS = jnp.where(mask_BNS[:, None], score_BKNS, MASKED)
   prob_BKNS = jax.nn.softmax(score_BKNS).astype(v_BSKH.dtype)
-  prob_BKNS = sharding.dropout(prob_BKNS, call.dropout, call.key)
+  prob_BKNS = dropout(prob_BKNS, call.dropout, call.key)
   v_BKSH = jnp.transpose(v_BSKH, (0, 2, 1, 3))
   out_BKNH = jnp.einsum("bkns,bksh->bknh", prob_BKNS, v_BKSH)
   B, K, _, H = out_BKNH.shape
