@@ -31,7 +31,12 @@ SPARSE_CORES |= {
   "xla_sc_enable_instruction_fusion": "false",
 }
 
+# CPUs: collectives that do not depend on each other are started in one order on all devices. Else a
+# device may begin with one while its peers begin with another, and all wait for ever.
+ONE_ORDER: Options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
 BY_KIND: dict[str, tuple[Options, ...]] = {
+  "cpu": (ONE_ORDER,),
   "TPU v5 lite": (WHOLE_PRODUCTS,),
   "TPU v5": (WHOLE_PRODUCTS, SPARSE_CORES),
   "TPU v6 lite": (WHOLE_PRODUCTS, SPARSE_CORES),

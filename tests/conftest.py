@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # See compiler_options.py.
     "--xla_cpu_use_fusion_emitters=false"
     if importlib.metadata.version("jaxlib").startswith("0.10.")  # Later ones do not know it.
     else "",

@@ -179,9 +179,9 @@ def wrong_rotation(monkeypatch):
   """The second half of a row, as a context shard would, counts from its own beginning."""
   rotate = attention.rotate
 
-  def planted(c, x_BTKH, positions_BT):
+  def planted(c, x_BTKH, positions_BT, *scale):
     half = x_BTKH.shape[1] // 2
-    return rotate(c, x_BTKH, positions_BT - half * (jnp.arange(2 * half) >= half))
+    return rotate(c, x_BTKH, positions_BT - half * (jnp.arange(2 * half) >= half), *scale)
 
   monkeypatch.setattr(attention, "rotate", planted)
 

@@ -13,6 +13,7 @@ VALUES = {
   "Muon.spared": ("matrix",),
 }
 EXEMPT = {"ScheduleFreeAdamW.average": "it is an average itself, and refuses another"}
+ONE_VALUE = "Adafactor.moments"  # It keeps none, and refuses a narrower kind.
 
 
 def test_every_field_of_every_optimizer_changes_the_update():
@@ -21,4 +22,5 @@ def test_every_field_of_every_optimizer_changes_the_update():
   looks = FieldTest({"update": update}, VALUES | rates, EXEMPT)
   for optimizer in optimizers:
     assert looks.dead(packed.experiment(optimizer=optimizer), under="optimizer.") == []
-  assert not looks.untried, "\n".join(looks.untried.values())
+  untried = [line for line in looks.untried.values() if f"({ONE_VALUE})" not in line]
+  assert not untried, "\n".join(untried)
