@@ -181,11 +181,9 @@ def _sizes(jaxpr):
 
 def test_attention_that_has_no_form_over_cut_rows_is_refused():
   arrays, tokens = arguments(), Tokens(arguments()["positions"])
-  cut = functools.partial(
-    attend, arrays["q"], arrays["k"], arrays["v"], tokens, tokens, FORMS["causal"]
-  )
+  call = Call(arrays["q"], arrays["k"], arrays["v"], tokens, tokens, FORMS["causal"])
   with jax.set_mesh(RING.make()), sharding.rows(cut=True):
     with pytest.raises(Refused, match=r"attention.dropout is 0.1, but over mesh.context"):
-      cut(dropout=0.1, key=jax.random.key(0))
+      attend(call._replace(dropout=0.1, key=jax.random.key(0)))
     with pytest.raises(Refused, match=r"relative biases go by .* whole rows"):
-      cut(bias_KGP=np.zeros((K, G, 2 * T - 1), np.float32))
+      attend(call._replace(bias_KGP=np.zeros((K, G, 2 * T - 1), np.float32)))
