@@ -19,7 +19,7 @@ from bigtrain.exit_codes import Exit
 from bigtrain.kernels import cross_entropy
 from bigtrain.load import load
 from bigtrain.mesh import OTHER_NAMES, Mesh
-from bigtrain.models import attention, moe, norm
+from bigtrain.models import attention, moe, norm, transformer
 from bigtrain.optim import clip
 from bigtrain.parallel import expert
 from bigtrain.parity import shrink
@@ -201,7 +201,7 @@ def own_dropout(monkeypatch):
     spec = jax.typeof(x).sharding.spec
     return jax.shard_map(local, in_specs=(spec, jax.P()), out_specs=spec)(x, key)
 
-  monkeypatch.setattr(sharding, "dropout", planted)
+  monkeypatch.setattr(transformer, "dropout", planted)
 
 
 def norm_of_a_shard(monkeypatch):
@@ -249,7 +249,7 @@ FAULTS = {
   missing_psum: ("gradient", "embed_VD"),
   scaled_gradient: ("gradient", "transformer.01.feed_forward.down_FD"),
   wrong_rotation: ("output", "transformer.00.attention"),
-  own_dropout: ("output", "transformer.00.attention"),
+  own_dropout: ("output", "transformer.00"),
   norm_of_a_shard: ("output", "transformer.00.attention"),
   unsummed_norm: ("update", ""),
   dropped_token: ("output", "transformer.00"),
