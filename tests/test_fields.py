@@ -203,6 +203,10 @@ EXEMPT = {
 UNUSED = {MLPConfig: {"FanIn.residual": "a plain dense network has no residual branch to scale"}}
 # Why a leaf has one valid value only.
 ONE_VALUE = {
+  "model.encoder.offload": "where remat is none, nothing is kept by name",
+  "model.offload": "the same",
+  "optimizer.moments": "Adafactor keeps none",
+  "products.format": "gradients' format must change with it; test_quantized.py has both",
   "model.encoder.pattern.0.attention.causal": "an encoder refuses causal attention",
   "model.pattern.0.attention.causal": "vision transformers and encoder-decoders refuse it too",
 }

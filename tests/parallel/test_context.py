@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from bigtrain import sharding
 from bigtrain.config import Refused
@@ -175,7 +176,7 @@ def _sizes(jaxpr):
   """Of all arrays in a jaxpr and those inside it."""
   for equation in jaxpr.eqns:
     yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jaxprs_in_params(equation.params):
       yield from _sizes(inner)
 
 
