@@ -78,7 +78,7 @@ class Mesh:
     sizes = self.shape(len(devices))
     there = len({getattr(device, "slice_index", None) for device in devices})
     if there > 1 and sizes["slices"] != there:
-      raise Refused(f"these devices are {there} slices; {hints.to_set('mesh.slices', there)}")
+      raise Refused(f"these devices are {there} slices; set {hints.to_set('mesh.slices', there)}")
     if there == 1:  # Also where a network that is not slow stands for the one between slices.
       return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
     within, across = dict(sizes, slices=1), dict.fromkeys(sizes, 1) | {"slices": there}

@@ -26,8 +26,8 @@ def implied(mesh: Mesh) -> Counter[Collective]:
 
   - fsdp gathers each weight of a block in the forward pass, and once more in the backward pass,
     which computes the block again; the table it gathers once.
-  - fsdp scatters the sum of each weight's gradient, of which data then adds up shards; of the table
-    twice, where it is read and where it makes the logits.
+  - fsdp scatters the sum of each weight's gradient, of which data then adds up shards, and slices
+    the sums of that; of the table twice, where it is read and where it makes the logits.
   - tensor adds up activations: two in a block's forward pass, one of them again when that is
     repeated, and two in its backward pass; and those of the embedding and before the logits.
   """
@@ -39,8 +39,9 @@ def implied(mesh: Mesh) -> Counter[Collective]:
   if mesh.fsdp > 1:
     found.update(Collective("all-gather", ("fsdp",), n) for n in [*weights, *weights, table])
     found.update(Collective("reduce-scatter", ("fsdp",), n) for n in shards)
-  if mesh.data > 1:
-    found.update(Collective("all-reduce", ("data",), n) for n in shards)
+  for axis in ("data", "slices"):
+    if getattr(mesh, axis) > 1:
+      found.update(Collective("all-reduce", (axis,), n) for n in shards)
   if t > 1:
     activation = B * T * D // (mesh.data * mesh.fsdp)
     found[Collective("all-reduce", ("tensor",), activation)] = 2 + 1 + 2 + 1 + 1
@@ -55,7 +56,12 @@ def experiment(mesh: Mesh):
   return packed.experiment(optimizer=ADAMW, mesh=mesh)
 
 
-@pytest.mark.parametrize("mesh", packed.MESHES, ids=packed.NAMES)
+ACROSS = [Mesh(slices=2, fsdp=4), Mesh(slices=2, data=2, fsdp=2)]
+
+
+@pytest.mark.parametrize(
+  "mesh", [*packed.MESHES, *ACROSS], ids=[*packed.NAMES, "slices,fsdp", "slices,data,fsdp"]
+)
 def test_a_step_has_the_collectives_that_the_design_implies_and_no_other(mesh):
   devices, _, step = packed.compiled(experiment(mesh))
   found = collectives(step, devices)
