@@ -1,5 +1,7 @@
 """Every field of every experiment is used: a second value of it changes what a run does."""
 
+import copy
+import inspect
 import pathlib
 from typing import Literal
 
@@ -231,7 +233,13 @@ def small(function, **mesh):
   return e
 
 
-@pytest.mark.skipif(not EXPERIMENTS, reason="no experiments")
+@pytest.mark.parametrize("name", PROBES)
+def test_equal_experiments_are_equal_to_a_probe_that_remembers_none(name):
+  probe = inspect.unwrap(PROBES[name])
+  e = small(load.functions(EXPERIMENTS[0].parent / "quickstart.py")["base"])
+  assert probe(copy.deepcopy(e)) == probe(copy.deepcopy(e))
+
+
 def test_every_field_of_every_experiment_changes_what_a_run_does():
   looks = FieldTest(PROBES, VALUES, EXEMPT, FIRST, devices=8)
   dead = []
