@@ -1,89 +1,142 @@
-"""Every preset of a language model planned once on every topology: does it fit, and how fast.
+"""Every preset planned once, and every topology: does it fit, and how fast.
 
-  python tools/benchmarks/plan_table.py [--presets llama3:8b ...] [--topologies v5p:2x2x4 ...]
+  python tools/benchmarks/plan_table.py [--only llama3 v6e ...] [--jobs 2]
   python tools/benchmarks/plan_table.py --calibration
 
-One row of 2,048 tokens a chip (8,192 for Llama), all chips on `fsdp`. Each plan is a process of its
-own and is kept in the user's cache, so that the table goes on where it was left; what does not
-compile is a row too. With --calibration the rows are recipes whose speed was published.
+Each plan is a process of its own and is kept in the user's cache, so that the table goes on where
+it was left; what does not compile is a row too. With --calibration the rows are recipes whose speed
+was published.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from bigtrain import Experiment, Mesh
+from bigtrain import Experiment
+from bigtrain.data.folders import ImageFolder
+from bigtrain.data.masked import MaskedText
+from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
+from bigtrain.data.vision import ImageData
 from bigtrain.models import presets
-from bigtrain.objectives import CausalLM
+from bigtrain.models.encoder import MaskedLMConfig
+from bigtrain.objectives import CausalLM, MaskedLM, SpanCorruption
+from bigtrain.objectives.classification import Classification
 from bigtrain.optim.adamw import AdamW
 from bigtrain.plan.topologies import topology
 
-PRESETS = (
-  *(f"gpt2:{size}" for size in presets.GPT2),
-  *(f"gpt3:{size}" for size in presets.GPT3),
-  *(f"llama3:{size}" for size in presets.LLAMA3),
-  *(f"qwen3:{size}" for size in presets.QWEN3),
-)
-TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x4", "v5p:4x4x8", "v6e:8x8", "v6e:16x16")
-
 
 @dataclasses.dataclass(frozen=True)
-class Published:
-  """A measured step: tokens a second and chip. Its source: MaxText, reference/models/tiering."""
+class Row:
+  """What is planned: a preset as "family:size", where, examples a chip, and overrides."""
 
   preset: str
   topology: str
-  rows: int  # A chip.
-  measured: int
+  rows: int
+  settings: str = ""
+  measured: int = 0  # Tokens a second and chip, where that was published.
 
 
-# Rows of 8,192 tokens; the batch a chip is that of MaxText's benchmark configuration of that name,
-# which also moves activations to the host, and runs its own flags.
+KEEP = "--model.remat products"
+ROWS = (
+  Row("gpt2:124m", "v5e:2x2", 8, KEEP),
+  Row("gpt2:355m", "v5e:2x2", 4, KEEP),
+  Row("gpt2:774m", "v5e:4x4", 4, KEEP),
+  Row("gpt2:1.5b", "v5e:4x4", 4),
+  Row("gpt3:125m", "v5e:2x2", 4, KEEP),
+  Row("gpt3:350m", "v5e:2x2", 2, KEEP),
+  Row("gpt3:760m", "v5e:4x4", 2, KEEP),
+  Row("gpt3:1.3b", "v5e:4x4", 2, KEEP),
+  Row("gpt3:2.7b", "v6e:8x8", 4, KEEP),
+  Row("gpt3:6.7b", "v6e:8x8", 4, KEEP),
+  Row("gpt3:13b", "v5p:2x2x4", 4, "--mesh.fsdp 4 --mesh.data 4"),  # 5,140 is no multiple of 16.
+  Row("gpt3:175b", "v5p:8x8x8", 2),
+  Row("llama3:1b", "v5e:16x16", 1, KEEP),
+  Row("llama3:3b", "v6e:8x8", 1, KEEP),
+  Row("llama3:8b", "v5p:2x2x4", 2, KEEP),
+  Row("llama3:8b", "v6e:16x16", 2, "--model.remat qkv"),
+  Row("llama3:70b", "v5p:4x4x8", 1, "--model.remat qkv"),
+  Row("llama3:405b", "v5p:8x16x16", 1, "--model.remat qkv"),
+  Row("qwen3:0.6b", "v5e:4x4", 2, KEEP),
+  Row("qwen3:8b", "v6e:8x8", 4, KEEP),
+  Row("mixtral:8x7b", "v5p:4x4x2", 4, "--mesh.expert 8"),
+  Row("mixtral:8x22b", "v5p:4x4x8", 2, "--mesh.expert 8"),
+  Row("qwen3_moe:30b-a3b", "v5p:4x4x2", 2, "--mesh.expert 8"),
+  Row("qwen3_moe:235b-a22b", "v5p:8x8x8", 1, "--mesh.expert 16"),
+  Row("deepseek_v3", "v5p:8x8x8", 1, "--mesh.expert 32"),
+  Row("bert:minilm", "v5e:2x2", 64, "--model.encoder.remat products"),
+  Row("bert:base", "v5e:2x2", 32, "--model.encoder.remat products"),
+  Row("bert:large", "v5e:4x4", 16, "--model.encoder.remat products"),
+  Row("t5:small", "v5e:2x2", 32, KEEP),
+  Row("t5:base", "v5e:2x2", 16, KEEP),
+  Row("t5:large", "v5e:4x4", 8, KEEP),
+  Row("t5:xl", "v6e:8x8", 8, KEEP),
+  Row("t5:xxl", "v6e:8x8", 8),
+  Row("vit:ti/16", "v5e:2x2", 256, KEEP),
+  Row("vit:s/16", "v5e:2x2", 128, KEEP),
+  Row("vit:b/16", "v5e:4x4", 64, KEEP),
+  Row("vit:l/16", "v5e:4x4", 32, KEEP),
+  Row("vit:g/14", "v6e:8x8", 32, KEEP),
+)
+# Measured: MaxText, reference/models/tiering. Rows of 8,192 tokens; what waits in the host's memory
+# is that of its benchmark configurations of these names. It computes the output of attention again
+# for 70b, which is sent to the host here.
+OFFLOAD = "--model.remat qkv --model.offload input q k v"
 CALIBRATION = (
-  Published("llama3:8b", "v6e:16x16", 4, 7207),
-  Published("llama3:70b", "v6e:16x16", 5, 960),
+  Row("llama3:8b", "v6e:16x16", 4, OFFLOAD, measured=7207),
+  Row("llama3:70b", "v6e:16x16", 5, f"{OFFLOAD} attention", measured=960),
 )
 
 
 def base() -> Experiment:
   """What is planned: overrides choose the rest."""
-  return _experiment("gpt2", "124m")
+  return experiment("gpt2", "124m")
 
 
-def _experiment(family: str, size: str) -> Experiment:
-  model = getattr(presets, family)(size)
-  seq = 8192 if family == "llama3" else min(2048, model.longest_row() or 2048)
-  data, optimizer = TextData(seq=seq), AdamW(lr=3e-4)
-  e = Experiment(
-    model=model, data=data, optimizer=optimizer, objective=CausalLM(), batch=1, steps=1
+def experiment(family: str, size: str) -> Experiment:
+  """A step of a preset, with the objective and the rows that it was made for."""
+  preset: Callable = getattr(presets, family)
+  model = preset(size) if size else preset()
+  optimizer = AdamW(lr=3e-4)
+  made = lambda model, data, objective: Experiment(
+    model=model, data=data, objective=objective, optimizer=optimizer, batch=1, steps=1
   )
-  e.mesh = Mesh(fsdp=-1)
-  return e
+  if family == "bert":
+    return made(MaskedLMConfig(encoder=model), MaskedText(seq=512), MaskedLM())
+  if family == "t5":
+    return made(model, Spans(seq=512), SpanCorruption())
+  if family == "vit":
+    images = ImageFolder(train="imagenet", classes=model.classes)
+    return made(model, ImageData(source=images, size=model.image), Classification())
+  seq = 8192 if family == "llama3" else min(2048, model.longest_row() or 2048)
+  return made(model, TextData(seq=seq), CausalLM())
 
 
-def __getattr__(name: str):
-  """`gpt2_124m` and its like, the functions that `bigtrain plan FILE:FUNCTION` calls."""
-  family, _, size = name.partition("_")
-  if f"{family}:{size.replace('_', '.')}" not in PRESETS:
-    raise AttributeError(name)
-
-  def made() -> Experiment:
-    return _experiment(family, size.replace("_", "."))
-
-  return made
+def function(preset: str) -> str:
+  """Its name as `bigtrain plan FILE:FUNCTION` has it: letters, digits and underscores."""
+  return "".join(c if c.isalnum() else "_" for c in preset)
 
 
-def plan(preset: str, where: str, rows: int) -> dict:
+def __getattr__(name: str) -> Callable[[], Experiment]:
+  for row in (*ROWS, *CALIBRATION):
+    if function(row.preset) == name:
+      family, _, size = row.preset.partition(":")
+      return lambda: experiment(family, size)
+  raise AttributeError(name)
+
+
+def plan(row: Row) -> dict:
   """The planner's object, or {"problem": ...}."""
-  chips = topology(where).chips
-  function = preset.replace(":", "_").replace(".", "_")
+  batch = str(row.rows * topology(row.topology).chips)
   command = [sys.executable, "-W", "ignore", "-m", "bigtrain.cli", "plan"]
-  command += [f"{pathlib.Path(__file__)}:{function}", "--topology", where, "--json"]
-  command += ["--batch", str(rows * chips), "--evaluation.batch", str(rows * chips)]
+  command += [f"{pathlib.Path(__file__)}:{function(row.preset)}", "--topology", row.topology]
+  command += ["--json", "--batch", batch, "--evaluation.batch", batch, *row.settings.split()]
   done = subprocess.run(command, capture_output=True, text=True)
   try:
     return json.loads(done.stdout)
@@ -91,43 +144,52 @@ def plan(preset: str, where: str, rows: int) -> dict:
     return {"problem": done.stderr.strip().splitlines()[-1] if done.stderr else "no answer"}
 
 
-def row(preset: str, where: str, found: dict) -> str:
+def line(row: Row, found: dict) -> str:
+  what = f"| {row.preset} | {row.topology} | {row.rows} | {row.settings.replace('--', '')} |"
   if "step_seconds" not in found:
-    problem = found["problem"].splitlines()[0]
-    return f"| {preset} | {where} | {problem[:80]} | | | | |"
+    return f"{what} {found['problem'].splitlines()[0][:120]} | | | | | |"
   memory, parts = found["memory"], found["parts"]
   return (
-    f"| {preset} | {where} | {found['step_seconds']:.3f} | {found['mfu']:.1%} "
+    f"{what} {found['step_seconds']:.3f} | {found['mfu']:.1%} "
     f"| {memory['peak'] / 2**30:.1f} of {memory['chip'] / 2**30:.1f} "
-    f"| {parts['exposed']:.3f} | {found['uncounted_seconds']:.3f} |"
+    f"| {parts['exposed']:.3f} | {found['uncounted_seconds']:.3f} "
+    f"| {found['compile_seconds']:.0f} |"
   )
+
+
+def calibrated(row: Row, found: dict) -> str:
+  what = f"| {row.preset} | {row.topology} | {row.rows} | {row.measured} |"
+  if "step_seconds" not in found:
+    return f"{what} {found['problem'].splitlines()[0][:120]} | |"
+  rate = found["tokens_per_second"] / found["topology"]["chips"]
+  return f"{what} {rate:.0f} | {rate / row.measured:.2f} |"
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--presets", nargs="*", default=PRESETS)
-  parser.add_argument("--topologies", nargs="*", default=TOPOLOGIES)
+  parser.add_argument("--only", nargs="*", default=[""], help="parts of presets and topologies")
+  parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
   parser.add_argument("--calibration", action="store_true", help="published recipes instead")
   args = parser.parse_args()
+  asked = CALIBRATION if args.calibration else ROWS
+  rows = [r for r in asked if any(part in f"{r.preset} {r.topology}" for part in args.only)]
+  if not rows:
+    raise SystemExit(f"no row has any of {', '.join(args.only)} in its preset or topology")
   if args.calibration:
-    print("| model | topology | measured, tokens/s and chip | predicted | ratio |")
-    print("|---|---|---|---|---|")
-    for known in CALIBRATION:
-      found = plan(known.preset, known.topology, known.rows)
-      if "step_seconds" in found:
-        rate = found["tokens_per_second"] / found["topology"]["chips"]
-        said = f"{rate:.0f} | {rate / known.measured:.2f}"
-      else:
-        said = f"{found['problem'].splitlines()[0][:80]} |"
-      print(f"| {known.preset} | {known.topology} | {known.measured} | {said} |", flush=True)
-    return
-  print("| model | topology | step, s | MFU | peak, GiB | exposed, s | uncounted, s |")
-  print("|---|---|---|---|---|---|---|")
-  for preset in args.presets:
-    for where in args.topologies:
-      print(row(preset, where, plan(preset, where, 1)), flush=True)
+    print("| preset | topology | rows a chip | measured, tokens/s and chip | predicted | ratio |")
+    print("|---|---|---|---|---|---|")
+  else:
+    print(
+      "| preset | topology | rows a chip | settings | step, s | MFU | peak, GiB | exposed, s ",
+      end="",
+    )
+    print("| uncounted, s | compilation, s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+  with ThreadPoolExecutor(args.jobs) as pool:
+    for row, found in zip(rows, pool.map(plan, rows), strict=True):
+      print((calibrated if args.calibration else line)(row, found), flush=True)
 
 
 if __name__ == "__main__":
