@@ -2,9 +2,9 @@
 
 - An instruction with `estimated_cycles` takes these at the chip's clock. Those with a matrix
   product in them are "matrix", the others "vector".
-- A Pallas kernel carries no estimate. Attention is counted by its products, of which a causal mask
-  leaves half, at 60% of peak: two forward, five in a fused backward pass (three and four where it
-  is two kernels). Another kernel takes what its own cost estimate says, as a roofline.
+- A kernel carries no estimate. Attention, by Pallas or cuDNN, is counted by its products, of which
+  a causal mask leaves half, at 60% of peak: two forward, five in a fused backward pass (three and
+  four where it is two kernels). Others take what their own cost estimate says, as a roofline.
 - What else carries none (a gather, a scatter, a sort, a copy) takes the time to read and write its
   bytes: "moved".
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous
@@ -25,6 +25,7 @@ from bigtrain.plan import network
 from bigtrain.plan.hlo import ALIASES, HBM, HOST, Computation, Instruction, Module
 from bigtrain.plan.network import KINDS, Network
 
+CUDNN = "$fmha"  # In the names of its kernels of attention.
 ATTENTION = 0.6  # Of peak, forward and backward.
 PARTS = ("matrix", "vector", "kernels", "moved", "exposed")
 # Between chips, between slices over the data center's network, and to and from the host's memory.
@@ -146,7 +147,7 @@ class _Estimate:
     flops = self.module.products(i, computation)
     if i.cycles is not None and self.chip.clock:
       return "matrix" if flops else "vector", i.cycles / self.chip.clock, flops
-    if i.opcode == "custom-call" and i.target == "tpu_custom_call":
+    if i.opcode == "custom-call" and (i.target == "tpu_custom_call" or CUDNN in i.target):
       flops, seconds = kernel(i, computation, self.chip)
       return "kernels", seconds, flops
     moved = self._moved(i, computation) / self.chip.bandwidth
@@ -276,14 +277,18 @@ def _written(i: Instruction) -> float:
 
 
 def kernel(i: Instruction, computation: Computation, chip) -> tuple[float, float]:
-  """(FLOPs, seconds) of a Pallas kernel by the stated model."""
+  """(FLOPs, seconds) of a Pallas kernel, or of attention by cuDNN, by the stated model."""
+  cudnn = CUDNN in (i.target or "")
   name = f"{i.scope} {i.attribute('kernel_name') or ''} {i.name}"
   products = _products_of(name, len(i.arrays))
+  if cudnn:
+    products = 5 if "Backward" in i.target else 2
   given = [computation.by_name[o].arrays for o in i.operands if o in computation.by_name]
   whole = [a[0].dims for a in given if a and len(a[0].dims) >= 3 and a[0].dtype in FLOATS]
   if products and len(whole) >= 2:
     q, k = whole[0], whole[1]
-    flops = products * 2.0 * math.prod(q) * k[-2] / 2
+    keys = k[-3] if cudnn else k[-2]  # It takes (B, S, K, H), the others (..., S, H).
+    flops = products * 2.0 * math.prod(q) * keys / 2
     return flops, flops / (ATTENTION * chip.bf16)
   said = re.search(r'"flops":"?(\d+)', i.attributes)
   moved = re.search(r'"bytes_accessed":"?(\d+)', i.attributes)

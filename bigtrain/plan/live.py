@@ -47,18 +47,16 @@ class _Liveness:
     computation = self.module.computations[name]
     values, used, made = self._follow(computation, given)
     kept = set(map(id, _leaves(values[computation.root.name])))
-    end = len(computation.instructions)
     alive: dict[int, list[Buffer]] = {}  # By the last place at which they are used.
-    live, best, best_size = {}, [], -1
+    # An argument's memory is the caller's, or that of a result, wherever it stands in the schedule.
+    live = {id(b): b for b in itertools.chain(*made) if b.argument is not None}
+    best, best_size = [], -1
     for at, instruction in enumerate(computation.instructions):
       for buffer in made[at]:
-        until = used.get(id(buffer), at)
-        if buffer.argument is not None:
-          until = end  # An argument's memory is the caller's, or that of a result.
-        elif id(buffer) in kept:
+        if buffer.argument is not None or id(buffer) in kept:
           continue  # A result lies in an argument's memory, or in what the loop carries.
         live[id(buffer)] = buffer
-        alive.setdefault(until, []).append(buffer)
+        alive.setdefault(used.get(id(buffer), at), []).append(buffer)
       inner = self._inner(instruction, computation, values)
       size = sum(b.bytes for b in live.values()) + sum(b.bytes for b in inner)
       if size > best_size:

@@ -74,7 +74,7 @@ def _kind(buffer: Buffer, state: list[Leaf]) -> tuple[str, str]:
     return "gradients" if backward else "gathered parameters", _names(alike)
   used = buffer.last.scope if buffer.last is not None else ""
   if "transpose(" not in scope and ("transpose(" in used or buffer.made.opcode == "custom-call"):
-    return "kept activations", place(scope) or "the input of every layer"
+    return "kept activations", place(scope) or "every layer"
   return "temporaries", place(scope)
 
 

@@ -19,9 +19,13 @@ TOLD = 100  # Tensors in the object for tools.
 ABOUT = {
   "matrix": "instructions with a matrix product, by the compiler's cycles",
   "vector": "all other instructions, by the compiler's cycles",
-  "kernels": "Pallas kernels, by the stated model",
+  "kernels": "Pallas kernels and cuDNN's, by the stated model",
   "moved": "what carries no estimate, by its bytes",
   "exposed": "communication that no compute hides, by the links",
+}
+ROOFLINE = ABOUT | {
+  "matrix": "instructions with a matrix product, by their FLOPs and bytes",
+  "vector": "all other instructions, by their bytes",
 }
 
 
@@ -166,11 +170,12 @@ def _tensors(plan: Plan):
 
 def _time(plan: Plan):
   step = plan.cost.step
-  of = "" if plan.compiled.topology.chip.clock else ", a roofline: there are no cycles"
+  counted = bool(plan.compiled.topology.chip.clock)
+  of, about = ("", ABOUT) if counted else (", a roofline: there are no cycles", ROOFLINE)
   table = _table(f"Predicted time of a step{of}", "", "seconds", "share", "")
   for part in PARTS:
     seconds = plan.cost.seconds[part]
-    table.add_row(part, f"{seconds:.4f}", f"{seconds / step:.0%}", ABOUT[part])
+    table.add_row(part, f"{seconds:.4f}", f"{seconds / step:.0%}", about[part])
   table.add_row("step", f"{step:.4f}", "", "")
   table.add_row("uncounted", f"{plan.cost.uncounted:.4f}", "", "of it, without the compiler's word")
   return table

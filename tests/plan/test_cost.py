@@ -137,6 +137,28 @@ ENTRY %main (q: bf16[4,512,128], k: bf16[2,512,128]) -> bf16[4,512,128] {
   assert found.flops == (4 + 3) * 2 * 4 * 512**2 * 128 / 2
 
 
+def test_attention_by_cudnn_takes_its_products_too():
+  """As it was printed for an H100: rows of 8 x 1,024 positions, 12 heads of 64."""
+  text = """HloModule m
+
+ENTRY %main (q: bf16[8,1024,12,64], m: bf16[8,1,1024,1024]) -> ROWS {
+  %q = bf16[8,1024,12,64]{3,2,1,0} parameter(0)
+  %m = bf16[8,1,1024,1024]{3,2,1,0} parameter(1)
+  %fwd = (OUT, ROWS, u8[0]{0}) custom-call(%q, %q, %q, %m), CUDNN"
+  %s = ROWS get-tuple-element(%fwd), index=1
+  %bwd = (OUT, OUT, OUT, u8[0]{0}) custom-call(%q, %q, %q, %s, %q, %m, %q), CUDNNBackward"
+  ROOT %out = ROWS copy(%s)
+}
+"""
+  shapes = {"OUT": "bf16[8,12,1024,64]{3,1,2,0}", "ROWS": "f32[8,12,1024]{2,1,0}"}
+  for name, by in (shapes | {"CUDNN": 'custom_call_target="__cudnn$fmhaScaleBiasSoftmax'}).items():
+    text = text.replace(name, by)
+  found = cost.estimate(hlo.parse(text), links("h100:8", fsdp=8))
+  flops = (2 + 5) * 2 * 8 * 12 * 1024**2 * 64 / 2
+  assert found.flops == flops
+  assert found.seconds["kernels"] == pytest.approx(flops / 0.6 / 989e12)
+
+
 def test_copies_to_and_from_the_host_are_two_queues_of_their_own():
   """Of 8 MiB each: one each way at once, then one that waits. A copy on the chip is hidden."""
   text = """HloModule m, is_scheduled=true

@@ -27,6 +27,20 @@ ENTRY %main (a: f32[1024]) -> f32[1024] {
   assert sizes(text) == {"a": 4 * KB, "b": 16 * KB, "c": 32 * KB}
 
 
+def test_an_argument_takes_its_memory_before_it_is_named():
+  text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[1024], b: f32[2048]) -> f32[1024] {
+  %a = f32[1024]{0} parameter(0)
+  %c = f32[8192]{0} broadcast(%a), dimensions={}
+  %d = f32[1024]{0} slice(%c), slice={[0:1024]}
+  %b = f32[2048]{0} parameter(1)
+  ROOT %f = f32[1024]{0} add(%d, %b)
+}
+"""
+  assert sizes(text) == {"a": 4 * KB, "b": 8 * KB, "c": 32 * KB, "d": 4 * KB}
+
+
 def test_a_loop_works_in_the_memory_that_it_is_given():
   text = """HloModule m, is_scheduled=true
 
