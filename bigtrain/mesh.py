@@ -79,12 +79,15 @@ class Mesh:
     there = len({getattr(device, "slice_index", None) for device in devices})
     if there > 1 and sizes["slices"] != there:
       raise Refused(f"these devices are {there} slices; set {hints.to_set('mesh.slices', there)}")
+    # An axis may be a part of one of the torus, where it is no product of whole ones.
+    split = {"allow_split_physical_axes": True}
     if there == 1:  # Also where a network that is not slow stands for the one between slices.
-      return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
-    within, across = dict(sizes, slices=1), dict.fromkeys(sizes, 1) | {"slices": there}
-    grid = mesh_utils.create_hybrid_device_mesh(
-      tuple(within.values()), tuple(across.values()), devices
-    )
+      grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **split)
+    else:
+      within, across = dict(sizes, slices=1), dict.fromkeys(sizes, 1) | {"slices": there}
+      grid = mesh_utils.create_hybrid_device_mesh(
+        tuple(within.values()), tuple(across.values()), devices, **split
+      )
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     return jax.sharding.Mesh(np.asarray(grid), tuple(sizes), axis_types=explicit)
 

@@ -36,3 +36,24 @@ def test_only_the_outer_axis_goes_from_slice_to_slice():
 def test_a_mesh_of_other_slices_than_the_hardware_has_is_refused():
   with pytest.raises(Refused, match=r"these devices are 2 slices; set .*mesh.slices"):
     Mesh(fsdp=8).make(DEVICES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip(Device):
+  """One of a torus."""
+
+  coords: tuple[int, ...] = ()
+  core_on_chip: int = 0
+
+
+def test_an_axis_may_be_a_part_of_one_of_the_torus():
+  chips = [
+    Chip(i, 0, platform="tpu", device_kind="TPU v5", coords=place)
+    for i, place in enumerate(np.ndindex(8, 8, 8))
+  ]
+  made = Mesh(fsdp=32, expert=16).make(chips)
+  assert (made.shape["fsdp"], made.shape["expert"]) == (32, 16)
+  assert sorted(chip.id for chip in made.devices.flat) == [*range(512)]
+  whole = np.asarray([chip.coords for chip in Mesh(fsdp=64, tensor=8).make(chips).devices.flat])
+  along = whole.reshape(64, 8, 3)  # Where they do, axes are whole ones: one coordinate changes.
+  assert ((np.ptp(along, axis=1) > 0).sum(1) == 1).all()

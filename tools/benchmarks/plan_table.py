@@ -62,7 +62,7 @@ ROWS = (
   Row("llama3:8b", "v5p:2x2x4", 2, KEEP),
   Row("llama3:8b", "v6e:16x16", 2, "--model.remat qkv"),
   Row("llama3:70b", "v5p:4x4x8", 1, "--model.remat qkv"),
-  Row("llama3:405b", "v5p:8x16x16", 1, "--model.remat qkv"),
+  Row("llama3:405b", "v5p:8x16x16", 1, "--model.remat attention"),
   Row("qwen3:0.6b", "v5e:4x4", 2, KEEP),
   Row("qwen3:8b", "v6e:8x8", 4, KEEP),
   Row("mixtral:8x7b", "v5p:4x4x2", 4, "--mesh.expert 8"),
