@@ -66,7 +66,18 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
     y = jnp.reshape(y, shape, out_sharding=sharding.act(out))
   else:
     y = sharding.scattered(y, out)
-  return y if bias is None else y + bias[...].astype(y.dtype)
+  return y if bias is None else _plus(y, bias[...].astype(y.dtype), rows, columns)
+
+
+def _plus(y, bias, rows: str, columns: str) -> jax.Array:
+  """A product of these dims and its bias, which has the columns alone."""
+  if platform() != "tpu":
+    return y + bias
+  # As the weight of an input that is always 1, so that its gradient is a product too, summed in
+  # float32: to add up rows took the vector units longer than the weight's own gradient takes.
+  ones = jnp.ones((*y.shape[: len(rows)], 1), y.dtype, out_sharding=sharding.act(f"{rows}1"))
+  bias = sharding.gathered(bias[None], (), sharding.split_over(y, len(rows)))
+  return y + jnp.tensordot(ones, bias, 1, out_sharding=sharding.act(rows + columns))
 
 
 def _matrix(a, rows: str, columns: str) -> jax.Array:
