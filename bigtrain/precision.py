@@ -44,7 +44,7 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
   n = sum(d in w_dims for d in x_dims)
   rows, inner, columns = x_dims[:-n], w_dims[:n], w_dims[n:]
   assert x_dims[-n:] == inner and rows + columns == out, dims
-  x = gradient_fence(x)
+  x = gradient_fence(x, w, w_dims)
   low, over = marks.low_of(w), sharding.split_over(x, len(rows))
   w = sharding.use(w, w_dims, x.dtype, over)
   eight = None if low is None else quantized.weight(low, w_dims, n, w)

@@ -41,8 +41,16 @@ def gpt2() -> Experiment:
 def mixtral() -> Experiment:
   """On v5p:4x4x2: 8 rows of 4,096 tokens a chip, experts over 8 chips."""
   e = _step(presets.mixtral("8x7b"), seq=4096, batch=256)
-  e.model.remat = "products"
+  e.model.remat = "attention"
+  e.model.pattern[0].feed_forward.dispatch.buffer = 1.25
   e.mesh.expert = 8
+  return e
+
+
+def llama3_405b() -> Experiment:
+  """On v5p:8x16x16: 1 row of 8,192 tokens a chip."""
+  e = _step(presets.llama3("405b"), seq=8192, batch=2048)
+  e.model.remat = "full"
   return e
 
 
