@@ -150,24 +150,40 @@ def _dropless(c: Dropless, network: Network, X: int, x_BTD, factor_M1, choice_M,
     y_RD, kept = network(*_received(rows), w, count_X), start_X[-1]
   elif ragged:
     room = n * M if c.buffer is None else min(n * M, math.ceil(c.buffer * M))
-    y_RD, kept = _ragged(network, rows, count_X, room, w)
+    y_RD, kept = _ragged(_of_device(c, network), rows, count_X, room, w)
   else:
-    y_RD, kept = _in_slots(network, rows, count_X, C, w)
+    y_RD, kept = _in_slots(_of_device(c, network), rows, count_X, C, w)
   dropped = start_X[-1] - kept
   return _take(y_RD, slots.of_choice_M, slots.choice_R[:, None]), dropped
 
 
-def _in_slots(network: Network, rows, count_X, C: int, w):
+def _of_device(c: Dropless, network: Network) -> Callable:
+  """`_sorted_network`, but of one expert whose rows are most of the buffer: all are its own then.
+
+  What is behind them is zero, and stays so.
+  """
+  if c.buffer is None:
+    return functools.partial(_sorted_network, network)
+
+  def of_device(rows, count_nE, rest_n, w):
+    if count_nE.shape[1] > 1:
+      return _sorted_network(network, rows, count_nE, rest_n, w)
+    return network(*(a[None] for a in _received(rows)), w, None)[0]
+
+  return of_device
+
+
+def _in_slots(network: Callable, rows, count_X, C: int, w):
   """Every pair of devices exchanges C rows, used or not."""
   counts = _counts(count_X)
   kept_nn = jnp.minimum(counts.of_pair_nn, C)
   exchanged = lambda a_RD: _all_to_all(a_RD.reshape(-1, C, a_RD.shape[1]), 0).reshape(a_RD.shape)
   kept_nE = counts.first(kept_nn)
-  y_RD = _sorted_network(network, [*map(exchanged, rows)], kept_nE, C - kept_nE.sum(1), w)
+  y_RD = network([*map(exchanged, rows)], kept_nE, C - kept_nE.sum(1), w)
   return exchanged(y_RD), kept_nn[counts.me].sum()
 
 
-def _ragged(network: Network, rows, count_X, room: int, w):
+def _ragged(network: Callable, rows, count_X, room: int, w):
   """Every pair of devices exchanges the rows there are, as far as there is room for them."""
   counts = _counts(count_X)
   count_nn, me = counts.of_pair_nn, counts.me
@@ -178,7 +194,7 @@ def _ragged(network: Network, rows, count_X, room: int, w):
   rest_n = jnp.zeros_like(kept_nE[:, 0]).at[-1].set(room - kept_nE.sum())
   there = (from_nn[me], kept_nn[me], at_nn[me], kept_nn[:, me])
   exchanged = [_ragged_all_to_all(a_MD, room, *there) for a_MD in rows]
-  y_RD = _sorted_network(network, exchanged, kept_nE, rest_n, w)
+  y_RD = network(exchanged, kept_nE, rest_n, w)
   back = (at_nn[:, me], kept_nn[:, me], from_nn[:, me], kept_nn[me])
   return _ragged_all_to_all(y_RD, len(rows[0]), *back), kept_nn[me].sum()
 
