@@ -76,6 +76,7 @@ def _plus(y, bias, rows: str, columns: str) -> jax.Array:
   # As the weight of an input that is always 1, so that its gradient is a product too, summed in
   # float32: to add up rows took the vector units longer than the weight's own gradient takes.
   ones = jnp.ones((*y.shape[: len(rows)], 1), y.dtype, out_sharding=sharding.act(f"{rows}1"))
+  ones = jax.lax.optimization_barrier(ones)  # Else XLA sees through it, and adds up rows again.
   bias = sharding.gathered(bias[None], (), sharding.split_over(y, len(rows)))
   return y + jnp.tensordot(ones, bias, 1, out_sharding=sharding.act(rows + columns))
 

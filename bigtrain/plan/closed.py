@@ -21,6 +21,7 @@ import math
 from typing import Any
 
 from bigtrain.experiment import Experiment
+from bigtrain.models import remat
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.moe import MoEConfig
 from bigtrain.models.remat import INPUT, KEPT
@@ -133,7 +134,8 @@ def _kept(c: TransformerConfig, split: int) -> tuple[float, float]:
     widths["received"] = c.dim * f.top_k
   elif not f.gated:
     widths["gate"] = 0.0
-  names = {INPUT, *KEPT.get(c.remat, KEPT["products"])}
+  kept = remat.kept(c.remat, c.recompute)
+  names = {INPUT, *(KEPT["products"] if kept is None else kept)}
   here = (c.remat == "none") * 7 * c.dim + sum(widths[name] for name in names - {*c.offload})
   return BF16 * here, BF16 * sum(widths[name] for name in c.offload)
 

@@ -20,7 +20,7 @@ def base() -> Experiment:
 def llama3_8b() -> Experiment:
   """On v5p:2x2x4: 2 rows of 8,192 tokens a chip."""
   e = _step(presets.llama3("8b"), seq=8192, batch=32)
-  e.model.remat = "products"
+  e.model.remat, e.model.recompute = "products", ("v",)
   return e
 
 
@@ -34,14 +34,14 @@ def llama_1b() -> Experiment:
 def gpt2() -> Experiment:
   """On v5e:2x2: 16 rows of 1,024 tokens a chip."""
   e = _step(presets.gpt2("124m"), seq=1024, batch=64)
-  e.model.remat = "products"
+  e.model.remat, e.model.recompute = "products", ("q", "k", "v")
   return e
 
 
 def mixtral() -> Experiment:
   """On v5p:4x4x2: 8 rows of 4,096 tokens a chip, experts over 8 chips."""
   e = _step(presets.mixtral("8x7b"), seq=4096, batch=256)
-  e.model.remat = "attention"
+  e.model.remat = "full"
   e.model.pattern[0].feed_forward.dispatch.buffer = 1.25
   e.mesh.expert = 8
   return e
