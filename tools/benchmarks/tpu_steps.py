@@ -10,6 +10,7 @@ from bigtrain.data.text import TextData
 from bigtrain.models import presets
 from bigtrain.objectives import CausalLM
 from bigtrain.optim.adamw import AdamW
+from bigtrain.parallel.expert import Dropless
 
 
 def base() -> Experiment:
@@ -42,7 +43,7 @@ def mixtral() -> Experiment:
   """On v5p:4x4x2: 8 rows of 4,096 tokens a chip, experts over 8 chips."""
   e = _step(presets.mixtral("8x7b"), seq=4096, batch=256)
   e.model.remat = "full"
-  e.model.pattern[0].feed_forward.dispatch.buffer = 1.25
+  e.model.pattern[0].feed_forward.dispatch = Dropless(buffer=1.25, exchange="all_to_all")
   e.mesh.expert = 8
   return e
 
