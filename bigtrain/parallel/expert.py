@@ -96,8 +96,8 @@ def _local(c: Dropless | Capacity, network: Network, X: int, x_BTD, weights_BTA,
   (B, T, D), A = x_BTD.shape, choice_BTA.shape[-1]
   choice_M = jnp.moveaxis(choice_BTA, 2, 0).reshape(-1)  # First choices come first.
   factor_M1 = jnp.moveaxis(weights_BTA, 2, 0).reshape(-1, 1)
-  through = _dense if isinstance(c, Capacity) else _dropless
-  z_MD, dropped = through(c, network, X, x_BTD, factor_M1, choice_M, w)
+  given = (network, X, x_BTD, factor_M1, choice_M, w)
+  z_MD, dropped = _dense(c, *given) if isinstance(c, Capacity) else _dropless(c, *given)
   y_ND = z_MD.reshape(A, -1, D).sum(0, dtype=raised(z_MD.dtype))
   y_BTD = y_ND.astype(x_BTD.dtype).reshape(B, T, D)
   for axis in filter(_spread, sharding.axes("F")):
@@ -168,7 +168,8 @@ def _of_device(c: Dropless, network: Network) -> Callable:
   def of_device(rows, count_nE, rest_n, w):
     if count_nE.shape[1] > 1:
       return _sorted_network(network, rows, count_nE, rest_n, w)
-    return network(*(a[None] for a in _received(rows)), w, None)[0]
+    x_RD, factor_R1 = _received(rows)
+    return network(x_RD[None], factor_R1[None], w, None)[0]
 
   return of_device
 
@@ -231,9 +232,10 @@ def _sorted_network(network: Network, rows, count_nE, rest_n, w) -> jax.Array:
   return _take(y_RD, back_R, order_R[:, None])
 
 
-def _received(rows) -> list[jax.Array]:
+def _received(rows) -> tuple[jax.Array, jax.Array]:
   """Rows and factors as experts take them, with the name by which a remat policy keeps them."""
-  return [checkpoint_name(a, "received") for a in rows]
+  x_RD, factor_R1 = rows
+  return checkpoint_name(x_RD, "received"), checkpoint_name(factor_R1, "received")
 
 
 class Slots(NamedTuple):

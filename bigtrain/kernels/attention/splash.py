@@ -104,7 +104,7 @@ def _fused_backward(form: Form, interpret: bool, kept, dout_NTH) -> Any:
     kernel = _kernel(form, N, T, size, first, interpret=interpret)
     blocks = kernel.kwargs["block_sizes"]
     here = lambda a, axis, first=first: jax.lax.slice_in_dim(a, first, first + size, axis=axis)
-    more_NTH, *of_block = splash._splash_attention_bwd_dkv(
+    found: Any = splash._splash_attention_bwd_dkv(
       q_NTH,
       here(k_KSH, 1),
       here(v_KSH, 1),
@@ -127,8 +127,8 @@ def _fused_backward(form: Form, interpret: bool, kept, dout_NTH) -> Any:
       mask_function=kernel.kwargs["mask_function"],
       interpret=interpret,
     )
-    dq_NTH += more_NTH.astype(wide)
-    dkv.append(of_block)
+    dq_NTH += found[0].astype(wide)
+    dkv.append(found[1:])
   dk_KSH, dv_KSH = (jnp.concatenate(parts, axis=1) for parts in zip(*dkv, strict=True))
   return dq_NTH.astype(q_NTH.dtype), dk_KSH, dv_KSH, None, None
 
