@@ -51,7 +51,7 @@ def mixtral() -> Experiment:
 def llama3_405b() -> Experiment:
   """On v5p:8x16x16: 1 row of 8,192 tokens a chip."""
   e = _step(presets.llama3("405b"), seq=8192, batch=2048)
-  e.model.remat = "full"
+  e.model.remat = "attention"
   return e
 
 
