@@ -13,13 +13,13 @@ import jax
 from bigtrain.config import Refused
 
 Remat = Literal["none", "full", "attention", "qkv", "products"]
-Name = Literal["input", "q", "k", "v", "attention", "received", "up", "gate"]
+Name = Literal["input", "q", "k", "v", "attention", "residual", "received", "up", "gate"]
 INPUT = "input"  # Of a block; it is kept by every policy.
 KEPT: dict[str, tuple[Name, ...]] = {
   "full": (),  # Only the input of each block; all else is computed again.
   "attention": ("attention",),
   "qkv": ("q", "k", "v", "attention"),
-  "products": ("q", "k", "v", "attention", "received", "up", "gate"),
+  "products": ("q", "k", "v", "attention", "residual", "received", "up", "gate"),
 }
 assert set(KEPT) | {"none"} == set(get_args(Remat))
 

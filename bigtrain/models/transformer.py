@@ -180,6 +180,7 @@ class Block(nnx.Module):
   def feed(self, x_BTD, tokens: Tokens, keys, drop_path) -> jax.Array:
     """The residual stream behind the feed-forward network, which ends the block."""
     kd, kf = keys
+    x_BTD = checkpoint_name(x_BTD, "residual")
     feed = lambda h_BTD: (self.feed_forward(h_BTD, kf, tokens), None)
     x_BTD, _ = self.branch("feed_forward", feed, x_BTD, kd, drop_path)
     taps.tap("output", taps.rms, x_BTD)

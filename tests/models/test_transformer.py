@@ -156,7 +156,7 @@ def test_what_is_computed_again_is_not_kept_and_changes_no_gradient():
 
 
 def test_what_is_offloaded_waits_on_the_host_and_changes_no_gradient():
-  names = ("input", "q", "up")
+  names = ("input", "residual", "q", "up")
   grad, other = gradient("products", offload=names)
   text = str(jax.make_jaxpr(grad)(other))
   of_both_layers = {"input": "2,2,7,16", "q": "2,2,7,2,2,4", "up": "2,2,7,24"}

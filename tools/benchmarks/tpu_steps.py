@@ -21,14 +21,14 @@ def base() -> Experiment:
 def llama3_8b() -> Experiment:
   """On v5p:2x2x4: 2 rows of 8,192 tokens a chip."""
   e = _step(presets.llama3("8b"), seq=8192, batch=32)
-  e.model.remat, e.model.recompute = "products", ("v",)
+  e.model.remat, e.model.recompute, e.model.offload = "products", ("v",), ("input",)
   return e
 
 
 def llama_1b() -> Experiment:
   """On v5e:4x4: 4 rows of 2,048 tokens a chip."""
   e = _step(presets.llama3("1b"), seq=2048, batch=64)
-  e.model.remat = "products"
+  e.model.remat, e.model.recompute = "products", ("k", "v")
   return e
 
 
