@@ -21,7 +21,7 @@ def base() -> Experiment:
 def llama3_8b() -> Experiment:
   """On v5p:2x2x4: 2 rows of 8,192 tokens a chip."""
   e = _step(presets.llama3("8b"), seq=8192, batch=32)
-  e.model.remat, e.model.recompute, e.model.offload = "products", ("v",), ("input",)
+  e.model.remat, e.model.recompute = "products", ("q", "v")
   return e
 
 
@@ -35,7 +35,7 @@ def llama_1b() -> Experiment:
 def gpt2() -> Experiment:
   """On v5e:2x2: 16 rows of 1,024 tokens a chip."""
   e = _step(presets.gpt2("124m"), seq=1024, batch=64)
-  e.model.remat, e.model.recompute = "products", ("q", "k", "v")
+  e.model.remat, e.model.recompute = "products", ("q", "k", "v", "residual")
   return e
 
 
