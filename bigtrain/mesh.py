@@ -100,7 +100,11 @@ def platform() -> str:
 
   They are the mesh's, which may be of a topology that is not attached; without a mesh, jax's own.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.abstract_device is None:
-    return jax.default_backend()
-  return mesh.abstract_device.platform
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+  """As `platform`, what jax calls these devices: "TPU v5 lite", say."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (jax.devices()[0] if device is None else device).device_kind

@@ -44,7 +44,7 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
   n = sum(d in w_dims for d in x_dims)
   rows, inner, columns = x_dims[:-n], w_dims[:n], w_dims[n:]
   assert x_dims[-n:] == inner and rows + columns == out, dims
-  x = gradient_fence(x)
+  x = gradient_fence(x, w, w_dims)
   low, over = marks.low_of(w), sharding.split_over(x, len(rows))
   w = sharding.use(w, w_dims, x.dtype, over)
   eight = None if low is None else quantized.weight(low, w_dims, n, w)
@@ -66,7 +66,19 @@ def project(dims: str, x, w, bias=None) -> jax.Array:
     y = jnp.reshape(y, shape, out_sharding=sharding.act(out))
   else:
     y = sharding.scattered(y, out)
-  return y if bias is None else y + bias[...].astype(y.dtype)
+  return y if bias is None else _plus(y, bias[...].astype(y.dtype), rows, columns)
+
+
+def _plus(y, bias, rows: str, columns: str) -> jax.Array:
+  """A product of these dims and its bias, which has the columns alone."""
+  if platform() != "tpu":
+    return y + bias
+  # As the weight of an input that is always 1, so that its gradient is a product too, summed in
+  # float32: to add up rows took the vector units longer than the weight's own gradient takes.
+  ones = jnp.ones((*y.shape[: len(rows)], 1), y.dtype, out_sharding=sharding.act(f"{rows}1"))
+  ones = jax.lax.optimization_barrier(ones)  # Else XLA sees through it, and adds up rows again.
+  bias = sharding.gathered(bias[None], (), sharding.split_over(y, len(rows)))
+  return y + jnp.tensordot(ones, bias, 1, out_sharding=sharding.act(rows + columns))
 
 
 def _matrix(a, rows: str, columns: str) -> jax.Array:

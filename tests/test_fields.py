@@ -206,6 +206,8 @@ UNUSED = {MLPConfig: {"FanIn.residual": "a plain dense network has no residual b
 # Why a leaf has one valid value only.
 ONE_VALUE = {
   "model.encoder.offload": "where remat is none, nothing is kept by name",
+  "model.encoder.recompute": "the same",
+  "model.recompute": "the same",
   "model.offload": "the same",
   "optimizer.moments": "Adafactor keeps none",
   "products.format": "gradients' format must change with it; test_quantized.py has both",

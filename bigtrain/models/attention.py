@@ -12,6 +12,7 @@ from flax import nnx
 from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.kernels.attention import Call, Form, Kernel, Tokens, attend, refuse
+from bigtrain.kernels.fence import fence
 from bigtrain.models.initial import Initializer
 from bigtrain.models.norm import NormConfig
 from bigtrain.models.position import Rotary, rotate
@@ -142,7 +143,8 @@ class Attention(nnx.Module):
     return self._output(attend(call))
 
   def _output(self, y_BTKGH) -> jax.Array:
-    return project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)
+    y_BTD = project("BTKGH,KGHD->BTD", y_BTKGH, self.o_KGHD, self.o_bias_D)
+    return fence(y_BTD, self.o_KGHD, "KGHD")
 
   def _queries(self, x_BTD, tokens: Tokens) -> jax.Array:
     q_BTKGH = project("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH, self.q_bias_KGH)

@@ -63,12 +63,14 @@ class FeedForward(nnx.Module):
     del tokens
     x_BTD = sharding.shared(x_BTD)
     up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F)
-    up_BTF = checkpoint_name(fence(up_BTF), "up")
+    up_BTF = checkpoint_name(fence(up_BTF, self.up_DF, "DF"), "up")
     if self.gate_DF is None:
       h_BTF = self.activation(up_BTF)
     else:
       gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F)
-      gate_BTF = checkpoint_name(fence(gate_BTF), "gate")
+      gate_BTF = checkpoint_name(fence(gate_BTF, self.gate_DF, "DF"), "gate")
       h_BTF = self.activation(gate_BTF) * up_BTF
     h_BTF = dropout(h_BTF, self.c.dropout, key)
-    return project("BTF,FD->BTD", fence(h_BTF), self.down_FD, self.down_bias_D)
+    h_BTF = fence(h_BTF, self.down_FD, "FD")
+    y_BTD = project("BTF,FD->BTD", h_BTF, self.down_FD, self.down_bias_D)
+    return fence(y_BTD, self.down_FD, "FD")

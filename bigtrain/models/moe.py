@@ -248,8 +248,11 @@ def _top_k(x, n: int) -> tuple[jax.Array, jax.Array]:
   return sharding.island(best, (spec, spec), results)(x)
 
 
-def _experts(activation, x, w, sizes_E) -> jax.Array:
-  """Every expert's gated network on its rows: (R, D) of these sizes, or (E, C, D) of one size."""
+def _experts(activation, x, factor, w, sizes_E) -> jax.Array:
+  """Every expert's gated network on its rows, times their factors.
+
+  Rows are (R, D) of these sizes, or (E, C, D) of one size.
+  """
   up_EDF, gate_EDF, down_EFD = w
   if sizes_E is None:
     product = functools.partial(jnp.einsum, "ecd,edf->ecf")
@@ -259,7 +262,7 @@ def _experts(activation, x, w, sizes_E) -> jax.Array:
     checkpoint_name(product(x, up_EDF), "up"),
     checkpoint_name(product(x, gate_EDF), "gate"),
   )
-  h = activation(gate) * up
+  h = (activation(gate) * up * factor).astype(x.dtype)
   if sizes_E is not None:  # Behind the last group is anything, even what is no number.
     h = jnp.where((jnp.arange(len(h)) < sizes_E.sum())[:, None], h, 0)
   return product(h, down_EFD)

@@ -157,5 +157,4 @@ def lookup(table_VD: nnx.Param, ids_BT: jax.Array, dtype) -> jax.Array:
   if (out := sharding.act("BTD")) is not None:
     split = sharding.split_over(table_VD[...], 1)  # Else each device looks up what it needs itself.
     ids_BT = jax.sharding.reshard(ids_BT, sharding.act("BT") if split else P(*out[:2]))
-  whole_VD = sharding.use(table_VD, "VD", dtype, over=sharding.split_over(ids_BT))
-  return embedding.rows(whole_VD, ids_BT)
+  return embedding.rows(table_VD[...], ids_BT, dtype)

@@ -26,7 +26,7 @@ from bigtrain.models.latent_attention import LatentAttentionConfig
 from bigtrain.models.moe import MoEConfig
 from bigtrain.models.norm import NormConfig, RMSNormConfig
 from bigtrain.models.position import RelativeBuckets, bucket
-from bigtrain.models.remat import KEPT, Name, Remat
+from bigtrain.models.remat import Name, Remat
 from bigtrain.parallel import pipeline
 from bigtrain.parallel.pipeline import Pipeline
 from bigtrain.width import Width
@@ -62,6 +62,7 @@ class TransformerConfig:
   drop_path: float = 0.0
   init: Normal | FanIn | Mup = dataclasses.field(default_factory=Normal)
   remat: Remat = "full"  # What the backward pass need not compute again.
+  recompute: tuple[Name, ...] = ()  # Of what it keeps, this is computed again all the same.
   # Of what it keeps, this waits in the host's memory; also `input`, what enters each block.
   offload: tuple[Name, ...] = ()
   unroll: int = 1  # Repeats of the pattern in one iteration of the loop over layers.
@@ -131,7 +132,7 @@ class TransformerConfig:
         )
     if self.unroll < 1:
       raise Refused(f"model: unroll is {self.unroll}; it must be at least 1 (no unrolling)")
-    remat.refuse(self.remat, self.offload)
+    remat.refuse(self.remat, self.recompute, self.offload)
     if not 0 <= self.dropout < 1:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
     if not 0 <= self.drop_path < 1:
@@ -179,6 +180,7 @@ class Block(nnx.Module):
   def feed(self, x_BTD, tokens: Tokens, keys, drop_path) -> jax.Array:
     """The residual stream behind the feed-forward network, which ends the block."""
     kd, kf = keys
+    x_BTD = checkpoint_name(x_BTD, "residual")
     feed = lambda h_BTD: (self.feed_forward(h_BTD, kf, tokens), None)
     x_BTD, _ = self.branch("feed_forward", feed, x_BTD, kd, drop_path)
     taps.tap("output", taps.rms, x_BTD)
@@ -277,7 +279,8 @@ class Transformer(nnx.Module):
       apply = self._remat(unroll == repeats)
       if cache is None and pipeline.is_staged(list(blocks)):
         stage = functools.partial(_stage, apply=apply, unroll=unroll)
-        layers, of_rows, kept = (list(blocks), *here), (tokens, memory), KEPT.get(self.c.remat)
+        layers, of_rows = (list(blocks), *here), (tokens, memory)
+        kept = remat.kept(self.c.remat, self.c.recompute)
         x_BTD, found = pipeline.run(stage, self.c.pipeline, kept, layers, x_BTD, of_rows, bias_KGP)
       else:
         # What every layer is given.
@@ -314,7 +317,8 @@ class Transformer(nnx.Module):
         x_BTD = checkpoint_name(x_BTD, remat.INPUT)
       return taps.collected(block)(x_BTD, *args)
 
-    if (policy := remat.policy(self.c.remat, self.c.offload)) is None:
+    kept = remat.kept(self.c.remat, self.c.recompute)
+    if (policy := remat.policy(kept, self.c.offload)) is None:
       return apply
     # Within a loop the compiler cannot merge the two computations; outside it must be kept from it.
     return jax.checkpoint(apply, policy=policy, prevent_cse=unrolled)

@@ -21,10 +21,11 @@ from jax.ad_checkpoint import checkpoint_name
 from bigtrain import sharding
 from bigtrain.config import Refused, config
 from bigtrain.mesh import platform
+from bigtrain.precision import raised
 
-# What experts compute: (rows, weights, sizes). Rows are (R, D), sorted by expert, so many of each,
-# or, where sizes are None, (E, C, D).
-Network = Callable[[jax.Array, Any, jax.Array | None], jax.Array]
+# What experts compute: (rows, factors, weights, sizes). Rows are (R, D), sorted by expert, so many
+# of each, or, where sizes are None, (E, C, D); factors have D = 1, and multiply what comes out.
+Network = Callable[[jax.Array, jax.Array, Any, jax.Array | None], jax.Array]
 
 
 @config
@@ -64,6 +65,10 @@ def through_experts(
 ) -> tuple[jax.Array, jax.Array]:
   """The weighted sum of what each token's experts make of it, and how many choices overflowed.
 
+  The factor of a choice travels with its token. What comes back is only added up, and to
+  differentiate that nothing of it is needed: where the backward pass computes the experts again,
+  their last product and the way back are left out.
+
   Args:
     c: how tokens find their way.
     network: what experts compute.
@@ -90,12 +95,10 @@ def _local(c: Dropless | Capacity, network: Network, X: int, x_BTD, weights_BTA,
   x_BTD, weights_BTA, w = jax.tree.map(_varying, (x_BTD, weights_BTA, w))
   (B, T, D), A = x_BTD.shape, choice_BTA.shape[-1]
   choice_M = jnp.moveaxis(choice_BTA, 2, 0).reshape(-1)  # First choices come first.
-  if isinstance(c, Capacity):
-    z_MD, dropped = _dense(c, network, X, x_BTD, choice_M, w)
-  else:
-    z_MD, dropped = _dropless(c, network, X, x_BTD, choice_M, w)
-  weights_AN = jnp.moveaxis(weights_BTA, 2, 0).reshape(A, -1)
-  y_ND = jnp.einsum("and,an->nd", z_MD.reshape(A, -1, D), weights_AN)
+  factor_M1 = jnp.moveaxis(weights_BTA, 2, 0).reshape(-1, 1)
+  given = (network, X, x_BTD, factor_M1, choice_M, w)
+  z_MD, dropped = _dense(c, *given) if isinstance(c, Capacity) else _dropless(c, *given)
+  y_ND = z_MD.reshape(A, -1, D).sum(0, dtype=raised(z_MD.dtype))
   y_BTD = y_ND.astype(x_BTD.dtype).reshape(B, T, D)
   for axis in filter(_spread, sharding.axes("F")):
     if axis in sharding.axes("T"):
@@ -107,7 +110,7 @@ def _local(c: Dropless | Capacity, network: Network, X: int, x_BTD, weights_BTA,
   return y_BTD, jax.lax.psum(dropped.astype(jnp.float32), over)
 
 
-def _dense(c: Capacity, network: Network, X: int, x_BTD, choice_M, w):
+def _dense(c: Capacity, network: Network, X: int, x_BTD, factor_M1, choice_M, w):
   """Each expert's slots for each row of the batch, by way of one equal exchange."""
   (B, T, D), M = x_BTD.shape, len(choice_M)
   A, n = M // (B * T), _size(*_axis())
@@ -116,22 +119,24 @@ def _dense(c: Capacity, network: Network, X: int, x_BTD, choice_M, w):
   group_M = jnp.where(choice_M < X, row_M * X + choice_M, B * X)
   order_M, start_G = _sorted(group_M, B * X)
   slots = _slots(order_M, group_M, start_G, C)
-  x_RD = _take(x_BTD.reshape(-1, D), *_by_token(slots, M, A))
-  # The devices' experts lie side by side: (B, X) is (B, n, E).
-  there = lambda x: _all_to_all(x.reshape(B, n, X // n, C, D), 1)
-  x_ECD = jnp.transpose(there(x_RD), (2, 0, 1, 3, 4)).reshape(X // n, -1, D)
-  y_ECD = network(checkpoint_name(x_ECD, "received"), w, None)
+
+  def there(rows_RD):
+    # The devices' experts lie side by side: (B, X) is (B, n, E).
+    rows = _all_to_all(rows_RD.reshape(B, n, X // n, C, -1), 1)
+    return jnp.transpose(rows, (2, 0, 1, 3, 4)).reshape(X // n, B * n * C, -1)
+
+  rows = map(there, _rows(slots, x_BTD.reshape(-1, D), factor_M1))
+  y_ECD = network(*_received(rows), w, None)
   y_BnECD = jnp.transpose(y_ECD.reshape(X // n, B, n, C, D), (1, 2, 0, 3, 4))
   y_RD = _all_to_all(y_BnECD, 1).reshape(-1, D)
   dropped = jnp.maximum(jnp.diff(start_G) - C, 0).sum()
   return _take(y_RD, slots.of_choice_M, slots.choice_R[:, None]), dropped
 
 
-def _dropless(c: Dropless, network: Network, X: int, x_BTD, choice_M, w):
+def _dropless(c: Dropless, network: Network, X: int, x_BTD, factor_M1, choice_M, w):
   """Rows sorted by expert; where experts are spread, sent to them and sorted again."""
   x_ND, M = x_BTD.reshape(-1, x_BTD.shape[-1]), len(choice_M)
-  A, axis = M // len(x_ND), _axis()
-  n = _size(*axis)
+  n = _size(*_axis())
   order_M, start_X = _sorted(choice_M, X)
   count_X, real_M = jnp.diff(start_X), choice_M < X
   ragged = n > 1 and (c.exchange == "ragged" or (c.exchange == "auto" and platform() != "cpu"))
@@ -140,30 +145,46 @@ def _dropless(c: Dropless, network: Network, X: int, x_BTD, choice_M, w):
   else:
     C = M if c.buffer is None else min(M, math.ceil(c.buffer * M / n))
     slots = _slots(order_M, choice_M // (X // n), start_X[:: X // n], C)
-  x_RD = _take(x_ND, *_by_token(slots, M, A))
+  rows = _rows(slots, x_ND, factor_M1)
   if n == 1:
-    y_RD, kept = network(checkpoint_name(x_RD, "received"), w, count_X), start_X[-1]
+    y_RD, kept = network(*_received(rows), w, count_X), start_X[-1]
   elif ragged:
     room = n * M if c.buffer is None else min(n * M, math.ceil(c.buffer * M))
-    y_RD, kept = _ragged(network, x_RD, count_X, room, w)
+    y_RD, kept = _ragged(_of_device(c, network), rows, count_X, room, w)
   else:
-    y_RD, kept = _in_slots(network, x_RD, count_X, C, w)
+    y_RD, kept = _in_slots(_of_device(c, network), rows, count_X, C, w)
   dropped = start_X[-1] - kept
   return _take(y_RD, slots.of_choice_M, slots.choice_R[:, None]), dropped
 
 
-def _in_slots(network: Network, x_RD, count_X, C: int, w):
+def _of_device(c: Dropless, network: Network) -> Callable:
+  """`_sorted_network`, but of one expert whose rows are most of the buffer: all are its own then.
+
+  What is behind them is zero, and stays so.
+  """
+  if c.buffer is None:
+    return functools.partial(_sorted_network, network)
+
+  def of_device(rows, count_nE, rest_n, w):
+    if count_nE.shape[1] > 1:
+      return _sorted_network(network, rows, count_nE, rest_n, w)
+    x_RD, factor_R1 = _received(rows)
+    return network(x_RD[None], factor_R1[None], w, None)[0]
+
+  return of_device
+
+
+def _in_slots(network: Callable, rows, count_X, C: int, w):
   """Every pair of devices exchanges C rows, used or not."""
   counts = _counts(count_X)
   kept_nn = jnp.minimum(counts.of_pair_nn, C)
-  x_RD = _all_to_all(x_RD.reshape(-1, C, x_RD.shape[1]), 0).reshape(x_RD.shape)
+  exchanged = lambda a_RD: _all_to_all(a_RD.reshape(-1, C, a_RD.shape[1]), 0).reshape(a_RD.shape)
   kept_nE = counts.first(kept_nn)
-  y_RD = _sorted_network(network, x_RD, kept_nE, C - kept_nE.sum(1), w)
-  y_RD = _all_to_all(y_RD.reshape(-1, C, y_RD.shape[1]), 0).reshape(y_RD.shape)
-  return y_RD, kept_nn[counts.me].sum()
+  y_RD = network([*map(exchanged, rows)], kept_nE, C - kept_nE.sum(1), w)
+  return exchanged(y_RD), kept_nn[counts.me].sum()
 
 
-def _ragged(network: Network, x_MD, count_X, room: int, w):
+def _ragged(network: Callable, rows, count_X, room: int, w):
   """Every pair of devices exchanges the rows there are, as far as there is room for them."""
   counts = _counts(count_X)
   count_nn, me = counts.of_pair_nn, counts.me
@@ -172,10 +193,11 @@ def _ragged(network: Network, x_MD, count_X, room: int, w):
   at_nn, from_nn = jnp.minimum(before_nn, room), jnp.cumsum(count_nn, 1) - count_nn
   kept_nE = counts.first(kept_nn)
   rest_n = jnp.zeros_like(kept_nE[:, 0]).at[-1].set(room - kept_nE.sum())
-  x_RD = _ragged_all_to_all(x_MD, room, from_nn[me], kept_nn[me], at_nn[me], kept_nn[:, me])
-  y_RD = _sorted_network(network, x_RD, kept_nE, rest_n, w)
+  there = (from_nn[me], kept_nn[me], at_nn[me], kept_nn[:, me])
+  exchanged = [_ragged_all_to_all(a_MD, room, *there) for a_MD in rows]
+  y_RD = network(exchanged, kept_nE, rest_n, w)
   back = (at_nn[:, me], kept_nn[:, me], from_nn[:, me], kept_nn[me])
-  return _ragged_all_to_all(y_RD, len(x_MD), *back), kept_nn[me].sum()
+  return _ragged_all_to_all(y_RD, len(rows[0]), *back), kept_nn[me].sum()
 
 
 class Counts(NamedTuple):
@@ -198,16 +220,22 @@ def _counts(count_X) -> Counts:
   return Counts(count_nnE.sum(2), count_nnE[:, me], me)
 
 
-def _sorted_network(network: Network, x_RD, count_nE, rest_n, w) -> jax.Array:
+def _sorted_network(network: Network, rows, count_nE, rest_n, w) -> jax.Array:
   """The network on rows that lie sender by sender, and of each by expert, then `rest` unused."""
-  E = count_nE.shape[1]
+  E, R = count_nE.shape[1], len(rows[0])
   end_Q = jnp.cumsum(jnp.concatenate([count_nE, rest_n[:, None]], 1).reshape(-1))
-  expert_R = jnp.searchsorted(end_Q, jnp.arange(len(x_RD)), side="right", method="compare_all")
+  expert_R = jnp.searchsorted(end_Q, jnp.arange(R), side="right", method="compare_all")
   order_R = jnp.argsort(expert_R % (E + 1))
   back_R = jnp.argsort(order_R)
-  x_RD = checkpoint_name(_take(x_RD, order_R, back_R[:, None]), "received")
-  y_RD = network(x_RD, w, count_nE.sum(0))
+  rows = _received(_take(a, order_R, back_R[:, None]) for a in rows)
+  y_RD = network(*rows, w, count_nE.sum(0))
   return _take(y_RD, back_R, order_R[:, None])
+
+
+def _received(rows) -> tuple[jax.Array, jax.Array]:
+  """Rows and factors as experts take them, with the name by which a remat policy keeps them."""
+  x_RD, factor_R1 = rows
+  return checkpoint_name(x_RD, "received"), checkpoint_name(factor_R1, "received")
 
 
 class Slots(NamedTuple):
@@ -234,11 +262,12 @@ def _slots(order_M, group_M, start_G, C: int) -> Slots:
   return Slots(choice_R, jnp.where(fits_M, group_M * C + rank_M, G * C))
 
 
-def _by_token(slots: Slots, M: int, A: int) -> tuple[jax.Array, jax.Array]:
-  """The token in each slot, and the slots of each token, (N, A): what `_take` takes tokens by."""
-  N = M // A
+def _rows(slots: Slots, x_ND, factor_M1) -> tuple[jax.Array, jax.Array]:
+  """The token in each slot, (R, D), and its factor, (R, 1)."""
+  N, M = len(x_ND), len(factor_M1)
   token_R = jnp.where(slots.choice_R < M, slots.choice_R % N, N)
-  return token_R, slots.of_choice_M.reshape(A, N).T
+  x_RD = _take(x_ND, token_R, slots.of_choice_M.reshape(-1, N).T)
+  return x_RD, _take(factor_M1, slots.choice_R, slots.of_choice_M[:, None])
 
 
 @jax.custom_vjp

@@ -21,6 +21,7 @@ import math
 from typing import Any
 
 from bigtrain.experiment import Experiment
+from bigtrain.models import remat
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.moe import MoEConfig
 from bigtrain.models.remat import INPUT, KEPT
@@ -128,12 +129,13 @@ def _kept(c: TransformerConfig, split: int) -> tuple[float, float]:
   s, f = block.attention.sizes(c.dim), block.feed_forward
   head, up = s["H"] / split, _hidden(f) / split
   widths = {"q": s["K"] * s["G"] * head, "k": s["K"] * head, "v": s["K"] * head}
-  widths |= {INPUT: c.dim, "attention": widths["q"], "up": up, "gate": up, "received": 0.0}
+  widths |= {INPUT: c.dim, "residual": c.dim, "attention": widths["q"], "up": up, "gate": up, "received": 0.0}
   if isinstance(f, MoEConfig):
     widths["received"] = c.dim * f.top_k
   elif not f.gated:
     widths["gate"] = 0.0
-  names = {INPUT, *KEPT.get(c.remat, KEPT["products"])}
+  kept = remat.kept(c.remat, c.recompute)
+  names = {INPUT, *(KEPT["products"] if kept is None else kept)}
   here = (c.remat == "none") * 7 * c.dim + sum(widths[name] for name in names - {*c.offload})
   return BF16 * here, BF16 * sum(widths[name] for name in c.offload)
 

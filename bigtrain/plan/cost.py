@@ -60,6 +60,17 @@ class Collective:
 
 
 @dataclasses.dataclass
+class Timed:
+  """One instruction that computes, all executions in a step."""
+
+  instruction: Instruction
+  part: str  # One of PARTS.
+  times: int
+  seconds: float
+  flops: float
+
+
+@dataclasses.dataclass
 class Cost:
   """What one step takes on each chip."""
 
@@ -67,6 +78,7 @@ class Cost:
   flops: float = 0.0  # Of matrix products that were executed, kernels included.
   collectives: list[Collective] = dataclasses.field(default_factory=list)
   scopes: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+  timed: list[Timed] = dataclasses.field(default_factory=list)  # As they come.
   loops: int = 0  # Loops whose trip count is not in the text; their bodies are counted once.
 
   @property
@@ -86,6 +98,9 @@ class Cost:
       self.scopes[scope] += seconds * times
     self.flops += other.flops * times
     self.loops += other.loops
+    for t in other.timed:
+      more = {"times": t.times * times, "seconds": t.seconds * times, "flops": t.flops * times}
+      self.timed.append(dataclasses.replace(t, **more))
     for c in other.collectives:
       more = {"times": c.times * times, "seconds": c.seconds * times, "exposed": c.exposed * times}
       self.collectives.append(dataclasses.replace(c, **more))
@@ -140,6 +155,7 @@ class _Estimate:
       cost.seconds[part] += seconds
       cost.scopes[i.scope] += seconds
       cost.flops += flops
+      cost.timed.append(Timed(i, part, 1, seconds, flops))
     return cost.step - before
 
   def _instruction(self, i: Instruction, computation: Computation) -> tuple[str, float, float]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from bigtrain.experiment import Experiment
-from bigtrain.models.remat import INPUT, KEPT, Remat
+from bigtrain.models import remat as remats
+from bigtrain.models.remat import INPUT, Remat
 from bigtrain.models.transformer import TransformerConfig
 from bigtrain.plan.closed import Sizes, guess
 from bigtrain.plan.compile import Compiled
@@ -134,16 +135,16 @@ def _single(e: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
   for n in (2, 4, 8, 16, 32, 64):
     yield {"microbatches": e.microbatches * n}
   for remat in get_args(Remat):
-    if remat != model.remat:
+    if remat != model.remat and not model.recompute:  # Which names what another may not keep.
       yield {"model.remat": remat}
   if hasattr(e.objective, "loss_chunk"):
     for chunk in (4096, 1024):
       yield {"objective.loss_chunk": chunk}
   for tensor in (2, 4, 8):
     yield {"mesh.fsdp": -1, "mesh.tensor": tensor * e.mesh.tensor}
-  if model.remat != "full":
+  if model.remat != "full" and not model.recompute:
     for n in (2, 4, 8, 16):
       yield {"model.remat": "full", "microbatches": e.microbatches * n}
   yield {"optimizer_on_host": True}
-  if model.remat != "none":
-    yield {"model.offload": (INPUT, *KEPT[model.remat])}
+  if (kept := remats.kept(model.remat, model.recompute)) is not None:
+    yield {"model.offload": (INPUT, *kept)}

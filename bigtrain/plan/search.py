@@ -20,7 +20,7 @@ from typing import Any, get_args
 from bigtrain.config import Refused
 from bigtrain.console import say
 from bigtrain.experiment import Experiment
-from bigtrain.models.remat import Remat
+from bigtrain.models.remat import KEPT, Remat
 from bigtrain.models.transformer import TransformerConfig
 from bigtrain.plan.closed import Guess, Sizes, guess
 from bigtrain.plan.network import Network
@@ -68,6 +68,7 @@ def candidates(
   e: Experiment, topology: Topology, batches: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
   """The settings that are looked at, whether or not they can be."""
+  model: Any = e.model
   fixed = e.mesh.context * e.mesh.expert * e.mesh.pipeline * topology.slices
   chips = topology.chips // fixed
   divisors = [n for n in range(1, chips + 1) if chips % n == 0]
@@ -77,6 +78,8 @@ def candidates(
         mesh = {"mesh.data": data, "mesh.fsdp": chips // tensor // data, "mesh.tensor": tensor}
         mesh |= {"mesh.slices": topology.slices} if topology.slices > 1 else {}
         for remat in get_args(Remat):
+          if any(name not in KEPT.get(remat, ()) for name in model.recompute):
+            continue
           for microbatches in MICROBATCHES:
             rest = {"batch": batch, "model.remat": remat, "microbatches": microbatches}
             yield mesh | rest

@@ -6,17 +6,37 @@ import numpy as np
 import pytest
 
 from bigtrain.kernels import fence
+from bigtrain.mesh import Mesh
 from bigtrain.models import position
 from bigtrain.models.position import Rotary, rotate
 
 
 @pytest.mark.parametrize("function", [fence.fence, fence.gradient_fence])
 def test_a_fence_changes_no_value_and_no_gradient(function, monkeypatch):
-  monkeypatch.setattr(fence, "platform", lambda: "tpu")
-  x = jnp.arange(6.0)
-  loss = lambda x: jnp.sin(function(x) * 2 + function(x)).sum()
-  assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(loss))(x))
-  np.testing.assert_allclose(jax.grad(loss)(x), 3 * np.cos(3 * np.arange(6.0)), rtol=1e-6)
+  monkeypatch.setattr(fence.mesh, "platform", lambda: "tpu")
+  x, w_DF = jnp.arange(6.0), jax.ShapeDtypeStruct((2048, 4096), jnp.float32)
+  fenced = lambda x: function(x, w_DF, "DF")
+  gradient = jax.grad(lambda x: jnp.sin(fenced(x) * 2 + fenced(x)).sum())
+  assert "optimization_barrier" in str(jax.make_jaxpr(gradient)(x))
+  np.testing.assert_allclose(fenced(x), x)
+  np.testing.assert_allclose(gradient(x), 3 * np.cos(3 * np.arange(6.0)), rtol=1e-6)
+
+
+def test_a_fence_is_in_force_where_the_weight_on_a_device_takes_half_of_its_vector_memory(
+  monkeypatch,
+):
+  monkeypatch.setattr(fence.mesh, "platform", lambda: "tpu")
+
+  def fenced(*shape, dims):
+    w = jax.ShapeDtypeStruct(shape, jnp.float32)
+    made = jax.make_jaxpr(lambda x: fence.fence(x, w, dims))(jnp.zeros(1, jnp.bfloat16))
+    return "optimization_barrier" in str(made)
+
+  assert fenced(4096, 4096, dims="DF") and not fenced(4096, 4095, dims="DF")
+  with jax.set_mesh(Mesh(fsdp=4, tensor=2).make(jax.devices())):
+    assert fenced(4096, 8192, dims="DF") and not fenced(4096, 8190, dims="DF")
+  monkeypatch.setattr(fence.mesh, "device_kind", lambda: "TPU v5 lite")
+  assert fenced(8192, 4096, dims="FD") and not fenced(8191, 4096, dims="FD")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

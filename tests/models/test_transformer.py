@@ -140,8 +140,23 @@ def test_each_remat_policy_computes_less_again_than_the_one_before():
   assert counts == sorted(set(counts), reverse=True)
 
 
+def test_what_is_computed_again_is_not_kept_and_changes_no_gradient():
+  def of_both_layers(**fields):
+    grad, other = gradient("products", **fields)
+    text = str(jax.make_jaxpr(grad)(other))
+    return [text.count(shape) for shape in ("f32[2,2,7,2,2,4]", "f32[2,2,7,2,4]")]
+
+  (q_and_attention, k_and_v), (attention, k) = (
+    of_both_layers(recompute=names) for names in ((), ("q", "v"))
+  )
+  assert attention == q_and_attention / 2 and k == k_and_v / 2
+  grad, other = gradient("products", recompute=("q", "v"))
+  for ours, plain in zip(jax.tree.leaves(jax.jit(grad)(other)), gradients("none"), strict=True):
+    np.testing.assert_allclose(ours, plain, rtol=2e-4, atol=1e-6)
+
+
 def test_what_is_offloaded_waits_on_the_host_and_changes_no_gradient():
-  names = ("input", "q", "up")
+  names = ("input", "residual", "q", "up")
   grad, other = gradient("products", offload=names)
   text = str(jax.make_jaxpr(grad)(other))
   of_both_layers = {"input": "2,2,7,16", "q": "2,2,7,2,2,4", "up": "2,2,7,24"}

@@ -141,6 +141,11 @@ def test_every_token_goes_through_its_experts(dispatch, mesh):
   check(run(dispatch, mesh), ALL)
 
 
+@pytest.mark.parametrize("exchange", ["ragged", "all_to_all"])
+def test_every_token_goes_through_the_only_expert_of_a_device(exchange):
+  check(run(Dropless(buffer=8.0, exchange=exchange), Mesh(expert=8)), ALL)
+
+
 @pytest.mark.parametrize("mesh", [None, EXPERT4, TENSOR])
 def test_an_expert_that_is_full_leaves_out_what_comes_later_in_the_row(mesh):
   kept = kept_by_row(arrays()[2], math.ceil(1.2 * T * A / X))

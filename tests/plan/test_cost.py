@@ -14,6 +14,8 @@ def test_loops_multiply_cycles_and_flops():
   assert found.seconds["matrix"] == pytest.approx(7 * 3 * 1000 / CLOCK)
   assert found.seconds["vector"] == pytest.approx(7 * 50 / CLOCK)
   assert found.flops == 7 * 3 * 2 * 64 * 32 * 16
+  assert max(found.timed, key=lambda t: t.seconds).times == 7 * 3
+  assert sum(t.seconds for t in found.timed) == pytest.approx(found.step)
   assert found.loops == 0
   scope = "jit(step)/jvp()/while/body/block0/feed_forward/dot_general"
   assert found.scopes[scope] == pytest.approx(7 * 3 * 1000 / CLOCK)

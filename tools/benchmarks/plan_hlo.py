@@ -9,6 +9,7 @@ mesh, slowest first, over the topology's chips in order.
 
 import argparse
 import pathlib
+import re
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def main() -> None:
   parser.add_argument("--topology", required=True)
   parser.add_argument("--mesh", nargs="*", default=[], help="AXIS=SIZE")
   parser.add_argument("--scopes", type=int, default=20, help="rows of where the time goes")
+  parser.add_argument("--instructions", type=int, default=20, help="rows of single instructions")
   args = parser.parse_args()
   where = topology(args.topology)
   axes = {axis: int(n) for axis, n in (part.split("=") for part in args.mesh)}
@@ -49,6 +51,13 @@ def main() -> None:
   print("\nwhere the time goes:")
   for scope, seconds in sorted(found.scopes.items(), key=lambda s: -s[1])[: args.scopes]:
     print(f"  {seconds:.4f} {scope}")
+  print("\ninstructions that take longest, and how long at the peak of the matrix units:")
+  for t in sorted(found.timed, key=lambda t: -t.seconds)[: args.instructions]:
+    shape = re.sub(r"\{[^}]*\}", "", t.instruction.shape)
+    print(
+      f"  {t.seconds:.4f} {t.flops / where.chip.bf16:.4f} {t.part} x {t.times} "
+      f"{t.instruction.name} {shape[:90]} {t.instruction.scope[-90:]}"
+    )
 
 
 if __name__ == "__main__":
