@@ -76,7 +76,7 @@ class Halves:
     )
     sums = {"objective": (output.loss_sum, output.weight)} | output.metrics
     return {
-      "output": output.taps,
+      "output": output.taps | {f"load/{layer}": x for layer, x in output.loads.items()},
       "loss": {name: jnp.stack(pair) for name, pair in sums.items()},  # Sum and weight.
       "gradient": gradient,
       "variables": variables,
@@ -145,11 +145,9 @@ class Reference:
 def compare(e: Experiment, reference: Reference, mesh: jax.sharding.Mesh) -> Report:
   """What a mesh makes of the steps of `reference`, which are those of `e` on one device.
 
-  Outputs are left out where they are other numbers: stages report means over microbatches, and
-  in rows that are cut padding attends to other padding.
+  What the mesh does not report of a layer is left out: in a ring no device sees all scores.
   """
-  whole = e.mesh.pipeline == e.mesh.context == 1
-  reported = lambda kind, name, got: kind != "output" or (whole and name in got)
+  reported = lambda kind, name, got: kind != "output" or name in got
   halves, tensors = Halves(e, mesh), {}
   for i, step in enumerate(reference.steps):
     trees = halves.gradient(step.state, batches(e, i)) | halves.update(step.state, step.given)
