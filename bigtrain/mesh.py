@@ -1,7 +1,7 @@
 """The mesh: how many devices each axis spans, and which devices these are."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -101,3 +101,12 @@ def platform() -> str:
   if mesh.empty or mesh.abstract_device is None:
     return jax.default_backend()
   return mesh.abstract_device.platform
+
+
+def ordered(axes: Collection[str]) -> tuple[str, ...]:
+  """These axes in the order of the mesh.
+
+  A set has another order in every process, in which jax would lay out the groups of a collective:
+  processes whose programs differ wait for each other for ever.
+  """
+  return tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axes)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bigtrain import sharding
+from bigtrain.mesh import ordered
 
 Found = dict[str, Any]  # "name/path.of.layer" -> array or Mean; (repeats, ...) for stacked layers.
 SUM = "sum:"
@@ -172,9 +173,10 @@ def over_devices(found: Found) -> Found:
   def reduce(name: str, value) -> Any:
     leaves = jax.tree.leaves(value)
     varying = frozenset().union(*(jax.typeof(x).mat.varying for x in leaves))
-    axes, value = sharding.within(varying), jax.lax.stop_gradient(value)
+    axes, value = sharding.within(ordered(varying)), jax.lax.stop_gradient(value)
     if isinstance(value, Mean):  # Along an axis on which weights are the same they count each time.
-      wide = lambda x: jax.lax.pcast(x, (*(varying - jax.typeof(x).mat.varying),), to="varying")
+      new = lambda x: ordered(varying - jax.typeof(x).mat.varying)
+      wide = lambda x: jax.lax.pcast(x, new(x), to="varying")
       return jax.tree.map(lambda x: jax.lax.psum(wide(x), axes), value)
     if value.dtype == bool:
       return jax.lax.pmin(value.astype(jnp.int32), axes).astype(bool)
