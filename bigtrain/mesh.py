@@ -1,7 +1,7 @@
 """The mesh: how many devices each axis spans, and which devices these are."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -108,3 +108,12 @@ def device_kind() -> str:
   """As `platform`, what jax calls these devices: "TPU v5 lite", say."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (jax.devices()[0] if device is None else device).device_kind
+
+
+def ordered(axes: Collection[str]) -> tuple[str, ...]:
+  """These axes in the order of the mesh.
+
+  A set has another order in every process, in which jax would lay out the groups of a collective:
+  processes whose programs differ wait for each other for ever.
+  """
+  return tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axes)

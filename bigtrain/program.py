@@ -69,7 +69,6 @@ class Program:
     }
     if output.loads:
       metrics["load_max"] = load_max(output.loads)
-      variables = rebalanced(combine(state.model, variables), variables, output.loads)
     if statistics:
       of_trees = sizes(gradient=gradient, parameter=wide, update=updates)
       metrics["layers"] = of_trees | output.taps
@@ -143,9 +142,11 @@ class Program:
       sums, seen = jax.tree.map(jnp.zeros_like, ((gradient, output), seen))
       ((total, output), seen, variables), found = jax.lax.scan(add, (sums, seen, variables), parts)
       found = taps.over_microbatches(found)
+    if output.loads:  # Of all microbatches together.
+      variables = rebalanced(combine(model, variables), variables, output.loads)
     weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone moves nothing.
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), total)
-    return gradient, dataclasses.replace(output, taps=taps.shares(found), amax=seen), variables
+    return gradient, dataclasses.replace(output, taps=taps.values(found), amax=seen), variables
 
   def abstract(self) -> State:
     """Shapes, dtypes and shardings of the state."""

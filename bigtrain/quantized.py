@@ -19,6 +19,7 @@ from jax import P
 
 from bigtrain import sharding
 from bigtrain.marks import Low
+from bigtrain.mesh import ordered
 from bigtrain.products import Delayed, Products
 
 TOP = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}  # Largest numbers.
@@ -56,7 +57,7 @@ def rounded(form: str, x, over: tuple[int, ...] | None, amax=None) -> Rounded:
   x = _plain(x).astype(jnp.promote_types(x.dtype, jnp.float32))
   seen = jnp.max(jnp.abs(x), axis=over)
   if over is None:
-    seen = jax.lax.pmax(seen, (*jax.typeof(seen).mat.varying,))
+    seen = jax.lax.pmax(seen, ordered(jax.typeof(seen).mat.varying))
   # 0: nothing was seen yet.
   limit = seen if amax is None else jnp.where(amax > 0, amax, FIRST).astype(x.dtype)
   scale = jnp.where(limit > 0, limit / TOP[form], 1)
@@ -198,5 +199,5 @@ def _alike(x, w) -> tuple[jax.Array, jax.Array]:
   """Both varying over the manual axes that either varies over, as the operands of a product are."""
   varying = lambda a: jax.typeof(a).mat.varying
   both = varying(x) | varying(w)
-  cast = lambda a: jax.lax.pcast(a, (*(both - varying(a)),), to="varying")
+  cast = lambda a: jax.lax.pcast(a, ordered(both - varying(a)), to="varying")
   return cast(x), cast(w)

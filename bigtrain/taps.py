@@ -10,6 +10,7 @@ scan or a rematerialised block, is a value of that trace and has to be one of it
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,10 +18,26 @@ import jax
 import jax.numpy as jnp
 
 from bigtrain import sharding
+from bigtrain.mesh import ordered
 
-Found = dict[str, jax.Array]  # "name/path.of.layer" -> value; (repeats, ...) for stacked layers.
+Found = dict[str, Any]  # "name/path.of.layer" -> array or Mean; (repeats, ...) for stacked layers.
 SUM = "sum:"
 OF_ROWS = "sum:row:"  # Of these each row has a value.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """A statistic that is `sum / weight`, or the root of that: those of parts of a batch add up."""
+
+  sum: jax.Array
+  weight: jax.Array
+  root: bool = dataclasses.field(default=False, metadata={"static": True})
+
+  def value(self) -> jax.Array:
+    mean = self.sum / jnp.maximum(self.weight, 1)
+    return jnp.sqrt(mean) if self.root else mean
+
 
 _found: contextvars.ContextVar[Found] = contextvars.ContextVar("found")
 _kinds: contextvars.ContextVar[frozenset[bool]] = contextvars.ContextVar(
@@ -29,11 +46,12 @@ _kinds: contextvars.ContextVar[frozenset[bool]] = contextvars.ContextVar(
 _path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("path", default=())
 
 
-def tap(name: str, statistic: Callable[..., jax.Array], *args) -> None:
+def tap(name: str, statistic: Callable[..., jax.Array | Mean], *args) -> None:
   """Reports `statistic(*args)` of the layer at hand, where someone collects its kind.
 
-  Microbatches average a statistic, or, where the name ends in "max", take the largest. Of a mask,
-  bool (units,), what is reported is the share of the units for which it holds in every microbatch.
+  Microbatches average a statistic, a `Mean` by its weights, or, where the name ends in "max", take
+  the largest. Of a mask, bool (units,), what is reported is the share of the units for which it
+  holds in every microbatch.
   A sum is one over all tokens, or, where the name begins with `OF_ROWS`, has a value for each row.
   """
   if _is_sum(name) in _kinds.get():
@@ -110,8 +128,13 @@ def _either(name: str, largest, mean):
 
 def over_microbatches(found: Found) -> Found:
   """One value for each statistic, from those of all microbatches, stacked in front."""
-  reduce = lambda name, value: jnp.all if value.dtype == bool else _either(name, jnp.max, jnp.mean)
-  return {name: reduce(name, value)(value, axis=0) for name, value in found.items()}
+
+  def reduce(name: str, value) -> Any:
+    if isinstance(value, Mean):
+      return jax.tree.map(lambda x: x.sum(0), value)
+    return (jnp.all if value.dtype == bool else _either(name, jnp.max, jnp.mean))(value, axis=0)
+
+  return {name: reduce(name, value) for name, value in found.items()}
 
 
 def joined(found: Found, ids_MB: jax.Array) -> Found:
@@ -133,18 +156,28 @@ def joined(found: Found, ids_MB: jax.Array) -> Found:
   return over_microbatches(statistics) | {name: join(name, x) for name, x in sums.items()}
 
 
-def shares(found: Found) -> Found:
-  """The same with a share of units in the place of each mask."""
-  share = lambda x: jnp.mean(x.astype(jnp.float32), axis=-1) if x.dtype == bool else x
-  return {name: share(value) for name, value in found.items()}
+def values(found: Found) -> Found:
+  """The same with a number in the place of each mask, its share of units, and of each mean."""
+
+  def number(x) -> jax.Array:
+    if isinstance(x, Mean):
+      return x.value()
+    return jnp.mean(x.astype(jnp.float32), axis=-1) if x.dtype == bool else x
+
+  return {name: number(x) for name, x in found.items()}
 
 
 def over_devices(found: Found) -> Found:
   """One value for each statistic, from those of all devices, inside an island."""
 
-  def reduce(name: str, value: jax.Array) -> jax.Array:
-    axes = sharding.within(jax.typeof(value).mat.varying)
-    value = jax.lax.stop_gradient(value)
+  def reduce(name: str, value) -> Any:
+    leaves = jax.tree.leaves(value)
+    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in leaves))
+    axes, value = sharding.within(ordered(varying)), jax.lax.stop_gradient(value)
+    if isinstance(value, Mean):  # Along an axis on which weights are the same they count each time.
+      new = lambda x: ordered(varying - jax.typeof(x).mat.varying)
+      wide = lambda x: jax.lax.pcast(x, new(x), to="varying")
+      return jax.tree.map(lambda x: jax.lax.psum(wide(x), axes), value)
     if value.dtype == bool:
       return jax.lax.pmin(value.astype(jnp.int32), axes).astype(bool)
     return _either(name, jax.lax.pmax, jax.lax.pmean)(value, axes)
@@ -152,6 +185,6 @@ def over_devices(found: Found) -> Found:
   return {name: reduce(name, value) for name, value in found.items()}
 
 
-def rms(x: jax.Array) -> jax.Array:
+def rms(x: jax.Array) -> Mean:
   """The root of the mean square of all elements, in float32."""
-  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+  return Mean(jnp.square(x.astype(jnp.float32)).sum(), jnp.float32(x.size), root=True)

@@ -77,15 +77,6 @@ def validate(experiment: Experiment, devices: int | None = None, *, data: bool =
 def check_mesh(experiment: Experiment, devices: int) -> None:
   """Refuses a mesh that these devices do not make, or that does not divide what it shards."""
   shape = experiment.mesh.shape(devices)
-  wide = [axis for axis, size in shape.items() if size > 1]
-  if len(wide) > 1 and jax.process_count() > 1 and jax.default_backend() == "cpu":
-    # Gloo opens a group under a lock, and two processes may open theirs in different order.
-    ones = [to_set(f"mesh.{axis}", 1) for axis in wide if axis != "fsdp"]
-    axes = " and ".join([to_set("mesh.fsdp", devices), *ones])
-    raise Refused(
-      f"several processes on CPU can share one mesh axis, not {_axes(tuple(wide), shape)}: jax's "
-      f"transport there may wait for ever; set {axes}, or use one process"
-    )
   _all(
     functools.partial(_check_batches, experiment, shape),
     functools.partial(_check_dims, experiment, shape),

@@ -1,7 +1,6 @@
 """Several processes are one run: the same losses, one record, checkpoints that either can read.
 
-The mesh has one axis: gloo, the CPU's transport in jax 0.10, may deadlock when processes open
-several groups at once.
+The mesh has one axis here; those of several are compared in tests/test_parity.py.
 """
 
 import hashlib

@@ -214,13 +214,6 @@ def test_in_python_remedies_are_python(monkeypatch):
   assert remark.endswith("set experiment.optimizer.schedule.warmup = 4, or more steps")
 
 
-def test_several_processes_on_cpu_take_one_axis(monkeypatch):
-  monkeypatch.setattr("jax.process_count", lambda: 2)
-  validate(toys.experiment(mesh=Mesh(tensor=1, data=4, fsdp=1)), devices=4)
-  with pytest.raises(Refused, match=r"one mesh axis, not data=2, fsdp=2.*--mesh.fsdp 4"):
-    validate(toys.experiment(mesh=MESH), devices=4)
-
-
 def test_without_devices_only_the_mesh_is_not_checked():
   validate(toys.experiment(batch=30, mesh=MESH))
   with pytest.raises(Refused, match="steps"):

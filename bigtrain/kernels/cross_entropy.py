@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import P
 
+from bigtrain.mesh import ordered
 from bigtrain.precision import raised
 from bigtrain.sharding import axes
 
@@ -126,16 +127,16 @@ def _local(settings, differentiate, x_BTD, table_VD, bias_V, targets_BT, weights
 
   start: Any = ()
   if differentiate:
-    varying = (*(_varying(x_BTD) | _varying(table_VD)),)
+    varying = ordered(_varying(x_BTD) | _varying(table_VD))
     zeros = lambda a: jax.lax.pcast(jnp.zeros(a.shape, wide), varying, to="varying")
     start = jax.tree.map(zeros, (table_VD, bias_V))
   gradients, (sums, nll_CN, dx_CND) = jax.lax.scan(
     step, start, (*map(split, (x_BTD, targets_BT, weights_BT)),)
   )
-  sums = {name: jax.lax.psum(s_C.sum(), (*_varying(s_C),)) for name, s_C in sums.items()}
+  sums = {name: jax.lax.psum(s_C.sum(), ordered(_varying(s_C))) for name, s_C in sums.items()}
   loss = sums.pop("loss")
   nll_BT = nll_CN.reshape(-1)[:tokens].reshape(targets_BT.shape)
-  nll_BT = jax.lax.psum(nll_BT, (*(_varying(nll_BT) - _varying(targets_BT)),))
+  nll_BT = jax.lax.psum(nll_BT, ordered(_varying(nll_BT) - _varying(targets_BT)))
   if not differentiate:
     return loss, sums, nll_BT
   dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape)
@@ -202,5 +203,5 @@ def _typed_as(gradient, primal):
   Where the primal is typed as reduced, that sum is left to what gathered it.
   """
   gradient, later = gradient.astype(primal.dtype), jax.typeof(primal).mat.reduced
-  gradient = jax.lax.psum(gradient, (*(_varying(gradient) - _varying(primal) - later),))
-  return jax.lax.pcast(gradient, (*later,), to="unreduced")
+  gradient = jax.lax.psum(gradient, ordered(_varying(gradient) - _varying(primal) - later))
+  return jax.lax.pcast(gradient, ordered(later), to="unreduced")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigtrain.mesh import platform
+from bigtrain.mesh import ordered, platform
 
 BLOCK = 128  # Rows that the CPU form multiplies at once.
 
@@ -90,7 +90,9 @@ def _for_blocks(step: Callable, start: jax.Array, sizes_E) -> Any:
   # Inside an island the carry is typed as differing between devices, as what is put into it does.
   after = jax.eval_shape(body, 0, start)
   varying = jax.typeof(after).mat.varying - jax.typeof(start).mat.varying
-  return jax.lax.fori_loop(0, last_E[-1], body, jax.lax.pcast(start, (*varying,), to="varying"))
+  return jax.lax.fori_loop(
+    0, last_E[-1], body, jax.lax.pcast(start, ordered(varying), to="varying")
+  )
 
 
 def _padded(x_R) -> jax.Array:

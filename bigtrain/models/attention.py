@@ -138,7 +138,8 @@ class Attention(nnx.Module):
   def across(self, x_BTD, tokens: Tokens, memory: Memory, key=None) -> jax.Array:
     """Attends to a memory: to what is of the same document there. Returns (B, T, D)."""
     k_BSKH, v_BSKH = memory.pairs or self.keys_values(sharding.shared(memory.x_BSD), memory.tokens)
-    q_BTKGH, form = self._queries(x_BTD, tokens), self.c.form()._replace(causal=False, window=None)
+    q_BTKGH = self._queries(sharding.shared(x_BTD), tokens)
+    form = self.c.form()._replace(causal=False, window=None)
     call = Call(q_BTKGH, k_BSKH, v_BSKH, tokens, memory.tokens, form, None, self.c.dropout, key)
     return self._output(attend(call))
 

@@ -49,7 +49,8 @@ class BalanceLoss:
   factor: float = 0.01
   # Whose tokens it is of: each `row` of the batch by itself (DeepSeek-V3, equation 17), or the
   # whole `batch`, on all devices, which leaves experts free to specialise (arXiv:2501.11873). Of
-  # several microbatches it is of each by itself: only by row is the sum that of the whole batch.
+  # several microbatches, those of a pipeline too, it is of each by itself, and the loss has their
+  # mean by tokens: only by row is that what the whole batch has.
   over: Literal["row", "batch"] = "batch"
 
 

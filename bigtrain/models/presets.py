@@ -136,50 +136,17 @@ def llama3(size: str) -> LanguageModelConfig:
   """
   dim, layers, heads, head_dim, hidden = _shape("llama3", LLAMA3, size)
   small = size in ("1b", "3b")
-  return LanguageModelConfig(
-    vocab=128256,
-    dim=dim,
-    layers=layers,
-    pattern=(
-      _gated_block(
-        AttentionConfig(
-          heads=heads,
-          kv_heads=8,
-          head_dim=head_dim,
-          rotary=Rotary(theta=500_000.0, scaling=Llama3Scaling(factor=32.0 if small else 8.0)),
-        ),
-        hidden,
-      ),
-    ),
-    norm=RMSNormConfig(eps=1e-5),
-    init=Normal(std=0.02, residual="scaled"),
-    tied=small,
-  )
+  scaling = Llama3Scaling(factor=32.0 if small else 8.0)
+  rotary = Rotary(theta=500_000.0, scaling=scaling)
+  attention = AttentionConfig(heads=heads, kv_heads=8, head_dim=head_dim, rotary=rotary)
+  return _decoder(128256, dim, layers, _gated_block(attention, hidden), eps=1e-5, tied=small)
 
 
 def qwen3(size: str) -> LanguageModelConfig:
   """Qwen3 (arXiv:2505.09388), dense: 0.6b or 8b."""
   dim, layers, heads, hidden = _shape("qwen3", QWEN3, size)
-  return LanguageModelConfig(
-    vocab=151936,
-    dim=dim,
-    layers=layers,
-    pattern=(
-      _gated_block(
-        AttentionConfig(
-          heads=heads,
-          kv_heads=8,
-          head_dim=128,
-          rotary=Rotary(theta=1_000_000.0),
-          qk_norm=RMSNormConfig(eps=1e-6),
-        ),
-        hidden,
-      ),
-    ),
-    norm=RMSNormConfig(eps=1e-6),
-    init=Normal(std=0.02, residual="scaled"),
-    tied=size == "0.6b",
-  )
+  block = _gated_block(_qwen3_attention(heads, kv_heads=8), hidden)
+  return _decoder(151936, dim, layers, block, eps=1e-6, tied=size == "0.6b")
 
 
 def mixtral(size: str) -> LanguageModelConfig:
@@ -190,15 +157,8 @@ def mixtral(size: str) -> LanguageModelConfig:
   )
   router = RouterConfig(balance_loss=BalanceLoss(factor=0.02))
   experts = MoEConfig(experts=8, top_k=2, hidden=hidden, router=router)
-  return LanguageModelConfig(
-    vocab=vocab,
-    dim=dim,
-    layers=layers,
-    pattern=(BlockConfig(attention=attention, feed_forward=experts),),
-    norm=RMSNormConfig(eps=1e-5),
-    init=Normal(std=0.02, residual="scaled"),
-    tied=False,
-  )
+  block = BlockConfig(attention=attention, feed_forward=experts)
+  return _decoder(vocab, dim, layers, block, eps=1e-5)
 
 
 def qwen3_moe(size: str) -> LanguageModelConfig:
@@ -207,24 +167,10 @@ def qwen3_moe(size: str) -> LanguageModelConfig:
   As published the loss balances the whole batch, so that experts may specialise.
   """
   dim, layers, heads, kv_heads, hidden = _shape("qwen3_moe", QWEN3_MOE, size)
-  attention = AttentionConfig(
-    heads=heads,
-    kv_heads=kv_heads,
-    head_dim=128,
-    rotary=Rotary(theta=1_000_000.0),
-    qk_norm=RMSNormConfig(eps=1e-6),
-  )
   router = RouterConfig(balance_loss=BalanceLoss(factor=0.001))
   experts = MoEConfig(experts=128, top_k=8, hidden=hidden, router=router)
-  return LanguageModelConfig(
-    vocab=151936,
-    dim=dim,
-    layers=layers,
-    pattern=(BlockConfig(attention=attention, feed_forward=experts),),
-    norm=RMSNormConfig(eps=1e-6),
-    init=Normal(std=0.02, residual="scaled"),
-    tied=False,
-  )
+  block = BlockConfig(attention=_qwen3_attention(heads, kv_heads), feed_forward=experts)
+  return _decoder(151936, dim, layers, block, eps=1e-6)
 
 
 def deepseek_v3() -> LanguageModelConfig:
@@ -315,6 +261,30 @@ def vit(size: str) -> ViTConfig:
     pattern=(BlockConfig(attention=attention, feed_forward=feed_forward),),
     norm=LayerNormConfig(eps=1e-6),
     init=Normal(std=0.02, residual="same"),
+  )
+
+
+def _decoder(
+  vocab: int, dim: int, layers: int, block: BlockConfig, *, eps: float, tied: bool = False
+) -> LanguageModelConfig:
+  return LanguageModelConfig(
+    vocab=vocab,
+    dim=dim,
+    layers=layers,
+    pattern=(block,),
+    norm=RMSNormConfig(eps=eps),
+    init=Normal(std=0.02, residual="scaled"),
+    tied=tied,
+  )
+
+
+def _qwen3_attention(heads: int, kv_heads: int) -> AttentionConfig:
+  return AttentionConfig(
+    heads=heads,
+    kv_heads=kv_heads,
+    head_dim=128,
+    rotary=Rotary(theta=1_000_000.0),
+    qk_norm=RMSNormConfig(eps=1e-6),
   )
 
 

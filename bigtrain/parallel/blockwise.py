@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from bigtrain.kernels.attention import Form, Tokens, visible
 from bigtrain.kernels.attention.plain import MASKED
+from bigtrain.mesh import ordered
 from bigtrain.precision import raised
 
 BLOCK = 512  # Queries, and keys, of a block of scores at most.
@@ -124,7 +125,7 @@ def partial_gradients(
 
 def like(x, value) -> jax.Array:
   """A constant, as different from device to device as `x` may be: for loops inside islands."""
-  return jax.lax.pcast(value, (*jax.typeof(x).mat.varying,), to="varying")
+  return jax.lax.pcast(value, ordered(jax.typeof(x).mat.varying), to="varying")
 
 
 def _scores(queries: Queries, keys: Keys, form: Form):

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
-from bigtrain.mesh import platform
+from bigtrain.mesh import ordered, platform
 from bigtrain.precision import raised
 
 # What experts compute: (rows, factors, weights, sizes). Rows are (R, D), sorted by expert, so many
@@ -304,7 +304,7 @@ def _size(*axes: str) -> int:
 
 def _varying(x) -> jax.Array:
   """What is typed as reduced, to be computed with; its gradient is summed where it was gathered."""
-  return jax.lax.pcast(x, (*jax.typeof(x).mat.reduced,), to="varying")
+  return jax.lax.pcast(x, ordered(jax.typeof(x).mat.reduced), to="varying")
 
 
 def _all_to_all(x, dim: int) -> jax.Array:
@@ -318,7 +318,7 @@ def _ragged_all_to_all(x_RD, rows: int, start_n, send_n, there_n, receive_n) -> 
   """Runs of rows to each device: `send` from `start` on, to `there` in its buffer of `rows`."""
   (axis,) = _axis()
   out = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
-  out = jax.lax.pcast(out, (*jax.typeof(x_RD).mat.varying,), to="varying")
+  out = jax.lax.pcast(out, ordered(jax.typeof(x_RD).mat.varying), to="varying")
   runs = (start_n, send_n, there_n, receive_n)
   form = _emulated if platform() == "cpu" else jax.lax.ragged_all_to_all
   return form(x_RD, out, *(a.astype(jnp.int32) for a in runs), axis_name=axis)

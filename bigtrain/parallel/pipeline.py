@@ -295,7 +295,8 @@ def _reports(plan: Schedule, found):
   leaves, tree = jax.tree.flatten(found)
   if not leaves:
     return found
-  specs = [jax.typeof(a).sharding.spec for a in leaves]
+  specs = [P(None, AXIS, *jax.typeof(a).sharding.spec[2:]) for a in leaves]
+  leaves = jax.sharding.reshard(leaves, specs)  # What is the same for all stages lies on none.
   out_specs = [P(None, *spec) for spec in specs]
   found = jax.shard_map(local, in_specs=(specs,), out_specs=out_specs)(leaves)
   return jax.tree.unflatten(tree, found)

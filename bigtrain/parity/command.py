@@ -3,18 +3,13 @@
 import inspect
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from bigtrain.annotations import check_types
 from bigtrain.cli import target
-from bigtrain.config import Refused, config
+from bigtrain.config import config
 from bigtrain.exit_codes import Exit
 from bigtrain.flags import parse
-
-if TYPE_CHECKING:
-  import jax
-
-  from bigtrain.mesh import Mesh
 
 
 @config
@@ -31,6 +26,8 @@ class Parity:
 
   json: bool = False  # Print an object with all tensors instead of the table.
   rows: int = 20  # Of the table.
+  # That share the devices as hosts do: with 2, neighbours along every axis are not of one process.
+  processes: Literal[1, 2] = 1
 
 
 def parity(arguments: list[str]) -> int:
@@ -48,42 +45,18 @@ def parity(arguments: list[str]) -> int:
   chosen, experiment = parse(
     [Parity(), experiment], arguments[1:], f"bigtrain parity {file}", about
   )
-  from bigtrain.parity import Reference, compare, shrink
+  from bigtrain.parity import Reference, compare, shrink, virtual
   from bigtrain.parity.shrink import small_mesh
   from bigtrain.program import enable_compilation_cache
 
-  mesh = virtual(small_mesh(experiment.mesh))  # First: what checks a mesh makes jax begin.
-  small = shrink(experiment)
-  enable_compilation_cache()
-  report = compare(small, Reference(small), mesh)
-  if chosen.json:
-    print(json.dumps(report.json(), indent=2))
-  else:
-    report.print(chosen.rows)
+  with virtual.joined(chosen.processes, arguments):
+    # First: what checks a mesh makes jax begin.
+    mesh = virtual.over_devices(small_mesh(experiment.mesh), chosen.processes)
+    small = shrink(experiment)
+    enable_compilation_cache()
+    report = compare(small, Reference(small), mesh)
+    if chosen.json:
+      print(json.dumps(report.json(), indent=2))
+    else:
+      report.print(chosen.rows)
   return Exit.DONE if report.equal else Exit.CHECK
-
-
-def virtual(mesh: "Mesh") -> "jax.sharding.Mesh":
-  """The mesh over devices on this machine's CPU, whatever else is attached.
-
-  Raises:
-    Refused: jax has begun already, with fewer.
-  """
-  import jax
-
-  from bigtrain.parity.shrink import size
-
-  count = size(mesh)
-  try:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
-  except RuntimeError:  # It has begun.
-    pass
-  devices = jax.devices("cpu")
-  if len(devices) < count:
-    raise Refused(
-      f"parity wants {count} virtual devices, but the experiment file made jax begin with "
-      f"{len(devices)} while it was read; move what computes there into functions, or set "
-      f"JAX_NUM_CPU_DEVICES={count}"
-    )
-  return mesh.make(devices[:count])

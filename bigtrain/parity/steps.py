@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.extend.core import Var
 
-from bigtrain import sharding
+from bigtrain import compiler_options, sharding
 from bigtrain.checkpoint import path_name
 from bigtrain.data.feed import put
 from bigtrain.experiment import Experiment
@@ -54,8 +54,9 @@ class Halves:
       spec = e.data.make(e.seed).spec(e.batch)
       laid = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows)
       batch = {name: laid(s) for name, s in spec.items()}
-      self._gradient = _compiled(self._backward, self.state, batch)
-      self._update = _compiled(self._follow, self.state, self.state.model)
+      options = compiler_options.options(mesh)
+      self._gradient = _compiled(self._backward, self.state, batch, **options)
+      self._update = _compiled(self._follow, self.state, self.state.model, **options)
 
   def gradient(self, state: State, batch: Callable) -> Trees:
     """The loss, the sums, what layers report, the gradient and the variables behind a batch."""
@@ -75,27 +76,38 @@ class Halves:
       state.model, state.variables, batch, key, statistics=True
     )
     sums = {"objective": (output.loss_sum, output.weight)} | output.metrics
-    return {
-      "output": output.taps,
-      "loss": {name: jnp.stack(pair) for name, pair in sums.items()},  # Sum and weight.
-      "gradient": gradient,
-      "variables": variables,
-    }
+    loads = {f"load/{layer}": x for layer, x in output.loads.items()}
+    pairs = {name: jnp.stack(pair) for name, pair in sums.items()}  # Sum and weight.
+    return self._readable(
+      {"output": output.taps | loads, "loss": pairs, "gradient": gradient, "variables": variables}
+    )
 
   def _follow(self, state: State, gradient) -> Trees:
     updates, optimizer = self.program.transformation.update(gradient, state.optimizer, state.model)
-    return {"update": updates, "optimizer": optimizer}
+    return self._readable({"update": updates, "optimizer": optimizer})
+
+  def _readable(self, trees: Trees) -> Trees:
+    """Whole on every device, where several processes each read all of it."""
+    alone = self.mesh is None or jax.process_count() == 1
+    return trees if alone else jax.sharding.reshard(trees, jax.P())
 
   def _placed(self, tree, like):
-    place = None if self.mesh is None else jax.tree.map(lambda x: x.sharding, like)
-    return jax.device_put(tree, place)
+    """What every process has whole, where the mesh lays it."""
+    if self.mesh is None:
+      return jax.device_put(tree)
+
+    def place(x, to):
+      x = np.asarray(x)
+      return jax.make_array_from_callback(x.shape, to.sharding, lambda at: x[at])
+
+    return jax.tree.map(place, tree, like)
 
   def _in_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def _compiled(function: Callable, *args) -> jax.stages.Compiled:
-  return jax.jit(function).lower(*args).compile(compiler_options=_quick())
+def _compiled(function: Callable, *args, **options) -> jax.stages.Compiled:
+  return jax.jit(function).lower(*args).compile(compiler_options=_quick() | options)
 
 
 @functools.cache
@@ -145,11 +157,9 @@ class Reference:
 def compare(e: Experiment, reference: Reference, mesh: jax.sharding.Mesh) -> Report:
   """What a mesh makes of the steps of `reference`, which are those of `e` on one device.
 
-  Outputs are left out where they are other numbers: stages report means over microbatches, and
-  in rows that are cut padding attends to other padding.
+  What the mesh does not report of a layer is left out: in a ring no device sees all scores.
   """
-  whole = e.mesh.pipeline == e.mesh.context == 1
-  reported = lambda kind, name, got: kind != "output" or (whole and name in got)
+  reported = lambda kind, name, got: kind != "output" or name in got
   halves, tensors = Halves(e, mesh), {}
   for i, step in enumerate(reference.steps):
     trees = halves.gradient(step.state, batches(e, i)) | halves.update(step.state, step.given)

@@ -99,10 +99,14 @@ class SyntheticData(Data):
 
 
 def _packed(r: np.random.Generator, length: int, documents: int) -> tuple[np.ndarray, np.ndarray]:
-  """Segments and positions (T,) of so many documents, or fewer where a row is too short."""
+  """Segments and positions (T,) of so many documents, or fewer where a row is too short.
+
+  Padding is numbered as they are, so that it too sees the same in rows that are cut, where masks go
+  by positions, as in whole ones: what layers report of all tokens can be compared.
+  """
   end = length - int(r.integers(0, length // 4 + 1))
-  starts = [0, *sorted(1 + r.permutation(end - 1)[: documents - 1])]
+  starts = [0, *sorted(1 + r.permutation(end - 1)[: documents - 1]), end]
   at = np.arange(length)
   segments = np.searchsorted(starts, at, side="right")
   positions = at - np.asarray(starts)[segments - 1]
-  return np.where(at < end, segments, 0), np.where(at < end, positions, 0)
+  return np.where(at < end, segments, 0), positions

@@ -58,7 +58,9 @@ def settings(stages: int) -> Iterator[tuple[str, Pipeline, int]]:
   """(name, schedule, microbatches of one part; 0 for all of them)."""
   yield "layer inputs", Pipeline(keep="layers"), 0
   yield "stage inputs", Pipeline(keep="stages"), 0
-  yield f"layer inputs, {2 * stages} at a time", Pipeline(keep="layers"), 2 * stages
+  for rounds in (1, 2):
+    name = f"layer inputs, {2 * stages} at a time, rounds={rounds}"
+    yield name, Pipeline(keep="layers", rounds=rounds), 2 * stages
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from bigtrain.kernels.attention import block
 from bigtrain.kernels.attention.block import NOTHING, Part, Settings, cut, merged
 from bigtrain.kernels.attention.call import Call, Form, Tokens, documents
 from bigtrain.kernels.attention.island import apart, misplaced
+from bigtrain.mesh import ordered
 from bigtrain.precision import raised
 
 QUERIES, KEYS = 128, 512  # Of a block, at most.
@@ -248,4 +249,4 @@ def _varying(tree) -> frozenset[str]:
 
 def _over(axes: frozenset[str], x) -> jax.Array:
   """An array typed as varying over these axes; its gradient is summed over those that are new."""
-  return jax.lax.pcast(x, (*(axes - _varying(x)),), to="varying")
+  return jax.lax.pcast(x, ordered(axes - _varying(x)), to="varying")

@@ -53,9 +53,9 @@ def _by_column(tokens: Tokens) -> Tokens:
   return Tokens(jnp.where(tokens.positions < 0, tokens.positions, columns), tokens.segments)
 
 
-def _entropy(score_BKNS, mask_BNS) -> jax.Array:
+def _entropy(score_BKNS, mask_BNS) -> taps.Mean:
   """The mean entropy of the weights, in nats, over the queries that see anything."""
   p_BKNS = jax.nn.softmax(score_BKNS)
   entropy_BKN = -jnp.sum(p_BKNS * jnp.log(jnp.maximum(p_BKNS, 1e-30)), -1)
   sees_BN = jnp.any(mask_BNS, -1)
-  return (entropy_BKN.mean(1) * sees_BN).sum() / jnp.maximum(sees_BN.sum(), 1)
+  return taps.Mean((entropy_BKN.mean(1) * sees_BN).sum(), sees_BN.sum().astype(jnp.float32))
