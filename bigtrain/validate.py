@@ -18,6 +18,7 @@ from bigtrain.experiment import Experiment
 from bigtrain.hints import to_set
 from bigtrain.mesh import AXES, OTHER_NAMES, USUAL
 from bigtrain.optim.schedule import Schedule
+from bigtrain.parallel.expert import Dropless
 from bigtrain.products import Delayed
 from bigtrain.sharding import ACTIVATION, CONTEXT, EXCHANGED, WEIGHT
 
@@ -85,17 +86,23 @@ def check_mesh(experiment: Experiment, devices: int) -> None:
   )
 
 
-def remarks(experiment: Experiment) -> Iterator[str]:
-  """What can run but is hardly meant, a line each."""
+def remarks(experiment: Experiment, devices: int | None = None) -> Iterator[str]:
+  """What can run but is hardly meant, a line each; on so many devices, or those that are attached."""
+  shape = experiment.mesh.shape(devices or jax.device_count())
   for path, node in configs(experiment):
-    if isinstance(node, Schedule) and node.warmup > experiment.steps:
+    if isinstance(node, Dropless) and node.buffer is None and (n := shape["expert"]) > 2:
+      yield (
+        f"{path}: each of {n} devices has room for {n} times the tokens that it sends to experts, "
+        f"which are moved and sorted whether or not they come; {to_set(f'{path}.buffer', 1.5)} "
+        "bounds that, and what does not fit is counted"
+      )
+    if isinstance(node, Schedule) and node.warmup > (experiment.steps or math.inf):
       yield (
         f"{path}.warmup is {node.warmup} steps but the run has {experiment.steps}: it never reaches"
         f" its learning rate; set {to_set(f'{path}.warmup', max(experiment.steps // 10, 1))}, or "
         "more steps"
       )
-  if experiment.mesh.pipeline != 1:
-    shape = experiment.mesh.shape(jax.device_count())
+  if shape["pipeline"] > 1:
     for path, node in _pipelined(experiment):
       plan = node.pipeline.schedule(shape["pipeline"], _rows(experiment.batch, experiment, shape))
       yield (

@@ -22,10 +22,12 @@ from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder import EncoderConfig, TextClassifierConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.mlp import MLPConfig
+from bigtrain.models.moe import MoEConfig
 from bigtrain.models.transformer import BlockConfig
 from bigtrain.models.vit import ViTConfig
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.schedule import Cosine, InverseSqrt
+from bigtrain.parallel.expert import Dropless
 from bigtrain.smoke import shrink
 from bigtrain.validate import remarks, validate
 from tests import toys
@@ -204,6 +206,17 @@ def test_a_warm_up_longer_than_the_run_is_remarked_on():
     "optimizer.schedule.warmup is 41 steps but the run has 40: it never reaches its learning rate; "
     "set --optimizer.schedule.warmup 4, or more steps"
   ]
+
+
+def test_room_for_the_worst_case_of_experts_is_remarked_on():
+  of = lambda buffer, expert: toys.experiment(
+    model=MoEConfig(experts=8, top_k=2, hidden=8, dispatch=Dropless(buffer=buffer)),
+    mesh=Mesh(expert=expert),
+  )
+  assert [*remarks(of(1.5, 8), 8)] == [*remarks(of(None, 2), 8)] == []
+  (remark,) = remarks(of(None, 8), 8)
+  assert remark.startswith("model.dispatch: each of 8 devices has room for 8 times the tokens")
+  assert "--model.dispatch.buffer 1.5 bounds that" in remark
 
 
 def test_in_python_remedies_are_python(monkeypatch):

@@ -5,6 +5,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from bigtrain.config import Refused, config
+from bigtrain.console import say
 from bigtrain.exit_codes import Exit
 from bigtrain.flags import parse
 
@@ -71,12 +72,15 @@ def _plan(experiment: "Experiment", topology: "Topology", flags: PlanFlags) -> i
 
   from bigtrain.plan.compile import planned
   from bigtrain.plan.report import Plan, explain, show
+  from bigtrain.validate import remarks
 
   compiled = planned(experiment, topology)
   if flags.hlo is not None:
     folder = pathlib.Path(flags.hlo)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step.hlo.txt").write_text(compiled.text)
+  for remark in remarks(experiment, topology.chips):
+    say(remark)
   plan = Plan.of(experiment, compiled, flags.price)
   if flags.json:
     print(json.dumps(plan.json(), indent=2))
