@@ -87,7 +87,7 @@ def check_mesh(experiment: Experiment, devices: int) -> None:
 
 
 def remarks(experiment: Experiment, devices: int | None = None) -> Iterator[str]:
-  """What can run but is hardly meant, a line each; on so many devices, or those that are attached."""
+  """What can run but is hardly meant, a line each; `devices` are those attached unless given."""
   shape = experiment.mesh.shape(devices or jax.device_count())
   for path, node in configs(experiment):
     if isinstance(node, Dropless) and node.buffer is None and (n := shape["expert"]) > 2:
