@@ -129,7 +129,14 @@ def _kept(c: TransformerConfig, split: int) -> tuple[float, float]:
   s, f = block.attention.sizes(c.dim), block.feed_forward
   head, up = s["H"] / split, _hidden(f) / split
   widths = {"q": s["K"] * s["G"] * head, "k": s["K"] * head, "v": s["K"] * head}
-  widths |= {INPUT: c.dim, "residual": c.dim, "attention": widths["q"], "up": up, "gate": up, "received": 0.0}
+  widths |= {
+    INPUT: c.dim,
+    "residual": c.dim,
+    "attention": widths["q"],
+    "up": up,
+    "gate": up,
+    "received": 0.0,
+  }
   if isinstance(f, MoEConfig):
     widths["received"] = c.dim * f.top_k
   elif not f.gated:
