@@ -55,8 +55,8 @@ def parity(arguments: list[str]) -> int:
     small = shrink(experiment)
     enable_compilation_cache()
     report = compare(small, Reference(small), mesh)
-    if chosen.json:
-      print(json.dumps(report.json(), indent=2))
-    else:
-      report.print(chosen.rows)
+  if chosen.json:
+    print(json.dumps(report.json(), indent=2))
+  else:
+    report.print(chosen.rows)
   return Exit.DONE if report.equal else Exit.CHECK

@@ -20,7 +20,7 @@ from bigtrain.parity.shrink import size
 def joined(count: int, arguments: list[str]) -> Iterator[None]:
   """Joins so many processes, of which the first starts the others by the same `arguments`.
 
-  In the end it waits for them, or, where it failed, ends them.
+  In the end it waits for them, or, where it failed, ends them. Nothing is to be printed within.
   """
   if count == 1:
     yield
@@ -36,6 +36,9 @@ def joined(count: int, arguments: list[str]) -> Iterator[None]:
     for i in range(1, count):
       environment = os.environ | {"BIGTRAIN_PROCESS": str(i)}
       others.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+  sys.stdout.flush()
+  out = os.dup(1)
+  os.dup2(2, 1)  # Gloo prints all that it connects.
   try:
     processes.initialize()
     yield
@@ -47,6 +50,8 @@ def joined(count: int, arguments: list[str]) -> Iterator[None]:
   finally:
     for other in others:
       other.wait()
+    os.dup2(out, 1)
+    os.close(out)
 
 
 def over_devices(mesh: Mesh, count: int) -> jax.sharding.Mesh:
