@@ -23,6 +23,7 @@ from bigtrain.models import attention, moe, norm, transformer
 from bigtrain.optim import clip
 from bigtrain.parallel import expert
 from bigtrain.parity import shrink
+from bigtrain.parity.report import Tensor
 from bigtrain.parity.shrink import small_mesh
 from bigtrain.program import Program
 from bigtrain.validate import validate
@@ -284,6 +285,13 @@ def test_without_a_fault_the_same_experiment_is_equal(experts):
 
 
 # The command.
+
+
+def test_a_step_that_is_no_number_is_not_made_good_by_the_next():
+  tensor, one = Tensor("gradient", "w"), np.ones(2)
+  for got in (one, one * np.nan, one):
+    tensor.see(got, one, one)
+  assert not tensor.equal and tensor.step == 2
 
 
 def run(capsys, *arguments) -> tuple[int, str]:
