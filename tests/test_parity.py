@@ -22,6 +22,7 @@ from bigtrain.mesh import OTHER_NAMES, Mesh
 from bigtrain.models import attention, moe, norm, transformer
 from bigtrain.optim import clip
 from bigtrain.parallel import expert
+from bigtrain.parallel.expert import Capacity, Dropless
 from bigtrain.parity import shrink
 from bigtrain.parity.report import Tensor
 from bigtrain.parity.shrink import small_mesh
@@ -285,6 +286,24 @@ def test_without_a_fault_the_same_experiment_is_equal(experts):
 
 
 # The command.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("dispatch", "axes"),
+  [
+    (Dropless(buffer=1.0), ("expert",)),
+    (Dropless(buffer=1.0, exchange="ragged"), ("expert", "fsdp")),
+    (Capacity(factor=0.7), ("expert", "context")),
+    (Capacity(factor=0.7), ("sequence",)),
+  ],
+  ids=["slots", "ragged", "context", "sequence"],
+)
+def test_experts_without_room_for_all_are_no_fault_of_a_mesh(dispatch, axes):
+  e, _ = load("experiments/moe.py")
+  e.model.pattern[0].feed_forward.dispatch, e.mesh = dispatch, mesh_of(axes)
+  report = families.check(shrink(e))
+  assert report.equal, report.verdict()
 
 
 def test_a_step_that_is_no_number_is_not_made_good_by_the_next():
