@@ -384,6 +384,14 @@ def test_two_processes_find_a_fault_too(tmp_path):
   assert "NOT EQUAL" in out and "that of up_IF" in out
 
 
+@pytest.mark.parametrize(
+  ("axis", "message"), [("--mesh.fsdp=1", "this mesh is one device"), ("--mesh.fsdp=3", "use 30")]
+)
+def test_two_processes_refuse_what_one_refuses_and_say_it_once(axis, message, tmp_path):
+  code, out = over_processes(tmp_path, "experiments/mlp.py", axis)
+  assert code == Exit.REFUSED and out.count(message) == 1, out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("experiment", "axes"),
