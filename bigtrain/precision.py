@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import P
 
 from bigtrain import marks, quantized, sharding
 from bigtrain.kernels.fence import gradient_fence
@@ -75,10 +76,12 @@ def _plus(y, bias, rows: str, columns: str) -> jax.Array:
     return y + bias
   # As the weight of an input that is always 1, so that its gradient is a product too, summed in
   # float32: to add up rows took the vector units longer than the weight's own gradient takes.
-  ones = jnp.ones((*y.shape[: len(rows)], 1), y.dtype, out_sharding=sharding.act(f"{rows}1"))
+  spec = sharding.act(rows + columns)
+  of_rows = spec and P(*spec[: len(rows)], None)
+  ones = jnp.ones((*y.shape[: len(rows)], 1), y.dtype, out_sharding=of_rows)
   ones = jax.lax.optimization_barrier(ones)  # Else XLA sees through it, and adds up rows again.
   bias = sharding.gathered(bias[None], (), sharding.split_over(y, len(rows)))
-  return y + jnp.tensordot(ones, bias, 1, out_sharding=sharding.act(rows + columns))
+  return y + jnp.tensordot(ones, bias, 1, out_sharding=spec)
 
 
 def _matrix(a, rows: str, columns: str) -> jax.Array:

@@ -23,6 +23,8 @@ from bigtrain.mesh import ordered
 from bigtrain.products import Delayed, Products
 
 TOP = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}  # Largest numbers.
+# Of scales: that of a row of the tiniest gradients would be no number that has an inverse.
+LEAST = 2.0**-126
 FIRST = 8.0  # What delayed scaling takes the largest magnitude to be before it has seen one.
 
 
@@ -60,13 +62,14 @@ def rounded(form: str, x, over: tuple[int, ...] | None, amax=None) -> Rounded:
     seen = jax.lax.pmax(seen, ordered(jax.typeof(seen).mat.varying))
   # 0: nothing was seen yet.
   limit = seen if amax is None else jnp.where(amax > 0, amax, FIRST).astype(x.dtype)
-  scale = jnp.where(limit > 0, limit / TOP[form], 1)
+  scale = jnp.maximum(limit / TOP[form], LEAST)
   kept = () if over is None else tuple(i for i in range(x.ndim) if i not in over)
   x = x * jnp.expand_dims(1 / scale, [i for i in range(x.ndim) if i not in kept])
   if amax is not None:
     x = jnp.clip(x, -TOP[form], TOP[form])
   q = jnp.round(x).astype(jnp.int8) if form == "int8" else x.astype(form)
-  return Rounded(q, scale, seen)
+  # Eight bits cannot say that something was no number, and a scale from before does not.
+  return Rounded(q, scale if amax is None else jnp.where(jnp.isfinite(seen), scale, seen), seen)
 
 
 def weight(low: Low, dims: str, n: int, like) -> Rounded:

@@ -22,7 +22,9 @@ from bigtrain.mesh import OTHER_NAMES, Mesh
 from bigtrain.models import attention, moe, norm, transformer
 from bigtrain.optim import clip
 from bigtrain.parallel import expert
+from bigtrain.parallel.expert import Capacity, Dropless
 from bigtrain.parity import shrink
+from bigtrain.parity.report import Tensor
 from bigtrain.parity.shrink import small_mesh
 from bigtrain.program import Program
 from bigtrain.validate import validate
@@ -286,6 +288,31 @@ def test_without_a_fault_the_same_experiment_is_equal(experts):
 # The command.
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("dispatch", "axes"),
+  [
+    (Dropless(buffer=1.0), ("expert",)),
+    (Dropless(buffer=1.0, exchange="ragged"), ("expert", "fsdp")),
+    (Capacity(factor=0.7), ("expert", "context")),
+    (Capacity(factor=0.7), ("sequence",)),
+  ],
+  ids=["slots", "ragged", "context", "sequence"],
+)
+def test_experts_without_room_for_all_are_no_fault_of_a_mesh(dispatch, axes):
+  e, _ = load("experiments/moe.py")
+  e.model.pattern[0].feed_forward.dispatch, e.mesh = dispatch, mesh_of(axes)
+  report = families.check(shrink(e))
+  assert report.equal, report.verdict()
+
+
+def test_a_step_that_is_no_number_is_not_made_good_by_the_next():
+  tensor, one = Tensor("gradient", "w"), np.ones(2)
+  for got in (one, one * np.nan, one):
+    tensor.see(got, one, one)
+  assert not tensor.equal and tensor.step == 2
+
+
 def run(capsys, *arguments) -> tuple[int, str]:
   code = cli.main(["parity", *arguments])
   return code, capsys.readouterr().out
@@ -355,6 +382,14 @@ def test_two_processes_find_a_fault_too(tmp_path):
   code, out, err = over_processes(tmp_path, "tools/benchmarks/faulty.py", "--mesh.data=4", "--json")
   assert code == Exit.CHECK, err
   assert json.loads(out)["first"]["name"] == "up_IF"
+
+
+@pytest.mark.parametrize(
+  ("axis", "message"), [("--mesh.fsdp=1", "this mesh is one device"), ("--mesh.fsdp=3", "use 30")]
+)
+def test_two_processes_refuse_what_one_refuses_and_say_it_once(axis, message, tmp_path):
+  code, out = over_processes(tmp_path, "experiments/mlp.py", axis)
+  assert code == Exit.REFUSED and out.count(message) == 1, out
 
 
 @pytest.mark.slow

@@ -94,6 +94,31 @@ def test_products_and_gradients_are_those_of_the_rounded_operands(c):
     assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
+def of_ones(c, x=1.0, g=1.0):
+  """y, dx and dw of arrays of ones, but for the first row of x and of the gradient."""
+  x_BD = jnp.ones((4, 16)).at[0].set(x)
+  product = lambda x, w: project("BD,DF->BF", x, marked(w, c))
+  y_BF, pull = jax.vjp(product, x_BD, jnp.ones((16, 6)))
+  return y_BF, *pull(jnp.ones_like(y_BF).at[0].set(g))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-37, 1e-34, 1e-30])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_tiny_gradients_is_a_row_of_numbers(form, size):
+  _, dx_BD, dw_DF = of_ones(FORMS[form], g=size)
+  np.testing.assert_allclose(dx_BD[0], 0.0, atol=1e-20)
+  np.testing.assert_allclose(dx_BD[1:], 6.0, rtol=0.1)
+  np.testing.assert_allclose(dw_DF, 3.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("c", [*FORMS.values(), Products(scaling=Delayed())], ids=str)
+def test_what_is_no_number_is_none_behind_a_product(c, bad):
+  y_BF, *_ = of_ones(c, x=bad)
+  _, dx_BD, dw_DF = of_ones(c, g=bad)
+  assert not any(np.isfinite(a[0]).any() for a in (y_BF, dx_BD, dw_DF))
+
+
 def test_the_gradient_of_delayed_scales_is_what_the_product_has_met():
   c, r = FORMS["float8 delayed"], np.random.default_rng(0)
   x, w, g = (jnp.asarray(r.normal(size=s), jnp.float32) for s in ((8, 16), (16, 6), (8, 6)))

@@ -22,8 +22,9 @@ def rows(table_VD: jax.Array, ids_BT: jax.Array, dtype) -> jax.Array:
 
   Devices either gather the table, or exchange what is looked up: each finds its part of the rows
   that all of them ask for, and an all-to-all brings the parts of a row together. That is less to
-  send where a device has fewer tokens than the table has rows. Its gradient then comes back by
-  token too, and is added up in the table's own dtype.
+  send where a device has fewer tokens than rows of the table (its part of them, where the
+  vocabulary is split). Its gradient then comes back by token too, and is added up in the table's
+  own dtype.
 
   Where the vocabulary is split each device looks up what it has of it, and these parts are summed:
   over `tensor` by one all-reduce, over `sequence`, which wants parts of the row, by one
@@ -53,9 +54,9 @@ def _exchanged_over(table_VD, ids_BT) -> tuple[str, ...]:
   if not parts or not parts <= sharding.split_over(ids_BT):
     return ()
   place = jax.typeof(table_VD).sharding
-  width = place.shard_shape(table_VD.shape)[1]
+  length, width = place.shard_shape(table_VD.shape)
   tokens = math.prod(jax.typeof(ids_BT).sharding.shard_shape(ids_BT.shape))
-  less = width >= WIDE and tokens < len(table_VD)
+  less = width >= WIDE and tokens < length
   return tuple(axis for axis in AXES if axis in parts) if less else ()
 
 

@@ -56,7 +56,7 @@ class Tensor:
     self.rounding = max(
       self.rounding, _norm(np.subtract(moved, wanted, dtype=np.float64)) / max(norm, 1e-30)
     )
-    if not difference <= self.difference:
+    if not (difference <= self.difference or np.isnan(self.difference)):  # NaN is the worst.
       self.norm, self.difference, self.step = norm, difference, self.seen
 
 

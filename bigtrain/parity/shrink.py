@@ -15,11 +15,12 @@ from typing import Any
 from bigtrain.config import Refused, configs
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
-from bigtrain.models.moe import BalanceLoss
+from bigtrain.models.moe import BalanceLoss, MoEConfig
 from bigtrain.models.transformer import TransformerConfig
 from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.schedule import Schedule
 from bigtrain.optim.soap import SOAP
+from bigtrain.parallel.expert import Capacity
 from bigtrain.parity.synthetic import made_up
 from bigtrain.sharding import ACTIVATION
 from bigtrain.smoke import LENGTHS, capped
@@ -81,6 +82,8 @@ def shrink(experiment: Experiment) -> Experiment:
       node.dtype = "float32"
     if isinstance(node, BalanceLoss) and e.mesh.pipeline > 1:
       node.over = "row"  # Over a batch it is another number: that of each microbatch in the stages.
+    if isinstance(node, MoEConfig):
+      _make_room(node, e.mesh)
   lengths = {name: LENGTH for name in LENGTHS}
   e.data = made_up(capped(e.data, lengths).smoke(), e.model)
   e.products, e.weights = None, "float32"
@@ -129,6 +132,18 @@ def _few_layers(node: Any, stages: int) -> None:
         setattr(node, name, len(node.first) + repeats * len(node.pattern) + rest)
   elif isinstance(layers := getattr(node, "layers", None), int):
     node.layers = min(layers, LAYERS)
+
+
+def _make_room(c: MoEConfig, mesh: Mesh) -> None:
+  """Gives experts room for all, on the way they have: who finds none is for each mesh another.
+
+  `Capacity`, which has slots for each row, fills them alike on meshes that do not cut rows.
+  """
+  if isinstance(c.dispatch, Capacity):
+    if mesh.context > 1:
+      c.dispatch.factor = max(c.dispatch.factor, c.experts / c.top_k)
+  elif c.dispatch.buffer is not None:
+    c.dispatch.buffer = float(mesh.expert)
 
 
 def _drop(e: Experiment, devices: int) -> None:

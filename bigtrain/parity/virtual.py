@@ -12,6 +12,7 @@ import numpy as np
 
 from bigtrain import processes
 from bigtrain.config import Refused
+from bigtrain.exit_codes import Exit
 from bigtrain.mesh import Mesh
 from bigtrain.parity.shrink import size
 
@@ -41,8 +42,14 @@ def joined(count: int, arguments: list[str]) -> Iterator[None]:
   os.dup2(2, 1)  # Gloo prints all that it connects.
   try:
     processes.initialize()
-    yield
+    refused = None
+    try:
+      yield
+    except Refused as error:  # As all do; the first one says it.
+      refused = error if others else SystemExit(Exit.REFUSED)
     jax.distributed.shutdown()  # It waits for the others, who do the same.
+    if refused is not None:
+      raise refused
   except BaseException:
     for other in others:
       other.kill()
@@ -65,7 +72,7 @@ def over_devices(mesh: Mesh, count: int) -> jax.sharding.Mesh:
   n = size(mesh)
   try:
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", n // count)
+    jax.config.update("jax_num_cpu_devices", max(n // count, 1))  # Of a mesh of one, to refuse it.
   except RuntimeError:  # It has begun.
     pass
   found = jax.devices("cpu")

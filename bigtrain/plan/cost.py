@@ -275,7 +275,7 @@ class _Estimate:
       return Collective(kind, (), 0, 0, 0.0, 0.0, True, "")
     size = network.size(i)
     group, axes = self.links.group(i)
-    if kind == "reduce-scatter":  # What it prints is a part of what it moves.
+    if i.opcode == "reduce-scatter":  # What it prints is a part of what it moves.
       size *= len(group)
     seconds = self.links.seconds(kind, size, group, rings=i.attributes.count('"phase_rings"'))
     return Collective(kind, axes, size, 1, seconds, 0.0, phase == "start", i.scope)

@@ -117,9 +117,16 @@ class Network:
 
 
 def size(i: Instruction) -> int:
-  """Bytes that a collective moves: its larger side, as a chip sees it."""
-  found = [a.bytes for a in i.arrays if a.dims or len(i.arrays) == 1]
-  return max(found, default=0) if i.opcode.endswith("-start") else sum(found)
+  """Bytes that a collective moves: its larger side, as a chip sees it.
+
+  One that is started prints its operands, of which the compiler may have combined several, and then
+  its results; an all-reduce prints results alone.
+  """
+  found = [a.bytes for a in i.arrays]
+  if not i.opcode.endswith("-start"):
+    return sum(found)
+  n = len(i.operands)
+  return max(sum(found[:n]), sum(found[n : 2 * n]))
 
 
 def _listed(attributes: str) -> list[int]:

@@ -42,6 +42,7 @@ def test_the_plain_form_equals_the_formula(form):
 def test_splash_equals_the_formula(form, monkeypatch):
   """In interpret mode, over two blocks of queries and of keys."""
   monkeypatch.setattr(splash, "BLOCKS", (128,))
+  monkeypatch.setattr(splash, "KEYS", 128)
   c = attention.call(FORMS[form], 256, rows=1)
   monkeypatch.setattr(splash, "FUSED", 0 if form == "causal" else 256)
   got = gradients(lambda c: splash.attend(c, interpret=True), c)
@@ -59,6 +60,18 @@ def test_splash_runs_its_forward_kernel_once_where_its_results_are_kept():
     return str(used).count("pallas_call[")
 
   assert (kernels(), kernels("attention")) == (3, 2)
+
+
+@pytest.mark.parametrize(
+  ("T", "kernels"),
+  # 512 by 16, by 15, and 128 by 7 * 7, by 61; forward and backward.
+  [(8192, 1 + 4), (7680, 1 + 5), (6272, 1 + 7), (7808, 1 + 2)],
+)
+def test_rows_of_any_length_take_few_kernels(T, kernels):
+  c = call_of(FORMS["causal"], T)
+  attend = lambda *arrays: splash.attend(Call(*arrays, *c[3:]), interpret=True).sum()
+  made = jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*c[:3])
+  assert str(made).count("pallas_call[") == kernels
 
 
 @pytest.mark.tpu

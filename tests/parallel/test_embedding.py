@@ -68,7 +68,12 @@ def test_rows_and_their_gradient_are_those_of_one_device(mesh, exchanged, monkey
   assert bool(re.search(r" all-to-all(-start)?\(", text)) == exchanged
 
 
-def test_the_table_travels_where_it_has_fewer_rows_than_a_device_has_tokens(monkeypatch):
+@pytest.mark.parametrize(("mesh", "split"), [(Mesh(), 1), (Mesh(fsdp=4, tensor=2), 2)], ids=str)
+@pytest.mark.parametrize("more", [0, 2])
+def test_the_table_travels_where_a_device_has_more_tokens_than_rows_of_it(
+  mesh, split, more, monkeypatch
+):
   monkeypatch.setattr(embedding, "WIDE", 1)
-  monkeypatch.setattr("tests.parallel.test_embedding.V", B * T // 8)
-  assert "all-to-all" not in looked_up(Mesh())[2]
+  tokens = B * T * split // 8
+  monkeypatch.setattr("tests.parallel.test_embedding.V", (tokens + more) * split)
+  assert ("all-to-all" in looked_up(mesh)[2]) == bool(more)

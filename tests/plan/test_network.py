@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigtrain.plan import hlo
+from bigtrain.plan import cost, hlo
 from tests.plan.snippets import links
 
 LINK = 9e10  # Of v5p, one way.
@@ -53,3 +53,28 @@ def test_between_slices_the_slow_network_carries_it():
   two = links("v5e:2x2", 2, outer=2, fsdp=4)
   assert two.seconds("all-reduce", 1000, [0, 4]) == pytest.approx(1000 / 3.125e9)
   assert two.seconds("all-gather", 1000, [0, 1, 2, 3]) == pytest.approx(750 / 9e10)
+
+
+@pytest.mark.parametrize(
+  ("printed", "moved"),
+  [
+    ("f32[8] all-reduce(%a)", 32),
+    ("(f32[8], f32[4]) all-reduce(%a, %b)", 48),
+    ("f32[8] all-reduce-start(%a)", 32),
+    ("(f32[8], f32[4]) all-reduce-start(%a, %b)", 48),
+    ("f32[8] all-gather(%a)", 32),
+    ("(f32[2], f32[8]) all-gather-start(%a)", 32),
+    ("((f32[2], f32[1]), (f32[8], f32[4])) all-gather-start(%a, %b)", 48),
+    ("f32[8] reduce-scatter(%a)", 128),
+    ("((f32[32]), f32[8]) reduce-scatter-start(%a)", 128),
+    ("((f32[32], f32[4]), (f32[8], f32[1])) reduce-scatter-start(%a, %b)", 144),
+    ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)", 32),
+  ],
+)
+def test_what_a_collective_moves_is_read_from_every_form_of_it(printed, moved):
+  text = f"""ENTRY %main (a: f32[8]) -> f32[8] {{
+  ROOT %c = {printed}, replica_groups={{{{0,1,2,3}}}}
+}}
+"""
+  (found,) = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4)).collectives
+  assert found.bytes == moved

@@ -24,6 +24,11 @@ BLOCKS = (512, 256, 128)
 # Keys up to which the backward pass is by one kernel, of five products instead of the seven of two.
 # It writes the gradient of the queries once for each block of keys, to be added.
 FUSED = 16 * BLOCKS[0]
+# Keys of such a kernel, at most; twice as many in rows of more than four times that. Larger ones
+# compute more that is masked (18% more products at a quarter of the row), and have fewer gradients
+# of the queries to write and to add.
+KEYS = 1024
+MANY = 16  # Of them, at most: a row that divides into none but small ones takes the two.
 
 
 def limit(form: Form, dropout: float) -> str | None:
@@ -55,7 +60,9 @@ def attend(call: Call, *, interpret: bool = False) -> jax.Array:
     q_BNTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4)).reshape(B, K * G, T, H)
     # Kept as the kernel takes them: in another order they would be copied in both passes.
     inputs = named(q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
-    row = functools.partial(_fused if k_BSKH.shape[1] <= FUSED else _plain, call.form, interpret)
+    S = k_BSKH.shape[1]
+    one = S <= FUSED and S <= MANY * _keys(S)
+    row = functools.partial(_fused if one else _plain, call.form, interpret)
     out_BNTH: Any = jax.vmap(row)(*inputs, query_BT, key_BS)
     out_BKGTH = out_BNTH.reshape(B, K, G, T, H)
     return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
@@ -67,7 +74,8 @@ def attend(call: Call, *, interpret: bool = False) -> jax.Array:
 def _plain(form: Form, interpret: bool, q_NTH, k_KSH, v_KSH, query_T, key_S) -> jax.Array:
   """Of one row (N, T, H), with the library's own backward pass of two kernels."""
   sizes = (len(q_NTH), q_NTH.shape[1], k_KSH.shape[1])
-  kernel = _kernel(form, *sizes, interpret=interpret, residual_checkpoint_name="attention")
+  settings = {"interpret": interpret, "residual_checkpoint_name": "attention"}
+  kernel = _kernel(form, *sizes, fused=False, **settings)
   return kernel(q_NTH, k_KSH, v_KSH, _segments(query_T, key_S))
 
 
@@ -96,9 +104,7 @@ def _fused_backward(form: Form, interpret: bool, kept, dout_NTH) -> Any:
   wide = jnp.float32
   dot_NT = jnp.einsum("nth,nth->nt", out_NTH.astype(wide), dout_NTH.astype(wide))
   (N, T, _), S = q_NTH.shape, k_KSH.shape[1]
-  # Larger blocks compute more that is masked (18% more products at a quarter of the row), and have
-  # fewer gradients of the queries to write and to add.
-  size = _block(S, (2048, 1024, *BLOCKS) if S > 4096 else (1024, *BLOCKS))
+  size = _keys(S)
   dq_NTH, dkv = jnp.zeros(q_NTH.shape, wide), []
   for first in range(0, S, size):
     kernel = _kernel(form, N, T, size, first, interpret=interpret)
@@ -147,7 +153,15 @@ def _block(size: int, sizes: tuple[int, ...]) -> int:
   return next(n for n in sizes if size % n == 0)
 
 
-def _kernel(form: Form, heads: int, T: int, S: int, first: int = 0, **settings) -> Any:
+def _keys(S: int) -> int:
+  """How many keys each kernel of the backward pass takes, of a row of so many."""
+  most, unit = KEYS * (1 + (S > 4 * KEYS)), _block(S, BLOCKS)
+  return max(n for n in range(unit, max(most, unit) + 1, unit) if S % n == 0)
+
+
+def _kernel(
+  form: Form, heads: int, T: int, S: int, first: int = 0, *, fused: bool = True, **settings
+) -> Any:
   """The library's, of T queries and the S keys from column `first` on."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -158,7 +172,6 @@ def _kernel(form: Form, heads: int, T: int, S: int, first: int = 0, **settings) 
   else:
     mask = masks.CausalMask((T, S), -first) if form.causal else masks.FullMask((T, S))
   queries, keys = (_block(size, BLOCKS) for size in (T, S))
-  fused = S <= FUSED
   sizes = splash.BlockSizes(
     block_q=queries,
     block_kv=keys,
