@@ -52,11 +52,14 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
   own = argv is None  # Whether the process is this command's own.
-  if own:
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, _stop)
-    sys.unraisablehook = unraisable
   name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+  if own:
+    # While a compiler runs for minutes no handler of Python's would get a turn, and a plan has
+    # nothing to lose.
+    handler = signal.SIG_DFL if name == "plan" else _stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, handler)
+    sys.unraisablehook = unraisable
   try:
     with of_command():
       return _run(name, arguments)

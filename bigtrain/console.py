@@ -1,6 +1,7 @@
 """Ways to tell people what goes on, on standard error and by the first process alone."""
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -91,3 +92,11 @@ def _is_first() -> bool:
 
   # A process on its own needs no device to know that it is the first.
   return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def tables():
+  """A console for tables on standard output; where that is a pipe or a file, a wide one."""
+  from rich.console import Console
+
+  wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+  return Console(width=wide)

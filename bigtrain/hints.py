@@ -38,3 +38,11 @@ def command(arguments: str, extra: str = "") -> str:
   if "UV" not in os.environ:  # uv sets it for what it runs.
     return f"bigtrain {arguments}"
   return f"uv run {f'--extra {extra} ' * bool(extra)}bigtrain {arguments}"
+
+
+def installed(extra: str, python: str | None = None) -> str:
+  """How an extra of the package is installed; `python` is the oldest version that it takes."""
+  of = f"--python {python} " if python else ""
+  needs = f" on Python {python} or later" if python else ""
+  run = f"uv run {of}--extra {extra} bigtrain ..."
+  return f"in a checkout {run}, or pip install '.[{extra}]'{needs}"

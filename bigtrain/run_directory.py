@@ -68,6 +68,12 @@ class RunDirectory:
           + "\n  ".join(changes)
           + f"\ntake another directory with {_dir()}, or go on with the new config: {_changes()}"
         )
+      done = max((int(p.name) for p in self.checkpoints.glob("*") if p.name.isdecimal()), default=0)
+      if experiment.steps is not None and done > experiment.steps:
+        raise Refused(
+          f"{self.path} is at step {done} already, and this is a run of {experiment.steps}; "
+          f"ask for more steps, or take another directory with {_dir()}"
+        )
     elif foreign := sorted(filter(_foreign, names)):
       raise Refused(
         f"{self.path} has no config.json but {', '.join(foreign[:5])}: "

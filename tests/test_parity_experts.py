@@ -136,9 +136,10 @@ def test_experts_stay_where_they_are_and_their_gradients_are_scattered():
   own = X // 4 * packed.D * F  # Elements of each of the three kinds of matrices on a device.
   assert found[Collective("all-gather", ("fsdp",), own)] == 3
   assert found[Collective("reduce-scatter", ("fsdp",), own // 2)] == 3
-  slots = 4 * A * packed.T * packed.D  # For what each of four devices could send; a row each.
+  slots = 4 * A * packed.T  # For what each of four devices could send; a row each.
   travelled = {c: n for c, n in found.items() if c.kind == "all-to-all"}
-  assert sum(n * c.elements for c, n in travelled.items()) == 4 * slots
+  # Rows there and back, and their gradients; factors there, and theirs back.
+  assert sum(n * c.elements for c, n in travelled.items()) == slots * (4 * packed.D + 2)
   assert {c.axes for c in travelled} == {("expert",)}
   scores = packed.B * packed.T * X
   assert not any(c.kind == "all-gather" and c.elements == scores for c in found)

@@ -27,6 +27,16 @@ def test_a_changed_config_is_refused_with_every_difference(tmp_path):
   begin(tmp_path, steps=7)
 
 
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_changed(tmp_path):
+  begin(tmp_path)
+  (tmp_path / "checkpoints" / "22").mkdir(parents=True)
+  before = (tmp_path / "config.json").read_text()
+  with pytest.raises(Refused, match="is at step 22 already, and this is a run of 13; ask for more"):
+    begin(tmp_path, steps=13, allow_changes=True)
+  assert (tmp_path / "config.json").read_text() == before
+  begin(tmp_path, steps=22, allow_changes=True)
+
+
 def test_a_run_that_never_trained_takes_any_config(tmp_path):
   begin(tmp_path)
   begin(tmp_path, steps=7)

@@ -14,6 +14,7 @@ from bigtrain.kernels.attention import Tokens
 from bigtrain.kernels.fence import fence
 from bigtrain.models.activation import Activation, ActivationName
 from bigtrain.models.initial import Initializer
+from bigtrain.models.remat import Name
 from bigtrain.precision import project
 
 
@@ -36,6 +37,10 @@ class FeedForwardConfig:
   def dims(self) -> dict[str, tuple[str, int]]:
     """As in ModelConfig: what the mesh must divide."""
     return {"hidden": ("F", self.hidden)}
+
+  def names(self) -> tuple[Name, ...]:
+    """What of it remat can keep."""
+    return ("up", "gate") if self.gated else ("up",)
 
   def flops(self, dim: int, length: int) -> float:
     """Training FLOPs of one row: 6 a weight and token."""

@@ -24,6 +24,7 @@ from bigtrain.kernels.grouped import grouped
 from bigtrain.models.activation import FUNCTIONS, ActivationName
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Initializer
+from bigtrain.models.remat import Name
 from bigtrain.parallel.expert import Capacity, Dropless, through_experts
 from bigtrain.precision import project, raised
 
@@ -112,6 +113,10 @@ class MoEConfig:
     """As in ModelConfig: what the mesh must divide."""
     shared = {"shared": ("F", self.shared)} if self.shared else {}
     return {"experts": ("E", self.experts), "hidden": ("F", self.hidden)} | shared
+
+  def names(self) -> tuple[Name, ...]:
+    """As in FeedForwardConfig: what of it remat can keep."""
+    return "received", "up", "gate"
 
   def flops(self, dim: int, length: int) -> float:
     """Training FLOPs of one row: 6 a token and weight that it meets."""

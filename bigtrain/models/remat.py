@@ -5,7 +5,7 @@ computed again. What is kept may wait in the memory of the host: it is sent ther
 computed next, and is back when its layer's backward pass begins.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, get_args
 
 import jax
@@ -15,6 +15,7 @@ from bigtrain.config import Refused
 Remat = Literal["none", "full", "attention", "qkv", "products"]
 Name = Literal["input", "q", "k", "v", "attention", "residual", "received", "up", "gate"]
 INPUT = "input"  # Of a block; it is kept by every policy.
+OF_ALL: tuple[Name, ...] = (INPUT, "q", "k", "v", "attention", "residual")  # What every block has.
 KEPT: dict[str, tuple[Name, ...]] = {
   "full": (),  # Only the input of each block; all else is computed again.
   "attention": ("attention",),
@@ -29,13 +30,21 @@ def kept(remat: Remat, recompute: tuple[Name, ...]) -> tuple[Name, ...] | None:
   return None if remat == "none" else tuple(n for n in KEPT[remat] if n not in recompute)
 
 
-def refuse(remat: Remat, recompute: tuple[Name, ...], offload: tuple[Name, ...]) -> None:
-  """Refuses to compute again, or to send to the host, what is not kept by name."""
+def refuse(
+  remat: Remat, recompute: tuple[Name, ...], offload: tuple[Name, ...], made: Collection[str]
+) -> None:
+  """Refuses to compute again, or to send to the host, what is not kept by name, or not `made`."""
   for field, names in (("recompute", recompute), ("offload", offload)):
     for name in names:
+      if name not in made:
+        raise Refused(
+          f"model: {field} has {name!r}, which none of its blocks makes; of what can be kept they "
+          f"make {', '.join(n for n in get_args(Name) if n in made)}"
+        )
       if remat == "none":
         raise Refused(
-          f"model: {field} has {name!r}, but remat='none' keeps all, and nothing by name"
+          f"model: {field} has {name!r}, but remat='none' keeps all, and nothing by name; "
+          f"set remat to {next(kind for kind, kept in KEPT.items() if name in (INPUT, *kept))!r}"
         )
       if name not in KEPT[remat] and (name, field) != (INPUT, "offload"):
         known = ", ".join((*[INPUT] * (field == "offload"), *KEPT[remat]))

@@ -90,7 +90,7 @@ class TransformerConfig:
     The `first` blocks, and what is left over of the pattern, are not on stages.
     """
     if self.offload:
-      raise Refused("model: nothing can be sent to the host from within stages; set offload to ()")
+      raise Refused("nothing can be sent to the host from within stages; leave `offload` empty")
     repeats = (self.layers - len(self.first)) // len(self.pattern)
     self.pipeline.check_layers(stages, repeats, rows)
 
@@ -132,7 +132,8 @@ class TransformerConfig:
         )
     if self.unroll < 1:
       raise Refused(f"model: unroll is {self.unroll}; it must be at least 1 (no unrolling)")
-    remat.refuse(self.remat, self.recompute, self.offload)
+    made = [name for b in (*self.first, *self.pattern) for name in b.feed_forward.names()]
+    remat.refuse(self.remat, self.recompute, self.offload, {*remat.OF_ALL, *made})
     if not 0 <= self.dropout < 1:
       raise Refused(f"model: dropout is {self.dropout}; it is a rate, from 0 to below 1")
     if not 0 <= self.drop_path < 1:

@@ -5,7 +5,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from bigtrain.config import Refused, config
-from bigtrain.console import say
+from bigtrain.console import say, tables
 from bigtrain.exit_codes import Exit
 from bigtrain.flags import parse
 
@@ -68,8 +68,6 @@ def command(arguments: list[str]) -> int | None:
 
 def _plan(experiment: "Experiment", topology: "Topology", flags: PlanFlags) -> int | None:
   """One plan. Fails where it does not fit."""
-  from rich.console import Console
-
   from bigtrain.plan.compile import planned
   from bigtrain.plan.report import Plan, explain, show
   from bigtrain.validate import remarks
@@ -85,9 +83,9 @@ def _plan(experiment: "Experiment", topology: "Topology", flags: PlanFlags) -> i
   if flags.json:
     print(json.dumps(plan.json(), indent=2))
   elif compiled.text:
-    show(plan, Console())
+    show(plan, tables())
   else:
-    explain(plan, Console())
+    explain(plan, tables())
   return None if compiled.text else Exit.CHECK
 
 
@@ -95,8 +93,6 @@ def _search(
   target: str, arguments: list[str], e: "Experiment", topology: "Topology", flags: PlanFlags
 ) -> int | None:
   """The ranked table of a search, and the line to paste."""
-  from rich.console import Console
-
   from bigtrain.plan import search
   from bigtrain.plan.report import show_search
 
@@ -106,7 +102,7 @@ def _search(
   if flags.json:
     print(json.dumps([{"settings": c.settings, "plan": c.plan} for c in asked], indent=2))
   else:
-    show_search(found, asked, Console())
+    show_search(found, asked, tables())
   return None if asked[0].fits else Exit.CHECK
 
 

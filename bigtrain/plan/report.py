@@ -91,7 +91,14 @@ class Plan:
       "memory": memory | {"chip": c.topology.chip.hbm, "kinds": by("kind", self.tensors)},
     }
     if not c.text:
-      return found | {"problem": c.problem}
+      arrays = [dataclasses.asdict(array) for array in largest(self.experiment, c.topology)]
+      fits = changes(self.experiment, c.topology, c)
+      return found | {
+        "problem": c.problem,
+        "needs": wanted(c),
+        "arrays": arrays,
+        "changes": [dataclasses.asdict(change) for change in fits],
+      }
     return found | {
       "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors[:TOLD]],
       "step_seconds": self.cost.step,
@@ -231,7 +238,9 @@ def explain(plan: Plan, console) -> None:
   if table.row_count:
     console.print(table)
   else:
-    console.print("no small change fits: take more chips, or let --search combine several")
+    whole = c.state_bytes >= there
+    more = "" if whole else ", or let --search combine several"
+    console.print(f"no small change fits: take more chips{more}")
 
 
 def show_search(found: Found, asked: list[Candidate], console) -> None:

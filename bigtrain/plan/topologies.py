@@ -11,6 +11,7 @@ import os
 import re
 from typing import Any
 
+from bigtrain import hints
 from bigtrain.config import Refused, nearest
 
 GiB = 2**30
@@ -123,7 +124,7 @@ class Topology:
     if importlib.util.find_spec(package) is None:
       raise Refused(
         f"--topology {self.name}: programs for it are compiled by {package}, which is not "
-        f"installed here: pip install 'bigtrain[{extra}]'"
+        f"installed here: {hints.installed(extra, '3.12' if extra == 'tpu' else None)}"
       )
     more: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
     if self.chip.platform == "gpu":
@@ -135,7 +136,11 @@ class Topology:
       else:
         made = topologies.get_topology_desc(self.name, platform="tpu", **more)
     except Exception as error:  # jaxlib's own classes, by version.
-      raise Refused(f"--topology {self.name}: the compiler does not take it: {error}") from error
+      cause = str(error).strip().split("\n")[0][:200]
+      raise Refused(
+        f"--topology {self.name}: the compiler knows no such slice ({cause}); take one that the "
+        "cloud offers, such as v5e:4x4, v5p:2x2x4 or v6e:8x8"
+      ) from error
     return list(made.devices)
 
 
@@ -152,7 +157,8 @@ def topology(name: str, slices: int = 1) -> Topology:
   example = "x".join(("8",) if chip.platform == "gpu" else ("4",) * chip.axes)
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") + 1 != chip.axes:
     raise Refused(
-      f"--topology {name}: a {kind} slice is a grid of {chip.axes} axes; write {kind}:{example}"
+      f"--topology {name}: a {kind} slice is a grid of {chip.axes} axes, each of a positive number "
+      f"of chips, as in {kind}:{example}"
     )
   if slices < 1:
     raise Refused(f"--slices {slices}: there is at least 1 slice")

@@ -198,7 +198,11 @@ def test_every_layer_drops_by_a_key_of_its_own():
     ({"unroll": 0}, "unroll is 0"),
     ({"dropout": 1.0}, "dropout is 1.0; it is a rate"),
     ({"offload": ("q",)}, "offload has 'q', but remat='full' keeps input alone"),
-    ({"remat": "none", "offload": ("q",)}, "remat='none' keeps all, and nothing by name"),
+    ({"remat": "none", "offload": ("q",)}, "nothing by name; set remat to 'qkv'"),
+    (
+      {"remat": "products", "recompute": ("received",)},
+      "none of its blocks makes; .* residual, up",
+    ),
   ],
 )
 def test_impossible_stacks_are_refused(fields, message):

@@ -8,8 +8,9 @@ import pytest
 
 from bigtrain import cli
 from bigtrain.exit_codes import Exit
-from bigtrain.plan import command, compile
+from bigtrain.plan import command, compile, report
 from bigtrain.plan.compile import Compiled, Leaf
+from bigtrain.plan.explain import Change, Traced
 from tests.plan.snippets import links, module
 
 STUDY = """
@@ -67,8 +68,14 @@ def run(tmp_path, monkeypatch, capsys):
   [
     ([], "needs --topology, as in --topology v5p:2x2x4"),
     (["--topology", "v5ee:4x4"], "there is no chip 'v5ee'; did you mean 'v5e'?"),
-    (["--topology", "v5p:4x4"], "a v5p slice is a grid of 3 axes; write v5p:4x4x4"),
-    (["--topology", "v5e:4x"], "a v5e slice is a grid of 2 axes; write v5e:4x4"),
+    (
+      ["--topology", "v5p:4x4"],
+      "a v5p slice is a grid of 3 axes, each of a positive number of chips, as in v5p:4x4x4",
+    ),
+    (
+      ["--topology", "v5e:4x"],
+      "a v5e slice is a grid of 2 axes, each of a positive number of chips, as in v5e:4x4",
+    ),
     (["--topology", "v5e:4x4", "--slices", "0"], "there is at least 1 slice"),
     (["--topology", "v5e:4x4", "--toplogy", "x"], "there is no flag --toplogy"),
   ],
@@ -92,8 +99,8 @@ def test_chips_without_their_compiler_are_refused_with_the_remedy(run, monkeypat
   with monkeypatch.context() as patch:
     patch.setattr(compile, "planned", compile.compile_step)
     patch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'bigtrain[cuda]'" in run("--topology", "h100:8").err
-    assert "pip install 'bigtrain[tpu]'" in run("--topology", "v5e:2x2").err
+    assert "uv run --extra cuda bigtrain" in run("--topology", "h100:8").err
+    assert "uv run --python 3.12 --extra tpu bigtrain" in run("--topology", "v5e:2x2").err
 
 
 def test_a_plan_is_made_once(run):
@@ -121,10 +128,16 @@ def test_tables_and_the_program_are_written(run, tmp_path):
   assert module("loops").entry in (tmp_path / "hlo/step.hlo.txt").read_text()
 
 
-def test_what_does_not_fit_fails_and_says_so_to_tools(run):
+def test_what_does_not_fit_fails_and_says_so_to_tools(run, monkeypatch):
+  scores = Traced("block0.attention", "float32[8,512,512]", 2**23, ("dot_general",))
+  monkeypatch.setattr(report, "largest", lambda *_: [scores])
+  monkeypatch.setattr(report, "changes", lambda *_: [Change({"microbatches": 4}, 2e9, 1.1)])
   result = run("--topology", "v5e:2x2", "--batch", "999", "--json")
   assert result.code == Exit.CHECK
-  assert json.loads(result.out)["problem"] == "out of everything"
+  found = json.loads(result.out)
+  assert found["problem"] == "out of everything"
+  assert found["arrays"][0]["bytes"] == 2**23
+  assert found["changes"] == [{"settings": {"microbatches": 4}, "memory": 2e9, "slower": 1.1}]
 
 
 def test_flags_of_a_search_are_not_passed_on():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from bigtrain import hints
 from bigtrain.config import Refused, diff
 from bigtrain.console import say
 from bigtrain.data.prepare import near, shared_lines
@@ -54,10 +55,7 @@ def prepare(
   from filelock import FileLock, Timeout
 
   if missing := [name for module, name in PACKAGES.items() if find_spec(module) is None]:
-    raise Refused(
-      f"preparing text needs {', '.join(missing)}: pip install 'bigtrain[data]', or in a checkout "
-      "uv run --extra data bigtrain data prepare ..."
-    )
+    raise Refused(f"preparing text needs {', '.join(missing)}: {hints.installed('data')}")
   recipe.check()
   out = pathlib.Path(out)
   try:

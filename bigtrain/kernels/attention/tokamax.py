@@ -1,4 +1,4 @@
-"""Attention of tokamax, an extra (`pip install bigtrain[kernels]`), which has one for every chip.
+"""Attention of tokamax, an extra (`kernels`), which has one for every chip.
 
 Dims: B batch, T query position, S key position, K kv heads, G queries per kv head, N all K*G query
 heads, H head.
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from bigtrain import hints
 from bigtrain.kernels.attention.call import Call, Form, visible
 from bigtrain.kernels.attention.island import apart, misplaced
 
@@ -18,7 +19,7 @@ from bigtrain.kernels.attention.island import apart, misplaced
 def limit(form: Form, dropout: float) -> str | None:
   """Why this kernel cannot compute such a form, if it cannot."""
   if importlib.util.find_spec("tokamax") is None:
-    return "it is not installed (pip install 'bigtrain[kernels]', Python 3.12 or later)"
+    return f"it is not installed ({hints.installed('kernels', '3.12')})"
   return "it has no dropout" if dropout else None
 
 

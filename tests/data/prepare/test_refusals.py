@@ -108,7 +108,7 @@ def test_packages_that_are_missing_are_named_with_the_command_that_installs_them
   with pytest.raises(Refused) as raised:
     prepare(r, tmp_path / "out")
   assert str(raised.value).startswith(
-    "preparing text needs ftfy, warcio: pip install 'bigtrain[data]'"
+    "preparing text needs ftfy, warcio: in a checkout uv run --extra data bigtrain"
   )
   if there("ray") is None:
     monkeypatch.undo()
