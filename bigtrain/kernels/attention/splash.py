@@ -61,7 +61,7 @@ def attend(call: Call, *, interpret: bool = False) -> jax.Array:
     # Kept as the kernel takes them: in another order they would be copied in both passes.
     inputs = named(q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
     S = k_BSKH.shape[1]
-    one = S <= FUSED and S <= MANY * _keys(S)
+    one = S <= FUSED and MANY * _keys(S) >= S
     row = functools.partial(_fused if one else _plain, call.form, interpret)
     out_BNTH: Any = jax.vmap(row)(*inputs, query_BT, key_BS)
     out_BKGTH = out_BNTH.reshape(B, K, G, T, H)
