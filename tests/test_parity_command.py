@@ -12,6 +12,12 @@ from bigtrain import cli, sharding
 from bigtrain.exit_codes import Exit
 
 
+@pytest.fixture(scope="module", autouse=True)
+def begun():
+  """jax has its eight devices before the command asks for as many as it wants."""
+  assert len(jax.devices()) == 8
+
+
 def run(capsys, *arguments) -> tuple[int, str]:
   code = cli.main(["parity", *arguments])
   return code, capsys.readouterr().out
