@@ -2,10 +2,6 @@
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import chex
 import jax
@@ -13,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigtrain import cli, sharding
+from bigtrain import sharding
 from bigtrain.config import Refused
-from bigtrain.exit_codes import Exit
 from bigtrain.kernels import cross_entropy
 from bigtrain.load import load
 from bigtrain.mesh import OTHER_NAMES, Mesh
@@ -74,12 +69,6 @@ def covering(axes, width: int) -> list[tuple[str, ...]]:
     found.append(best)
     left -= pairs(best)
   return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def begun():
-  """jax has its eight devices before the command asks for as many as it wants."""
-  assert len(jax.devices()) == 8
 
 
 MESHES = covering(AXES, WIDTH)
@@ -285,9 +274,6 @@ def test_without_a_fault_the_same_experiment_is_equal(experts):
   assert report.first() is None
 
 
-# The command.
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("dispatch", "axes"),
@@ -311,103 +297,6 @@ def test_a_step_that_is_no_number_is_not_made_good_by_the_next():
   for got in (one, one * np.nan, one):
     tensor.see(got, one, one)
   assert not tensor.equal and tensor.step == 2
-
-
-def run(capsys, *arguments) -> tuple[int, str]:
-  code = cli.main(["parity", *arguments])
-  return code, capsys.readouterr().out
-
-
-def test_the_command_prints_a_table_and_says_equal(capsys):
-  code, out = run(capsys, "experiments/mlp.py", "--mesh.fsdp", "4", "--rows", "3")
-  assert code == Exit.DONE
-  assert out.splitlines()[0].split()[:2] == ["what", "name"] and "\n... and " in out
-  assert "steps on the mesh (fsdp=2) and on one device" in out.splitlines()[-1]
-
-
-def test_the_command_fails_with_the_name_of_what_differs_also_as_json(capsys, monkeypatch):
-  use = sharding.use
-
-  def planted(w, dims, *args, **kwargs):
-    w = w[...] if dims != "FC" or jax.sharding.get_abstract_mesh().empty else w[...] * 1.001
-    return use(w, dims, *args, **kwargs)
-
-  monkeypatch.setattr(sharding, "use", planted)
-  code, out = run(capsys, "experiments/mlp.py", "--mesh.fsdp", "4", "--json")
-  found = json.loads(out)
-  assert (code, found["equal"], found["mesh"]) == (Exit.CHECK, False, {"fsdp": 2})
-  assert found["first"]["name"] == "layers.2.weight", found["first"]["said"]
-  assert 5e-4 < found["first"]["difference"] < 5e-3
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    (["--mesh.fsdp", "1"], "parity compares a mesh with one device"),
-    (["--mesh.fsdp", "3"], "batch 32 is not divisible by the 3 batch shards"),
-    (["--mesh.tensr", "2"], "did you mean --mesh.tensor?"),
-  ],
-)
-def test_the_command_refuses_what_it_cannot_compare(arguments, message, capsys):
-  assert cli.main(["parity", "experiments/mlp.py", *arguments]) == Exit.REFUSED
-  assert message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_command_makes_its_own_devices_on_one_core_for_all_axes_together(tmp_path):
-  axes = ("slices", "data", "fsdp", "tensor")
-  arguments = [f"--mesh.{axis}=2" for axis in axes]
-  command = [sys.executable, "-m", "bigtrain.cli", "parity", "experiments/llama3.py:windowed"]
-  core = {min(os.sched_getaffinity(0))}
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "BIGTRAIN_CACHE": str(tmp_path)}
-  environment.pop("XLA_FLAGS")
-  pin = lambda: os.sched_setaffinity(0, core)
-  done = subprocess.run(
-    [*command, *arguments], env=environment, preexec_fn=pin, capture_output=True, text=True
-  )
-  assert done.returncode == Exit.DONE, done.stdout + done.stderr
-  assert f"({', '.join(f'{axis}=2' for axis in axes)})" in done.stdout
-
-
-def over_processes(tmp_path, *arguments) -> tuple[int, str, str]:
-  """The exit code of the command over two processes, and what it wrote on both streams."""
-  command = [sys.executable, "-m", "bigtrain.cli", "parity", *arguments, "--processes=2"]
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "BIGTRAIN_CACHE": str(tmp_path)}
-  environment.pop("XLA_FLAGS")
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-  return done.returncode, done.stdout, done.stderr
-
-
-def test_two_processes_find_a_fault_too(tmp_path):
-  code, out, err = over_processes(tmp_path, "tools/benchmarks/faulty.py", "--mesh.data=4", "--json")
-  assert code == Exit.CHECK, err
-  assert json.loads(out)["first"]["name"] == "up_IF"
-
-
-@pytest.mark.parametrize(
-  ("axis", "message"), [("--mesh.fsdp=1", "this mesh is one device"), ("--mesh.fsdp=3", "use 30")]
-)
-def test_two_processes_refuse_what_one_refuses_and_say_it_once(axis, message, tmp_path):
-  code, out = over_processes(tmp_path, "experiments/mlp.py", axis)
-  assert code == Exit.REFUSED and out.count(message) == 1, out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ("experiment", "axes"),
-  [
-    ("experiments/gpt2.py", {"fsdp": 2, "tensor": 2}),
-    ("experiments/llama3.py:windowed", {"context": 4, "fsdp": 2}),
-    ("experiments/moe.py", {"expert": 2, "data": 2}),
-    ("experiments/gpt2.py", {"pipeline": 2, "data": 2}),
-  ],
-  ids=["fsdp-tensor", "context-fsdp", "expert-data", "pipeline-data"],
-)
-def test_two_processes_compute_what_one_device_computes(experiment, axes, tmp_path):
-  sizes = {"fsdp": 1} | axes
-  mesh = (f"--mesh.{axis}={n}" for axis, n in sizes.items())
-  code, out, err = over_processes(tmp_path, experiment, *mesh)
-  assert code == Exit.DONE, out + err
 
 
 # The small copy.

@@ -2,9 +2,10 @@
 
 - An instruction with `estimated_cycles` takes these at the chip's clock. Those with a matrix
   product in them are "matrix", the others "vector".
-- A kernel carries no estimate. Attention, by Pallas or cuDNN, is counted by its products, of which
-  a causal mask leaves half, at 60% of peak: two forward, five in a fused backward pass (three and
-  four where it is two kernels). Others take what their own cost estimate says, as a roofline.
+- A kernel carries no estimate. Attention, by Pallas or cuDNN, is counted by its products at 60% of
+  peak, of all of it the half that a causal mask leaves: two forward, five in a fused backward pass
+  (three and four where it is two kernels). Others take what their own cost estimate says, as a
+  roofline.
 - What else carries none (a gather, a scatter, a sort, a copy) takes the time to read and write its
   bytes: "moved".
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous
