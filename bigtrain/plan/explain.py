@@ -81,7 +81,8 @@ def _arrays(jaxpr, sizes: dict[str, int], outer: str) -> Iterator[Traced]:
   for equation in jaxpr.eqns:
     scope = f"{outer}/{equation.source_info.name_stack}"
     for var in equation.outvars:
-      if getattr(var.aval, "shape", None) and hasattr(var.aval, "dtype"):
+      has_size = getattr(var.aval, "shape", None) and hasattr(var.aval, "dtype")
+      if has_size and not _is_laid_by_compiler(var.aval):
         yield _traced(var.aval, scope, equation.primitive.name, sizes)
     for inner in _inner(equation.params):
       yield from _arrays(inner, sizes, scope)
@@ -93,6 +94,12 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
       found = getattr(found, "jaxpr", found)
       if hasattr(found, "eqns"):
         yield found
+
+
+def _is_laid_by_compiler(aval) -> bool:
+  """Whether the type does not say what a chip holds, as inside a look-up with `out_sharding`."""
+  sharding = getattr(aval, "sharding", None)
+  return sharding is not None and bool(sharding.mesh.auto_axes)
 
 
 def _traced(aval, scope: str, primitive: str, sizes: dict[str, int]) -> Traced:

@@ -166,3 +166,11 @@ def test_the_largest_arrays_of_a_step_are_named_by_their_part_of_the_model(grid)
   # Of a block of blockwise attention: rows, kv heads here, their queries' heads, queries, keys.
   assert scores.shape == "float32[4,1,2,128,256]"
   assert scores.bytes == 4 * 2 * 128 * 256 * 4 and "exp" in scores.made_by
+
+
+def test_what_is_looked_up_counts_as_one_chip_holds_it(grid):
+  e = study()
+  e.mesh = Mesh(fsdp=8)
+  embed = [t for t in explain.largest(e, grid, few=1000) if t.where == "embed"]
+  rows = e.batch // 8 * e.data.seq
+  assert max(t.bytes for t in embed) <= max(rows, e.model.vocab) * e.model.dim * 4
