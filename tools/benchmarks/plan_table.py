@@ -44,7 +44,7 @@ class Row:
 
 
 KEEP = "--model.remat products"
-# Equal slots, a quarter more than an even share: what does not fit is left out and counted.
+# "slots" in the table: equal ones, a quarter more than an even share; the rest is left out, counted.
 SLOTS = "--DISPATCH.buffer 1.25 --DISPATCH.exchange all_to_all".replace(
   "DISPATCH", "model.pattern.0.feed_forward.dispatch"
 )
@@ -149,7 +149,8 @@ def plan(row: Row) -> dict:
 
 
 def line(row: Row, found: dict) -> str:
-  what = f"| {row.preset} | {row.topology} | {row.rows} | {row.settings.replace('--', '')} |"
+  settings = row.settings.replace(SLOTS, "slots").replace("--", "")
+  what = f"| {row.preset} | {row.topology} | {row.rows} | {settings} |"
   if "step_seconds" not in found:
     return f"{what} {found['problem'].splitlines()[0][:120]} | | | | |"
   memory, parts = found["memory"], found["parts"]
