@@ -44,7 +44,7 @@ class Row:
 
 
 KEEP = "--model.remat products"
-# "slots" in the table: equal ones, a quarter more than an even share; the rest is left out, counted.
+# "slots" in the table: equal ones, for a quarter more than an even share.
 SLOTS = "--DISPATCH.buffer 1.25 --DISPATCH.exchange all_to_all".replace(
   "DISPATCH", "model.pattern.0.feed_forward.dispatch"
 )
