@@ -295,11 +295,10 @@ def _written(i: Instruction) -> float:
 
 def kernel(i: Instruction, computation: Computation, chip) -> tuple[float, float]:
   """(FLOPs, seconds) of a Pallas kernel, or of attention by cuDNN, by the stated model."""
-  cudnn = CUDNN in (i.target or "")
+  cudnn = CUDNN in i.target
   name = f"{i.scope} {i.attribute('kernel_name') or ''} {i.name}"
-  products = _products_of(name, len(i.arrays))
-  if cudnn:
-    products = 5 if "Backward" in i.target else 2
+  fused = 5 if "Backward" in i.target else 2
+  products = fused if cudnn else _products_of(name, len(i.arrays))
   given = [computation.by_name[o].arrays for o in i.operands if o in computation.by_name]
   whole = [a[0].dims for a in given if a and len(a[0].dims) >= 3 and a[0].dtype in FLOATS]
   if products and len(whole) >= 2:
