@@ -68,7 +68,7 @@ class RunDirectory:
           + "\n  ".join(changes)
           + f"\ntake another directory with {_dir()}, or go on with the new config: {_changes()}"
         )
-      done = max((int(p.name) for p in self.checkpoints.glob("*") if p.name.isdecimal()), default=0)
+      done = max(self._saved(), default=0)
       if experiment.steps is not None and done > experiment.steps:
         raise Refused(
           f"{self.path} is at step {done} already, and this is a run of {experiment.steps}; "
@@ -173,9 +173,11 @@ class RunDirectory:
       raise OSError(error.errno, error.strerror, os.fspath(self.path / name)) from error
 
   def _has_trained(self) -> bool:
-    return (self.path / "metrics.jsonl").exists() or any(
-      path.name.isdecimal() for path in self.checkpoints.glob("*")
-    )
+    return (self.path / "metrics.jsonl").exists() or bool(self._saved())
+
+  def _saved(self) -> list[int]:
+    """The steps of the checkpoints, by the names of their directories."""
+    return [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
 
 
 def _open_lines(path: epath.Path):

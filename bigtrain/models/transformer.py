@@ -74,6 +74,10 @@ class TransformerConfig:
     parts = [(self.first, 1), (self.pattern, repeats), (self.pattern[:rest], 1)]
     return [(blocks, n) for blocks, n in parts if blocks and n]
 
+  def kept(self) -> tuple[Name, ...] | None:
+    """The names of what is kept besides the input of each block; None where all is."""
+    return remat.kept(self.remat, self.recompute)
+
   def dims(self) -> dict[str, tuple[str, int]]:
     """As in ModelConfig: what the mesh must divide."""
     dims = {"dim": ("D", self.dim)}
@@ -281,7 +285,7 @@ class Transformer(nnx.Module):
       if cache is None and pipeline.is_staged(list(blocks)):
         stage = functools.partial(_stage, apply=apply, unroll=unroll)
         layers, of_rows = (list(blocks), *here), (tokens, memory)
-        kept = remat.kept(self.c.remat, self.c.recompute)
+        kept = self.c.kept()
         x_BTD, found = pipeline.run(stage, self.c.pipeline, kept, layers, x_BTD, of_rows, bias_KGP)
       else:
         # What every layer is given.
@@ -318,7 +322,7 @@ class Transformer(nnx.Module):
         x_BTD = checkpoint_name(x_BTD, remat.INPUT)
       return taps.collected(block)(x_BTD, *args)
 
-    kept = remat.kept(self.c.remat, self.c.recompute)
+    kept = self.c.kept()
     if (policy := remat.policy(kept, self.c.offload)) is None:
       return apply
     # Within a loop the compiler cannot merge the two computations; outside it must be kept from it.

@@ -21,7 +21,6 @@ import math
 from typing import Any
 
 from bigtrain.experiment import Experiment
-from bigtrain.models import remat
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.moe import MoEConfig
 from bigtrain.models.remat import INPUT, KEPT
@@ -141,7 +140,7 @@ def _kept(c: TransformerConfig, split: int) -> tuple[float, float]:
     widths["received"] = c.dim * f.top_k
   elif not f.gated:
     widths["gate"] = 0.0
-  kept = remat.kept(c.remat, c.recompute)
+  kept = c.kept()
   names = {INPUT, *(KEPT["products"] if kept is None else kept)}
   here = (c.remat == "none") * 7 * c.dim + sum(widths[name] for name in names - {*c.offload})
   return BF16 * here, BF16 * sum(widths[name] for name in c.offload)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from bigtrain.experiment import Experiment
-from bigtrain.models import remat as remats
 from bigtrain.models.remat import INPUT, Remat
 from bigtrain.models.transformer import TransformerConfig
 from bigtrain.plan.closed import Sizes, guess
@@ -153,5 +152,5 @@ def _single(e: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
     for n in (2, 4, 8, 16):
       yield {"model.remat": "full", "microbatches": e.microbatches * n}
   yield {"optimizer_on_host": True}
-  if (kept := remats.kept(model.remat, model.recompute)) is not None:
+  if (kept := model.kept()) is not None:
     yield {"model.offload": (INPUT, *kept)}

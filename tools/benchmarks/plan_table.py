@@ -45,9 +45,8 @@ class Row:
 
 KEEP = "--model.remat products"
 # "slots" in the table: equal ones, for a quarter more than an even share.
-SLOTS = "--DISPATCH.buffer 1.25 --DISPATCH.exchange all_to_all".replace(
-  "DISPATCH", "model.pattern.0.feed_forward.dispatch"
-)
+DISPATCH = "--model.pattern.0.feed_forward.dispatch"
+SLOTS = f"{DISPATCH}.buffer 1.25 {DISPATCH}.exchange all_to_all"
 ROWS = (
   Row("gpt2:124m", "v5e:2x2", 8, KEEP),
   Row("gpt2:355m", "v5e:2x2", 4, KEEP),
