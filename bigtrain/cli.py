@@ -132,6 +132,7 @@ class RunFlags:
   smoke: bool = False  # Shrink the experiment, to end within a minute on two CPU cores.
   quiet: bool = False  # No progress on the console.
   allow_changes: bool = False  # Go on with a run whose config was another.
+  restart: bool = False  # Begin again at step 0 if none of the run's checkpoints is whole.
   profile: Profile = Profile()
 
 
@@ -167,6 +168,7 @@ def train(arguments: list[str]) -> int | None:
     source=source.file,
     quiet=flags.quiet,
     allow_changes=flags.allow_changes,
+    restart=flags.restart,
     parts=[] if profile.start is None else [Profiler(profile.start, profile.steps)],
   )
   return Exit.LEFT if run.left else Exit.DONE

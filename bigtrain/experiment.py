@@ -260,6 +260,8 @@ class Checkpoints:
   every: int = 500  # Steps.
   keep: int = 2  # The newest ones.
   keep_every: int | None = None  # Steps; multiples of it are saved too, and kept for ever.
+  verify: float = 1.0  # Share of the arrays of a save that are read back before it counts as one.
+  within: float = 1800.0  # Seconds in which a save must be durable and verified.
 
 
 @config

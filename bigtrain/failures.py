@@ -19,11 +19,17 @@ REMEDIES = (
 )
 
 
+class CheckFailed(Exception):
+  """Something is not what it has to be; its message says what, and what to do."""
+
+
 def explained(error: Exception) -> tuple[str, Exit] | None:
   """The message and the exit code for an error whose traceback helps nobody; None for others."""
   text = str(error)
   if isinstance(error, Refused):
     return text, Exit.REFUSED
+  if isinstance(error, CheckFailed):
+    return text, Exit.CHECK
   if OUT_OF_MEMORY in text:
     found = re.search(r"(\d{7,}) ?bytes", text)
     wanted = f" where {int(found[1]) / 1e9:.1f} GB more were wanted" if found else ""

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigtrain.checkpoint import path_name
 from bigtrain.config import Refused, nearest
+from bigtrain.leaves import path_name
 from bigtrain.products import Delayed, Products
 
 # Letters of vocabulary, positions, token types, queries of a pool, relative buckets, routers,

@@ -34,6 +34,12 @@ class Part:
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """After update number `step` was dispatched; `metrics` may still be on their way."""
 
+  def on_leave(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """The run leaves on a signal, saved after update number `step`; `metrics` are of the next one.
+
+    That one was computed for this alone (replay.py), and is not a part of the run.
+    """
+
   def on_away(self, phase: str) -> None:
     """Before time goes to something else ("evaluate", "save", ...), all updates so far being done.
 
@@ -52,6 +58,7 @@ class Saver(Part):
 
   def after_step(self, step: int, metrics) -> None:
     self.run.store.check()
+    self.run.tell_saves()
     c, last = self.run.experiment.checkpoints, self.run.experiment.steps
     due = any(every and step % every == 0 for every in (c.every, c.keep_every))
     if not due and step != last and not self.run.left:
@@ -138,5 +145,6 @@ def default_parts() -> list[Part]:
   """The parts of every run. Evaluation comes before saving: its rows belong to the checkpoint."""
   from bigtrain.evaluate import Evaluating
   from bigtrain.metrics import Recorder
+  from bigtrain.replay import Replay
 
-  return [Signals(), Recorder(), Evaluating(), Saver()]
+  return [Signals(), Replay(), Recorder(), Evaluating(), Saver()]

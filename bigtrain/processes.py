@@ -20,6 +20,7 @@ from bigtrain.config import Refused
 
 SETTINGS = ("BIGTRAIN_COORDINATOR", "BIGTRAIN_PROCESSES", "BIGTRAIN_PROCESS")
 TIMEOUT = 300  # Seconds; jax's own default.
+SAID = 300  # Bytes of what a process says to the others.
 
 
 def initialize() -> None:
@@ -57,6 +58,19 @@ def agree(**facts) -> None:
       f"the processes differ in {', '.join(differ)}: start all by the same command, with the same "
       "files and one run directory that all of them see"
     )
+
+
+def any_said(text: str) -> str:
+  """Meets all processes; what the first of them said that said anything, "" if none did."""
+  if jax.process_count() == 1:
+    return text
+  said = np.zeros(SAID, np.uint8)
+  own = text.encode()[:SAID]
+  said[: len(own)] = np.frombuffer(own, np.uint8)
+  for each in multihost_utils.process_allgather(said):
+    if each.any():
+      return bytes(each).rstrip(b"\0").decode(errors="replace")
+  return ""
 
 
 def _explicit() -> dict:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigtrain import compiler_options, failures, marks, sharding, taps
+from bigtrain import compiler_options, digest, failures, marks, sharding, taps
 from bigtrain.data import cache
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import platform
@@ -42,13 +42,13 @@ class Program:
       model=narrowed(e.weights, model),
       optimizer=self.transformation.init(model),
       variables=variables,
-      statistics={"amax": seen} if seen else {},
+      statistics={"consumed": jnp.zeros((), jnp.uint32)} | ({"amax": seen} if seen else {}),
     )
 
   def step(
     self, state: State, batch: dict[str, jax.Array], *, statistics: bool = False
   ) -> tuple[State, dict[str, Any]]:
-    """One update, and its metrics as float32 scalars; with `statistics`, a dict of these by layer
+    """One update, and its metrics as scalars; with `statistics`, a dict of these by layer
     is among them as "layers"."""
     key, kept = self.key(state.step), state.statistics
     seen = kept.get("amax", {})
@@ -58,14 +58,16 @@ class Program:
     wide = widened(state.model)
     updates, optimizer = self.transformation.update(gradient, state.optimizer, wide)
     model = updated(state.model, updates, key)
+    kept = kept | {"consumed": digest.followed(kept["consumed"], digest.of_batch(batch))}
     if seen:
-      kept = kept | {"amax": marks.followed(seen, output.amax)}
+      kept |= {"amax": marks.followed(seen, output.amax)}
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
     metrics: dict[str, Any] = {name: value / weight for name, (value, weight) in sums.items()}
     metrics |= {
       "weight": output.weight,
       "learning_rate": jnp.float32(self.learning_rate(state.step)),
       "gradient_norm": global_norm(gradient),
+      "data_digest": kept["consumed"],
     }
     if output.loads:
       metrics["load_max"] = load_max(output.loads)

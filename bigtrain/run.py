@@ -51,7 +51,8 @@ class Run:
 
   feed: Feed  # While it trains.
   store: Store  # While it trains.
-  left: bool = False  # A signal asked it to leave.
+  started: bool = False  # Its parts have been.
+  left: bool = False  # A signal asked it to leave; its state is one step past what it saved.
 
   def __init__(
     self, experiment: Experiment, directory: RunDirectory, mesh: jax.sharding.Mesh | None
@@ -176,6 +177,16 @@ class Run:
     if self.directory.writes:
       console.say(text)
 
+  def tell_saves(self) -> None:
+    """Records which saves have been verified."""
+    for event in self.store.news():
+      self.directory.event(**event)
+
+  def tell_damaged(self, step: int, why: str) -> None:
+    """Records that a checkpoint was set aside."""
+    self.directory.event("damaged", step=step, why=why)
+    self.say(f"{why}; it is set aside, in {self.directory.checkpoints / checkpoint.DAMAGED}")
+
   def seconds_away(self) -> float:
     """Seconds that went to anything but training, so far."""
     return sum(self.phases.values())
@@ -183,7 +194,7 @@ class Run:
   @contextlib.contextmanager
   def away(self, phase: str, **fields) -> Iterator[None]:
     """Marks time that is not training: counted by phase, and an event says how long it was."""
-    if self.leaves:
+    if self.started:
       jax.block_until_ready(self.leaves[0])  # What was dispatched before is training.
       for part in self.parts:
         part.on_away(phase)
@@ -206,6 +217,8 @@ class Run:
       self.directory.event("start", processes=jax.process_count(), devices=jax.device_count())
       with Store(self.directory.checkpoints, self.experiment.checkpoints) as self.store:
         yield
+        self.store.wait()
+        self.tell_saves()
       self.directory.event("left" if self.left else "end")
       for writer in () if self.left else self.writers:
         writer.end()

@@ -22,7 +22,7 @@ from typing import Any
 from etils import epath
 from filelock import FileLock, Timeout
 
-from bigtrain import config, load
+from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
@@ -40,7 +40,7 @@ class RunDirectory:
       self.path = epath.Path(os.path.abspath(self.path))  # Orbax takes no relative path.
     self.writes = writes
     self._files: dict[str, Any] = {}
-    self._allow_changes = False
+    self.allow_changes = False  # Going on although the config or the data are others.
     self._locked: FileLock | None = None
 
   @property
@@ -56,7 +56,7 @@ class RunDirectory:
       Refused: the directory holds a run of another config, and `allow_changes` is False; or
         something else; or it cannot be written.
     """
-    self._allow_changes = allow_changes
+    self.allow_changes = allow_changes
     # Listed once: another process may be writing config.json, and then more, at this moment.
     names = {path.name for path in self.path.glob("*")}
     if "config.json" in names:
@@ -95,14 +95,14 @@ class RunDirectory:
   def check_data(self, digest: str | None) -> None:
     """Refuses to go on with other data than the run began with; at its start, notes which it is."""
     path, found = self.path / "data.json", json.dumps({"digest": digest}) + "\n"
-    if path.exists() and not self._allow_changes and self._has_trained():
+    if path.exists() and not self.allow_changes and self._has_trained():
       if path.read_text() != found:
         raise Refused(
           f"the files of the data are not those that {self.path} was trained on: put them back, "
           f"take another directory with {_dir()}, or go on with the new ones: {_changes()}"
         )
     elif self.writes:
-      _replace(path, found)
+      files.replace(path, found)
 
   @property
   def tokenizer(self) -> epath.Path:
@@ -111,7 +111,7 @@ class RunDirectory:
   def keep_tokenizer(self, text: str | None) -> None:
     """Keeps what turns text into tokens, so that sampling needs no corpus."""
     if self.writes and text is not None:
-      _replace(self.tokenizer, text)
+      files.replace(self.tokenizer, text)
 
   def event(self, name: str, **fields) -> None:
     """Adds a line to events.jsonl, with the time."""
@@ -128,7 +128,7 @@ class RunDirectory:
     if not self.writes or not path.exists():
       return
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    _replace(path, "".join(kept))
+    files.replace(path, "".join(kept))
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
@@ -183,15 +183,8 @@ class RunDirectory:
 def _open_lines(path: epath.Path):
   """A JSON-lines file to add to; a last line that a kill cut short is dropped first."""
   if path.exists() and not (text := path.read_text()).endswith("\n"):
-    _replace(path, text[: text.rfind("\n") + 1])
+    files.replace(path, text[: text.rfind("\n") + 1])
   return path.open("a")
-
-
-def _replace(path: epath.Path, text: str) -> None:
-  """Writes a file anew, whole or not at all."""
-  aside = path.with_name(f"{path.name}.unfinished")
-  aside.write_text(text)
-  aside.replace(path)
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigtrain import sharding
-from bigtrain.checkpoint import path_name
+from bigtrain.leaves import path_name
 
 STACK = "segments"  # Under this name, leaves are `i.j...`: block j of segment i, over its repeats.
 

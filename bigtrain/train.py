@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,7 +24,6 @@ from bigtrain.parts import Part, default_parts
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
-from bigtrain.state import State
 from bigtrain.stored import widened
 from bigtrain.validate import remarks, validate
 from bigtrain.writers import default_writers
@@ -36,6 +36,7 @@ def train(
   source: Path | None = None,
   quiet: bool = False,
   allow_changes: bool = False,
+  restart: bool = False,
   parts: Sequence[Part] = (),
 ) -> Run:
   """Trains, or goes on with what `run_dir` holds, until `experiment.steps` updates are done.
@@ -47,6 +48,7 @@ def train(
     source: the experiment's file, of which the run directory keeps a copy.
     quiet: no progress on the console.
     allow_changes: go on in `run_dir` also if it holds a run of another config.
+    restart: begin again at step 0 if no checkpoint in `run_dir` is whole.
     parts: called around each step, after the default ones.
 
   Returns:
@@ -54,6 +56,7 @@ def train(
 
   Raises:
     Refused: the experiment cannot run, here or in this directory.
+    CheckFailed: what a checkpoint goes on with is not what it was (replay.py).
   """
   experiment = copy.deepcopy(experiment)
   processes.initialize()
@@ -73,80 +76,108 @@ def train(
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     with console.bars(not quiet), run.in_mesh(), run.open():
-      loop(run)
+      loop(run, restart=restart)
   return run
 
 
-def loop(run: Run) -> None:
+def loop(run: Run, *, restart: bool = False) -> None:
   """The training loop: from the state to go on from to the last step, or to a signal."""
   experiment = run.experiment
   program = Program(experiment, run.mesh)
-  sizes = Sizes(experiment.batch, experiment.batch_stages)
-  if (step := max(run.store.steps(), default=0)) >= experiment.steps:
-    run.state = begin(run, program)
+  if (step := begin(run, program, restart=restart)) >= experiment.steps:
     run.say(f"{run.directory.path} has done its {experiment.steps} steps; nothing is left to do")
     return
-  if not step and experiment.weights_from is not None:
-    weights.check_source(experiment.weights_from)
   for remark in remarks(experiment):
     run.say(remark)
   for writer in run.writers:
     writer.start(step)
-  with run.away("data"):
-    data = run.data
-    digest = data.digest()
-    data.stage(step).batch(0, 1)
-  run.directory.check_data(digest)
-  run.directory.keep_tokenizer(data.tokenizer_json())
-  if (found := data.kept_out()) is not None:
-    run.directory.event("kept_out", found=found)
-    run.say(found)
-  processes.agree(data=digest, step=step)
-  run.state = begin(run, program)
+  check_data(run, step)
   run.directory.drop_rows_after(step)
-  example = int(run.state.example)
+  sizes, example = Sizes(experiment.batch, experiment.batch_stages), int(run.state.example)
   feed = Feed(
-    data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
+    run.data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
   )
   with feed:
     run.feed = feed
-    compiled, layers_every = {}, experiment.logging.layers_every
+    update = Update(run, program)
     for part in run.parts:
       part.start(run, step)
+    run.started = True
     while step < experiment.steps and not run.left:
       for part in run.parts:
         part.before_step(step)
-      batch = next(feed)
-      statistics = layers_every > 0 and (step + 1) % layers_every == 0
-      shapes = tuple(x.shape for x in batch.values())
-      if (key := (statistics, shapes)) not in compiled:
-        with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
-          spec = data.stage(step).spec(sizes.at(step))
-          compiled[key] = program.compile_step(spec, statistics=statistics)
-      run.leaves, metrics = compiled[key](run.leaves, batch)
+      metrics = update(step)
       step += 1
       for part in run.parts:
         part.after_step(step, metrics)
+    if run.left:
+      metrics = update(step)
+      for part in run.parts:
+        part.on_leave(step, metrics)
 
 
-def begin(run: Run, program: Program) -> State:
-  """The state to go on from: the newest checkpoint, else a fresh one.
+def begin(run: Run, program: Program, *, restart: bool) -> int:
+  """Gives the run the state to go on from: the newest checkpoint that is whole, else a fresh one.
 
   A fresh one may begin with other weights (weights.py), with the optimizer's state made anew.
+
+  Returns:
+    How many steps it has completed.
   """
-  if steps := run.store.steps():
-    with run.away("restore", step=steps[-1]):
-      return run.store.restore(steps[-1], program.abstract())
+  like, source = program.abstract(), run.experiment.weights_from
+  if run.store.steps() or not restart:
+    with run.away("restore"):
+      found = run.store.newest(like, run.tell_damaged)
+    if found is not None:
+      step, run.state = found
+      return step
+  if source is not None:
+    weights.check_source(source)
   with run.away("initialise"):
     state = program.compile_init()(jax.random.key(run.experiment.seed))
-  if (source := run.experiment.weights_from) is not None:
+  if source is not None:
     with run.away("weights", source=source):
-      found, told = weights.load(
+      first, told = weights.load(
         source, state, run.experiment.new_weights, run.data.tokenizer_json()
       )
-      optimizer = jax.jit(program.transformation.init)(widened(found["model"]))
-      state = dataclasses.replace(state, **found, optimizer=optimizer)
+      optimizer = jax.jit(program.transformation.init)(widened(first["model"]))
+      state = dataclasses.replace(state, **first, optimizer=optimizer)
     for line in told:
       run.directory.event("weights_told", told=line)
       run.say(line)
-  return state
+  run.state = state
+  return 0
+
+
+def check_data(run: Run, step: int) -> None:
+  """Reads a first row, and refuses data that are not those which the run began with."""
+  with run.away("data"):
+    digest = run.data.digest()
+    run.data.stage(step).batch(0, 1)
+  run.directory.check_data(digest)
+  run.directory.keep_tokenizer(run.data.tokenizer_json())
+  if (found := run.data.kept_out()) is not None:
+    run.directory.event("kept_out", found=found)
+    run.say(found)
+  processes.agree(data=digest, step=step)
+
+
+class Update:
+  """One update of the run's state by the next batch; each program is compiled when it is needed."""
+
+  def __init__(self, run: Run, program: Program):
+    self.run, self.program = run, program
+    self.compiled: dict[tuple, Any] = {}
+
+  def __call__(self, step: int) -> dict[str, Any]:
+    """The metrics of the update that follows `step` completed ones."""
+    run, every = self.run, self.run.experiment.logging.layers_every
+    batch = next(run.feed)
+    statistics = every > 0 and (step + 1) % every == 0
+    shapes = tuple(x.shape for x in batch.values())
+    if (key := (statistics, shapes)) not in self.compiled:
+      with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
+        spec = run.data.stage(step).spec(shapes[0][0])
+        self.compiled[key] = self.program.compile_step(spec, statistics=statistics)
+    run.leaves, metrics = self.compiled[key](run.leaves, batch)
+    return metrics

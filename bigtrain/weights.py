@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from bigtrain import checkpoint
+from bigtrain import checkpoint, leaves
 from bigtrain.config import Refused, nearest
 from bigtrain.interop import huggingface
 from bigtrain.load import near_runs
@@ -50,7 +50,7 @@ def load(
     Refused: a parameter is not there or of another shape, or `new` names none.
   """
   part = {"model": fresh.model, "variables": fresh.variables}
-  names = [_of_module(name) for name in checkpoint.flatten(part)]
+  names = [_of_module(name) for name in leaves.flatten(part)]
   for start in new:
     if not any(name.startswith(start) for name in names):
       raise Refused(f"new_weights: the model has no {start}{nearest(start, names)}")
@@ -63,14 +63,14 @@ def load(
 
 
 def _of_run(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str, Any], list[str]]:
-  leaves = checkpoint.flatten(part)
-  wanted = {name: leaf for name, leaf in leaves.items() if not is_new(_of_module(name))}
+  flat = leaves.flatten(part)
+  wanted = {name: leaf for name, leaf in flat.items() if not is_new(_of_module(name))}
   with checkpoint.newest_of(RunDirectory(source, writes=False).checkpoints) as (store, step):
     have = {name: of for name, of in store.leaves(step).items() if name.split(".")[0] in part}
     found = store.restore(step, {k: _as_saved(x, have.get(k, "")) for k, x in wanted.items()})
   found = {name: x.astype(wanted[name].dtype) for name, x in found.items()}
   unused = [_of_module(name) for name in have if name not in wanted]
-  return checkpoint.unflatten(leaves | found, part), unused
+  return leaves.unflatten(flat | found, part), unused
 
 
 def _as_saved(leaf, saved: str) -> jax.ShapeDtypeStruct:

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from bigtrain import weights
-from bigtrain.checkpoint import flatten
 from bigtrain.config import Refused
+from bigtrain.leaves import flatten
 from bigtrain.mesh import Mesh
 from bigtrain.models.encoder import TextClassifierConfig
 from bigtrain.program import Program

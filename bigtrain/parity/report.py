@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bigtrain.checkpoint import flatten
+from bigtrain.leaves import flatten
 from bigtrain.statistics import unstacked
 
 LEAST = 1e-5

@@ -24,9 +24,9 @@ import optax
 from jax.extend.core import Var
 
 from bigtrain import compiler_options, sharding
-from bigtrain.checkpoint import path_name
 from bigtrain.data.feed import put
 from bigtrain.experiment import Experiment
+from bigtrain.leaves import path_name
 from bigtrain.optim.layout import layout
 from bigtrain.parity.report import KINDS, Report, Tensor, by_layer, named
 from bigtrain.program import Program

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigtrain.checkpoint import flatten
 from bigtrain.experiment import Experiment
+from bigtrain.leaves import flatten
 
 EPS, THETA = 1e-6, 10_000.0
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from bigtrain import Checkpoints, Evaluation, Experiment, Logging, train
-from bigtrain.checkpoint import flatten
 from bigtrain.data.text import TextData
+from bigtrain.leaves import flatten
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.language_model import LanguageModelConfig

@@ -1,0 +1,30 @@
+"""Small files that are written whole or not at all."""
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+
+def replace(path: epath.Path, text: str) -> None:
+  """Writes a file anew. Who reads meanwhile, or after a kill, finds the old text or the new one."""
+  aside = path.with_name(f"{path.name}.unfinished")
+  with aside.open("w") as file:
+    file.write(text)
+    file.flush()
+    if "://" not in str(path):
+      os.fsync(file.fileno())
+  aside.replace(path)
+
+
+def replace_json(path: epath.Path, value: Any) -> None:
+  replace(path, json.dumps(value) + "\n")
+
+
+def read_json(path: epath.Path) -> Any:
+  """None where there is no such file, or one that is damaged."""
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None

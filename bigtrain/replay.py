@@ -1,0 +1,89 @@
+"""Replay: the first step behind a restore must be what it was when it was done before.
+
+With a checkpoint lies what the step after it gave (next.json): its loss, its gradient's norm, and
+the digest of all data consumed. A run that goes on from there does that step again, and goes on
+only if it is the same: to the bit where nothing of the machine or the mesh has changed, else within
+a tolerance; the data to the bit always.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from bigtrain.failures import CheckFailed
+from bigtrain.hints import either
+from bigtrain.parts import Part
+
+if TYPE_CHECKING:
+  from bigtrain.run import Run
+
+TOLERANCES = {"loss": 5e-3, "gradient_norm": 5e-2}  # Relative, on another mesh or machine.
+EXACT = "data_digest"
+
+
+class Replay(Part):
+  """Compares the first step of a run that goes on, and records what comes behind each save."""
+
+  def start(self, run: "Run", step: int) -> None:
+    super().start(run, step)
+    self.pending: tuple[int, dict[str, jax.Array]] | None = None
+    self.restored = step
+    self.expected = None if run.directory.allow_changes else run.store.next_step(step)
+
+  def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    self.flush()
+    if step - 1 == self.restored and self.expected is not None:
+      self._compare(step, found(metrics), self.expected)
+    elif step - 1 in (self.restored, self.run.store.begun):
+      self.pending = step - 1, metrics
+
+  def on_leave(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    self.pending = step, metrics
+    self.flush()
+
+  def on_away(self, phase: str) -> None:
+    self.flush()
+
+  def flush(self) -> None:
+    """Waits for the step behind a save, and keeps it with that."""
+    if self.pending is not None:
+      (step, metrics), self.pending = self.pending, None
+      self.run.store.keep_next(step, found(metrics) | {"where": where(self.run)})
+
+  def _compare(self, step: int, now: dict[str, float], then: dict[str, Any]) -> None:
+    same, told = then["where"] == where(self.run), []
+    # A GPU's compiler chooses among algorithms by their speed, anew each time.
+    exact = same and jax.default_backend() != "gpu"
+    for name, value in now.items():
+      rtol = 0.0 if exact or name == EXACT else TOLERANCES[name]
+      before = then[name]
+      # NaN is not equal to itself, and says nothing.
+      if abs(value - before) > rtol * abs(before):
+        told.append(f"{name} is {value!r} and was {before!r}")
+    self.run.directory.event("replayed", step=step, exact=exact, differs=told)
+    if told:
+      raise CheckFailed(
+        f"step {step}, the first behind the restored checkpoint, is not what it was when it was "
+        f"done before: {'; '.join(told)}. The data, the code or the machine have changed: nothing "
+        f"was saved since; go on all the same with {either('allow_changes', 'allow_changes=True')}"
+      )
+
+
+def found(metrics: dict[str, jax.Array]) -> dict[str, float]:
+  """What is compared of a step."""
+  names = (*TOLERANCES, EXACT)
+  return {name: float(jax.device_get(metrics[name])) for name in names}
+
+
+def where(run: "Run") -> dict[str, Any]:
+  """What decides the bits of a step, besides what is computed."""
+  devices = jax.devices()
+  return {
+    "devices": [len(devices), devices[0].platform, devices[0].device_kind],
+    "processes": jax.process_count(),
+    "cores": os.cpu_count() if devices[0].platform == "cpu" else None,
+    "jax": jax.__version__,
+    "mesh": dict(run.mesh.shape) if run.mesh is not None else {},
+    "microbatches": run.experiment.microbatches,
+  }

@@ -1,0 +1,194 @@
+"""Checkpoints that prove themselves: read back, verified when restored, replayed, never lost."""
+
+import json
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from bigtrain import Checkpoints, Mesh, checkpoint, digest, written
+from bigtrain.checkpoint import Damaged, NothingWhole, SaveFailed, Store
+from bigtrain.cli import main
+from bigtrain.exit_codes import Exit
+from bigtrain.failures import CheckFailed
+from bigtrain.parts import Part
+from bigtrain.run_directory import RunDirectory
+from bigtrain.train import train
+from tests import runs, toys
+
+TREE = {"w": np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32), "n": np.int32(7)}
+LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), TREE)
+
+pytestmark = pytest.mark.usefixtures("prepared")
+
+
+def store(path, **keep) -> Store:
+  return Store(RunDirectory(path).checkpoints, Checkpoints(**keep))
+
+
+def write_wrongly(monkeypatch) -> None:
+  """From now on what is written differs from what was to be, in one row of `w`."""
+  of_arrays, where = digest.of_arrays, np.float32(1e-6)
+
+  def of_others(arrays):
+    if "w" in arrays:
+      arrays = arrays | {"w": np.array(arrays["w"]) + where * (np.arange(40) == 5)[:, None]}
+    return of_arrays(arrays)
+
+  monkeypatch.setattr(digest, "of_arrays", of_others)
+
+
+def test_a_save_is_read_back_and_marked(tmp_path):
+  with store(tmp_path) as opened:
+    opened.save(3, TREE, toys.experiment())
+    opened.wait()
+    (event,) = opened.news()
+    assert (event["name"], event["step"], event["arrays"]) == ("verified", 3, 2)
+  commit = json.loads((tmp_path / "checkpoints/3" / written.COMMIT).read_text())
+  assert commit["arrays"] == 2
+
+
+def test_a_save_that_reads_back_as_something_else_fails_and_the_one_before_stays(
+  tmp_path, monkeypatch
+):
+  with store(tmp_path, keep=1) as opened:
+    opened.save(2, TREE, toys.experiment())
+  write_wrongly(monkeypatch)
+  with pytest.raises(
+    SaveFailed, match=r"w read back .* not what was saved; that of step 2 is whole"
+  ):
+    with store(tmp_path, keep=1) as opened:
+      opened.save(5, TREE, toys.experiment())
+
+
+def test_what_is_restored_is_compared_with_what_was_saved(tmp_path, monkeypatch):
+  write_wrongly(monkeypatch)
+  with store(tmp_path, verify=0.0) as opened:
+    opened.save(3, TREE, toys.experiment())
+    opened.wait()
+    monkeypatch.undo()
+    with pytest.raises(Damaged, match=r"checkpoint .*/3 cannot be read: w are not what was saved"):
+      opened.restore(3, LIKE)
+    assert opened.restore(3, {"n": LIKE["n"]})["n"] == 7
+
+
+def test_a_share_is_read_back_and_other_saves_read_others(tmp_path):
+  tree = {f"a{i}": np.full(3, i, np.float32) for i in range(30)}
+  with store(tmp_path, verify=0.5, keep=9) as opened:
+    for step in range(1, 5):
+      opened.save(step, tree, toys.experiment())
+    opened.wait()
+    counts = [event["arrays"] for event in opened.news()]
+  assert all(5 < n < 25 for n in counts) and len(set(counts)) > 1, counts
+
+
+def test_processes_read_disjoint_blocks_that_add_up(tmp_path):
+  mesh = Mesh(data=2, fsdp=4).make()
+  placed = jax.device_put(TREE["w"], jax.NamedSharding(mesh, jax.P("fsdp", "data")))
+  with store(tmp_path) as opened:
+    opened.save(1, {"w": placed}, toys.experiment())
+  place = opened.path / "1"
+  parts = [written.read_back(place, ["w"], p, 3)["w"] for p in range(3)]
+  assert all(any(part) for part in parts)
+  assert (np.sum(parts, axis=0) % 2**32).tolist() == digest.of_arrays({"w": TREE["w"]})["w"]
+
+
+def test_a_save_that_takes_too_long_fails_at_the_next_step(tmp_path, monkeypatch):
+  go_on = threading.Event()
+  monkeypatch.setattr(written, "commit", lambda *_: go_on.wait())
+  opened = store(tmp_path, within=1.0)
+  opened.save(1, TREE, toys.experiment())
+  with pytest.raises(SaveFailed, match=r"it was not durable and verified in 1 s; there is no earl"):
+    while True:
+      opened.check()
+  go_on.set()
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+  """A run that was to go on to 20 steps and left behind step 12, and the rows of a whole one."""
+  folder = tmp_path_factory.mktemp("twelve")
+  whole = train(runs.base(), folder / "whole", quiet=True)
+
+  class Leave(Part):
+    def before_step(self, step):
+      if step == 11:
+        signal.raise_signal(signal.SIGTERM)
+
+  assert train(runs.base(), folder / "run", quiet=True, parts=[Leave()]).left
+  return folder / "run", runs.values(whole.directory.path)
+
+
+@pytest.fixture
+def left(twelve, tmp_path):
+  shutil.copytree(twelve[0], tmp_path / "run")
+  return tmp_path / "run"
+
+
+def flip(path) -> None:
+  """One bit, in the middle of a file."""
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["d/*", "ocdbt.process_0/d/*", "manifest.ocdbt", "_METADATA"])
+def test_a_damaged_checkpoint_is_set_aside_and_no_step_is_lost(left, twelve, kind, capsys):
+  files = sorted((left / "checkpoints/12").glob(kind))
+  for file in files:
+    flip(file)
+  run = train(runs.base(), left, quiet=True)
+  assert runs.values(left) == twelve[1]
+  if kind.startswith("d/"):
+    assert "12 cannot be read" in capsys.readouterr().err
+    (event,) = runs.events(left, "damaged")
+    assert event["step"] == 12 and (left / "checkpoints/damaged/12").is_dir()
+  assert int(run.state.step) == 20
+
+
+def test_where_nothing_is_whole_a_flag_is_needed_to_begin_anew(left, twelve):
+  for step in (10, 12):
+    for file in (left / f"checkpoints/{step}").glob("d/*"):
+      flip(file)
+  command = ["train", str(runs.ROOT / "tests/runs.py"), "--dir", str(left), "--quiet"]
+  for _ in range(2):
+    with pytest.raises(NothingWhole, match=r"no checkpoint in .* is whole, .*damaged.* restart=T"):
+      train(runs.base(), left, quiet=True)
+  assert main([*command, "--restart"]) == Exit.DONE
+  assert runs.values(left) == twelve[1]
+
+
+def test_the_first_step_behind_a_restore_is_the_recorded_one(left, twelve):
+  train(runs.base(), left, quiet=True)
+  (event,) = runs.events(left, "replayed")
+  assert event["step"] == 13 and event["differs"] == []
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm", "data_digest"])
+def test_a_first_step_that_is_another_stops_the_run(left, name):
+  path = left / "checkpoints/12/next.json"
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {name: values[name] * (1 + 1e-7) + 1e-6}))
+  before = runs.saved(left)
+  with pytest.raises(CheckFailed, match=rf"step 13, .*{name} is .* and was .*allow_changes=True"):
+    train(runs.base(), left, quiet=True)
+  assert runs.saved(left) == before
+  train(runs.base(), left, quiet=True, allow_changes=True)
+
+
+def test_on_another_mesh_the_first_step_is_the_same_to_a_tolerance(left):
+  path = left / "checkpoints/12/next.json"
+  values = json.loads(path.read_text())
+  values["where"]["mesh"] = {"fsdp": 99}
+  path.write_text(json.dumps(values | {"loss": values["loss"] * 1.001}))
+  train(runs.base(), left, quiet=True)
+  assert runs.events(left, "replayed")[0]["exact"] is False
+
+
+def test_superseded_steps():
+  keep = Checkpoints(keep=2, keep_every=10)
+  assert checkpoint.superseded([5, 10, 15, 20, 25], keep) == [5, 15]
+  assert checkpoint.superseded([5], keep) == []
