@@ -59,9 +59,8 @@ def test_a_save_that_reads_back_as_something_else_fails_and_the_one_before_stays
   write_wrongly(monkeypatch)
   with pytest.raises(
     SaveFailed, match=r"w read back .* not what was saved; that of step 2 is whole"
-  ):
-    with store(tmp_path, keep=1) as opened:
-      opened.save(5, TREE, toys.experiment())
+  ), store(tmp_path, keep=1) as opened:
+    opened.save(5, TREE, toys.experiment())
 
 
 def test_what_is_restored_is_compared_with_what_was_saved(tmp_path, monkeypatch):
