@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Self, TypeVar
 
 from bigtrain.config import Refused, config
+from bigtrain.faults import Faults
 from bigtrain.mesh import Mesh
 from bigtrain.products import Products
 
@@ -303,6 +304,7 @@ class Experiment(Generic[M, D, U, L]):
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
   checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+  faults: Faults = dataclasses.field(default_factory=Faults)
   logging: Logging = dataclasses.field(default_factory=Logging)
   # Where this run's first weights are from: a run directory, whose newest ones it takes, or a file
   # of Hugging Face weights, NAME.safetensors.

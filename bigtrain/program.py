@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigtrain import compiler_options, digest, failures, marks, sharding, taps
+from bigtrain import compiler_options, digest, failures, guard, marks, sharding, taps
 from bigtrain.data import cache
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import platform
@@ -25,7 +25,7 @@ class Program:
   def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh | None):
     self.experiment, self.mesh = experiment, mesh
     width = experiment.model.width()
-    transformation = experiment.optimizer.make(experiment.steps, width)
+    transformation = guard.guarded(experiment.optimizer.make(experiment.steps, width))
     self.transformation = (
       on_host(transformation) if experiment.optimizer_on_host else transformation
     )
@@ -42,7 +42,11 @@ class Program:
       model=narrowed(e.weights, model),
       optimizer=self.transformation.init(model),
       variables=variables,
-      statistics={"consumed": jnp.zeros((), jnp.uint32)} | ({"amax": seen} if seen else {}),
+      statistics={
+        "consumed": jnp.zeros((), jnp.uint32),
+        "guard": guard.begin(e.faults),
+        **({"amax": seen} if seen else {}),
+      },
     )
 
   def step(
@@ -55,20 +59,29 @@ class Program:
     gradient, output, variables = self.gradient(
       state.model, state.variables, batch, key, marks.largest(seen), statistics=statistics
     )
-    wide = widened(state.model)
-    updates, optimizer = self.transformation.update(gradient, state.optimizer, wide)
-    model = updated(state.model, updates, key)
-    kept = kept | {"consumed": digest.followed(kept["consumed"], digest.of_batch(batch))}
-    if seen:
-      kept |= {"amax": marks.followed(seen, output.amax)}
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
     metrics: dict[str, Any] = {name: value / weight for name, (value, weight) in sums.items()}
+    norm, faults = global_norm(gradient), self.experiment.faults
+    good, score, memory = guard.judge(faults, kept["guard"], metrics["loss"], norm)
+    wide, rate = widened(state.model), jnp.float32(1.0)
+    updates, optimizer = self.transformation.update(gradient, state.optimizer, wide, good=good)
+    if faults.policy == "lower_rate":
+      rate = guard.rate(faults, memory)
+      updates = jax.tree.map(lambda u: u * rate, updates)
+    model = updated(state.model, updates, key)
+    consumed = digest.followed(kept["consumed"], digest.of_batch(batch))
+    kept = kept | {"consumed": consumed, "guard": memory}
+    if seen:
+      kept |= {"amax": guard.chosen(good, marks.followed(seen, output.amax), seen)}
     metrics |= {
       "weight": output.weight,
-      "learning_rate": jnp.float32(self.learning_rate(state.step)),
-      "gradient_norm": global_norm(gradient),
-      "data_digest": kept["consumed"],
+      "learning_rate": self.learning_rate(state.step) * rate,
+      "gradient_norm": norm,
+      "skipped": 1.0 - good,
+      "data_digest": consumed,
     }
+    if faults.spike is not None:
+      metrics["spike_score"] = score
     if output.loads:
       metrics["load_max"] = load_max(output.loads)
     if statistics:
@@ -80,7 +93,7 @@ class Program:
       example=state.example + jnp.uint32(jax.tree.leaves(batch)[0].shape[0]),
       model=model,
       optimizer=optimizer,
-      variables=variables,
+      variables=guard.chosen(good, variables, state.variables),
       statistics=kept,
     )
     return state, metrics

@@ -57,9 +57,10 @@ def test_a_save_that_reads_back_as_something_else_fails_and_the_one_before_stays
   with store(tmp_path, keep=1) as opened:
     opened.save(2, TREE, toys.experiment())
   write_wrongly(monkeypatch)
-  with pytest.raises(
-    SaveFailed, match=r"w read back .* not what was saved; that of step 2 is whole"
-  ), store(tmp_path, keep=1) as opened:
+  with (
+    pytest.raises(SaveFailed, match=r"w read back .* not what was saved; that of step 2 is whole"),
+    store(tmp_path, keep=1) as opened,
+  ):
     opened.save(5, TREE, toys.experiment())
 
 

@@ -6,7 +6,9 @@ import optax
 HOST = "pinned_host"  # Its memory's name, in shardings.
 
 
-def on_host(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+def on_host(
+  transformation: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
   """The same updates, with a state that waits in the host's memory between them.
 
   Each array comes to the chip when its part of the update begins, and goes back behind it.
@@ -15,11 +17,11 @@ def on_host(transformation: optax.GradientTransformation) -> optax.GradientTrans
   def init(params):
     return _moved(transformation.init(params), jax.memory.Space.Host)
 
-  def update(updates, state, params=None):
-    updates, state = transformation.update(updates, on_device(state), params)
+  def update(updates, state, params=None, **extra):
+    updates, state = transformation.update(updates, on_device(state), params, **extra)
     return updates, _moved(state, jax.memory.Space.Host)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def on_device(state):
