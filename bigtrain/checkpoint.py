@@ -224,8 +224,12 @@ class Store:
     }
     return leaves.unflatten(found | begun, like)
 
-  def newest(self, like, told: Callable[[int, str], None]) -> tuple[int, Any] | None:
+  def newest(
+    self, like, told: Callable[[int, str], None], *, until: int | None = None
+  ) -> tuple[int, Any] | None:
     """The newest checkpoint that is whole, and its step; None if nothing was ever saved here.
+
+    With `until` those of later steps are removed first: the run takes another course.
 
     What is damaged is set aside, under damaged/; `told` hears of which step, and why. All processes
     take part.
@@ -234,6 +238,12 @@ class Store:
       NothingWhole: of what was saved nothing is whole.
       Refused: as `restore` does.
     """
+    self.wait()
+    if until is not None:
+      for step in self.steps() if processes.is_first() else ():
+        if step > until:
+          _remove(self.path / str(step))
+      processes.agree(until=until)
     for step in reversed(self.steps()):
       try:
         return step, self.restore(step, like)

@@ -25,7 +25,10 @@ class Part:
   run: Run
 
   def start(self, run: Run, step: int) -> None:
-    """Before the first step of this process, which follows `step` completed ones."""
+    """Before the first step of this process, which follows `step` completed ones.
+
+    Also when it goes on from an earlier step, after a fault.
+    """
     self.run = run
 
   def before_step(self, step: int) -> None:
@@ -77,7 +80,7 @@ class Signals(Part):
   def start(self, run: Run, step: int) -> None:
     super().start(run, step)
     self.received: str | None = None
-    self.before: dict[int, Any] = {}
+    self.before: dict[int, Any] = getattr(self, "before", {})
 
   def after_step(self, step: int, metrics) -> None:
     if not self.before and threading.current_thread() is threading.main_thread():
@@ -144,7 +147,8 @@ class Profiler(Part):
 def default_parts() -> list[Part]:
   """The parts of every run. Evaluation comes before saving: its rows belong to the checkpoint."""
   from bigtrain.evaluate import Evaluating
+  from bigtrain.incidents import Incidents
   from bigtrain.metrics import Recorder
   from bigtrain.replay import Replay
 
-  return [Signals(), Replay(), Recorder(), Evaluating(), Saver()]
+  return [Signals(), Replay(), Recorder(), Incidents(), Evaluating(), Saver()]

@@ -28,8 +28,10 @@ class Replay(Part):
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
     self.pending: tuple[int, dict[str, jax.Array]] | None = None
-    self.restored = step
-    self.expected = None if run.directory.allow_changes else run.store.next_step(step)
+    # Where data are left out the step is not the one that was recorded, and is not recorded either.
+    self.restored = step if run.directory.skipped_to(step) is None else None
+    new = run.directory.allow_changes or self.restored is None
+    self.expected = None if new else run.store.next_step(step)
 
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self.flush()

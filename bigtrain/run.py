@@ -51,6 +51,8 @@ class Run:
 
   feed: Feed  # While it trains.
   store: Store  # While it trains.
+  # Where it has to go on from: at that step or before, with the data from that example on.
+  back_to: tuple[int, int] | None = None
   started: bool = False  # Its parts have been.
   left: bool = False  # A signal asked it to leave; its state is one step past what it saved.
 

@@ -28,6 +28,7 @@ from bigtrain.experiment import Experiment
 from bigtrain.hints import either
 
 LOCK = "run.lock"
+SKIPS = "skips.json"  # Data that were left out after a fault, by the step of the checkpoint.
 PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -103,6 +104,16 @@ class RunDirectory:
         )
     elif self.writes:
       files.replace(path, found)
+
+  def skip(self, step: int, example: int) -> None:
+    """Remembers that a run which goes on from `step` does so with the data from `example` on."""
+    if self.writes:
+      skips = files.read_json(self.path / SKIPS) or {}
+      files.replace_json(self.path / SKIPS, skips | {str(step): example})
+
+  def skipped_to(self, step: int) -> int | None:
+    """The example with which a run goes on from `step`, if it is another than the state's."""
+    return (files.read_json(self.path / SKIPS) or {}).get(str(step))
 
   @property
   def tokenizer(self) -> epath.Path:

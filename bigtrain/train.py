@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from bigtrain import console, processes, sharding, weights
 from bigtrain.config import dump
@@ -24,6 +25,7 @@ from bigtrain.parts import Part, default_parts
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
+from bigtrain.state import State
 from bigtrain.stored import widened
 from bigtrain.validate import remarks, validate
 from bigtrain.writers import default_writers
@@ -76,17 +78,22 @@ def train(
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     with console.bars(not quiet), run.in_mesh(), run.open():
-      loop(run, restart=restart)
+      while loop(run, restart=restart):
+        pass
   return run
 
 
-def loop(run: Run, *, restart: bool = False) -> None:
-  """The training loop: from the state to go on from to the last step, or to a signal."""
+def loop(run: Run, *, restart: bool = False) -> bool:
+  """The training loop: from the state to go on from to the last step, or to a signal.
+
+  Returns:
+    Whether it is to begin again, from an earlier state, after a fault (incidents.py).
+  """
   experiment = run.experiment
   program = Program(experiment, run.mesh)
   if (step := begin(run, program, restart=restart)) >= experiment.steps:
     run.say(f"{run.directory.path} has done its {experiment.steps} steps; nothing is left to do")
-    return
+    return False
   for remark in remarks(experiment):
     run.say(remark)
   for writer in run.writers:
@@ -103,7 +110,7 @@ def loop(run: Run, *, restart: bool = False) -> None:
     for part in run.parts:
       part.start(run, step)
     run.started = True
-    while step < experiment.steps and not run.left:
+    while step < experiment.steps and not run.left and run.back_to is None:
       for part in run.parts:
         part.before_step(step)
       metrics = update(step)
@@ -114,6 +121,7 @@ def loop(run: Run, *, restart: bool = False) -> None:
       metrics = update(step)
       for part in run.parts:
         part.on_leave(step, metrics)
+  return run.back_to is not None
 
 
 def begin(run: Run, program: Program, *, restart: bool) -> int:
@@ -125,12 +133,12 @@ def begin(run: Run, program: Program, *, restart: bool) -> int:
     How many steps it has completed.
   """
   like, source = program.abstract(), run.experiment.weights_from
+  back, run.back_to = run.back_to, None
   if run.store.steps() or not restart:
     with run.away("restore"):
-      found = run.store.newest(like, run.tell_damaged)
+      found = run.store.newest(like, run.tell_damaged, until=back and back[0])
     if found is not None:
-      step, run.state = found
-      return step
+      return go_on(run, *found, back)
   if source is not None:
     weights.check_source(source)
   with run.away("initialise"):
@@ -145,8 +153,21 @@ def begin(run: Run, program: Program, *, restart: bool) -> int:
     for line in told:
       run.directory.event("weights_told", told=line)
       run.say(line)
+  return go_on(run, 0, state, back)
+
+
+def go_on(run: Run, step: int, state: State, back: tuple[int, int] | None) -> int:
+  """Gives the run that state of `step`, with other data than its own where some are left out."""
+  if back is not None:
+    run.directory.event("rollback", step=back[0] + 1, to=step, example=back[1])
+    run.directory.skip(step, back[1])
+    run.say(f"going on from step {step}, with the data from example {back[1]:,} on")
+  skipped_to = back[1] if back is not None else run.directory.skipped_to(step)
+  if skipped_to is not None:
+    example = jax.device_put(np.uint32(skipped_to), state.example.sharding)
+    state = dataclasses.replace(state, example=example)
   run.state = state
-  return 0
+  return step
 
 
 def check_data(run: Run, step: int) -> None:

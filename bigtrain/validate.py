@@ -33,6 +33,12 @@ LEAST = {
   "checkpoints.every": 0,
   "checkpoints.keep": 1,
   "checkpoints.keep_every": 1,
+  "checkpoints.within": 1,
+  "checkpoints.verify": 0,
+  "faults.window": 8,
+  "faults.patience": 1,
+  "faults.back": 0,
+  "faults.recovery": 1,
   "logging.every": 1,
   "logging.layers_every": 0,
 }

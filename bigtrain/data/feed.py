@@ -110,6 +110,9 @@ class Feed(Iterator[dict[str, jax.Array]]):
     stop: one past the last step.
   """
 
+  example_at: Callable[
+    [int], int
+  ]  # The example at which the batch of update `step` (from 0) begins.
   wait = 0.0  # Seconds that the last `next` took: how long the step had to wait for its batch.
   shape: tuple[int, ...] = ()  # Of the first array of the last batch.
   lengths: tuple[
@@ -126,8 +129,10 @@ class Feed(Iterator[dict[str, jax.Array]]):
     example: int,
     stop: int,
   ):
+    self.example_at = lambda at: example + sizes.between(step, at)
+
     def read(at: int) -> dict[str, jax.Array]:
-      size, start = sizes.at(at), example + sizes.between(step, at)
+      size, start = sizes.at(at), self.example_at(at)
       return put(lambda rows: data.stage(at).batch(start, size, rows), size, sharding)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=AHEAD)
