@@ -54,6 +54,11 @@ def of_array(x: jax.Array) -> jax.Array:
   return jnp.sum(padded.reshape(-1, per), axis=1, dtype=jnp.uint32)
 
 
+def of_part(x: jax.Array) -> jax.Array:
+  """uint32 of what one device has of an array, in an island."""
+  return jnp.sum(_hashes(x), dtype=jnp.uint32)
+
+
 def of_batch(batch: Mapping[str, jax.Array]) -> jax.Array:
   """uint32 of a traced global batch: of what is in its arrays, in the order of their names."""
   total = jnp.uint32(0)

@@ -24,9 +24,14 @@ class Faults:
   back: int = 0  # Steps before the fault from which `roll_back` goes on, at least.
   factor: float = 0.5  # By which `lower_rate` lowers the learning rate.
   recovery: int = 1000  # Good steps in a row that take one lowering back.
+  # Whether devices prove at the start and before each save that they compute right (self_check.py).
+  self_check: bool = True
 
   def check(self) -> None:
     if self.spike is not None and self.spike <= 0:
       raise Refused(f"faults.spike is {self.spike}; give standard deviations above 0, or None")
+    for name, least in (("window", 2), ("patience", 1), ("back", 0), ("recovery", 1)):
+      if getattr(self, name) < least:
+        raise Refused(f"faults.{name} is {getattr(self, name)}; give {least} or more")
     if not 0 < self.factor < 1:
       raise Refused(f"faults.factor is {self.factor}; give a number between 0 and 1")

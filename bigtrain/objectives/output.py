@@ -40,6 +40,7 @@ def by_source(batch: dict[str, jax.Array], loss: jax.Array, weights: jax.Array) 
   """
   found = {}
   for name in filter(lambda name: name.startswith(SOURCE), batch):
-    of = jnp.expand_dims(batch[name], range(1, weights.ndim))
-    found[f"loss/{name.removeprefix(SOURCE)}"] = ((loss * of).sum(), (weights * of).sum())
+    of = jnp.expand_dims(batch[name] > 0, range(1, weights.ndim))  # NaN elsewhere is not its own.
+    parts = (jnp.where(of, x, 0).sum() for x in (loss, weights))
+    found[f"loss/{name.removeprefix(SOURCE)}"] = (*parts,)
   return found

@@ -209,19 +209,25 @@ def _with_noise(x, random: np.random.Generator):
   return (x + size * random.normal(size=x.shape)).astype(x.dtype)
 
 
-def forward_order(e: Experiment, state: State) -> list[str]:
-  """Names of the parameters, layer by layer, in the order in which the forward pass uses them."""
-  rows = {k: jnp.asarray(v) for k, v in batches(e, 0)(slice(None)).items()}
+def forward_order(e: Experiment, state: State, rows: Any = None) -> list[str]:
+  """Names of the parameters, layer by layer, in the order in which the forward pass uses them.
+
+  It is traced with `rows`, shapes will do; with those of the first batch if there are none.
+  """
+  if rows is None:
+    rows = {k: jnp.asarray(v) for k, v in batches(e, 0)(slice(None)).items()}
   paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state.model), strict=True)
   structure = jax.tree.structure(state.model)
 
-  def loss(*leaves):
+  def loss(*inputs):
+    leaves, rows = inputs[:-1], inputs[-1]
     model = combine(jax.tree.unflatten(structure, leaves), state.variables)
     return e.objective(model, rows, jax.random.key(0)).loss_sum
 
   found: dict[int, None] = {}
-  _first_uses(jax.make_jaxpr(loss)(*leaves).jaxpr, None, found)
-  return list(by_layer({path_name(paths[i]): leaves[i] for i in found}))
+  _first_uses(jax.make_jaxpr(loss)(*leaves, rows).jaxpr, None, found)
+  stacks = {path_name(paths[i]): np.empty(leaves[i].shape[:1]) for i in found if i < len(leaves)}
+  return list(by_layer(stacks))
 
 
 def _first_uses(jaxpr, inputs: dict | None, found: dict[int, None]) -> None:
