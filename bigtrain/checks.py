@@ -34,7 +34,8 @@ class Checked:
 
   loss: float
   norm: float  # Of the gradient.
-  sizes: dict[str, float]  # Largest magnitudes, in the order of computation; NaN if one is NaN.
+  # Largest magnitudes, in the order of computation; NaN where one is not finite.
+  sizes: dict[str, float]
   # (B,) whether a row's integers are out of range or its numbers not finite, by the array's name.
   wrong: dict[str, np.ndarray]
   losses: np.ndarray | None  # (B,) mean loss of each row, or of the few rows it stands among.
@@ -80,9 +81,7 @@ class Check:
     if found["rows"]:
       means = np.array([loss / max(weight, 1e-9) for loss, weight in found["rows"]])
       losses = np.repeat(means, _group(n := _rows(batch)))[:n]
-    return Checked(
-      float(found["loss"]), float(found["norm"]), numbers, found["wrong"], losses
-    )
+    return Checked(float(found["loss"]), float(found["norm"]), numbers, found["wrong"], losses)
 
   def _through(self, name: str) -> tuple[int, int]:
     """When the forward pass is through with a layer, and what comes first in it."""
@@ -142,8 +141,12 @@ def largest(tree) -> dict[str, jax.Array]:
 
 def _size(x, stacked: bool = False) -> jax.Array:
   x = jax.device_put(x, jax.memory.Space.Device)  # It may wait in the host's memory.
-  found = jnp.abs(x).max(tuple(range(stacked, x.ndim))).astype(jnp.float32)
-  return sharding.lay(found, "R" * stacked)
+  over, finite = tuple(range(stacked, x.ndim)), jnp.isfinite(x)
+  found = jnp.where(finite, jnp.abs(x), 0).max(over).astype(jnp.float32)
+  # Counted: the largest of several devices' numbers need not be NaN where one of them is.
+  odd = (~finite).sum(over)
+  lay = lambda x: sharding.lay(x, "R" * stacked)
+  return jnp.where(lay(odd) > 0, jnp.nan, lay(found))
 
 
 def not_finite(tree) -> Iterator[str]:
@@ -177,6 +180,5 @@ def _groups(batch: Batch) -> Batch:
   """Each few rows as a source of their own: what objectives say of sources, they say of rows."""
   rows = _rows(batch)
   at_B = jnp.arange(rows, out_sharding=sharding.act("B")) // _group(rows)
-  return {
-    f"{SOURCE}{GROUP}{i:03}": (at_B == i).astype(jnp.float32) for i in range(-(-rows // _group(rows)))
-  }
+  groups = range(-(-rows // _group(rows)))
+  return {f"{SOURCE}{GROUP}{i:03}": (at_B == i).astype(jnp.float32) for i in groups}

@@ -5,27 +5,34 @@ the same: an event, a record under incidents/ of what was found (examine.py), an
 `Experiment.faults` says.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from bigtrain import examine
+from bigtrain.examine import Incident
 from bigtrain.failures import CheckFailed
 from bigtrain.parts import Part
+from bigtrain.run import Back
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
 
-EXAMINED = 3  # Incidents of one start that are examined: each compiles another program.
+EXAMINED = 3  # Incidents of one start that are examined: each compiles other programs.
 
 
 class Incidents(Part):
   """Records steps that the guard did not apply, and follows the policy."""
 
   met = 0  # Incidents of this process, also before it rolled back.
+  rolled_back: tuple[float, int] = (math.inf, 0)  # To which step, and how many times to none later.
 
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
+    self.begun = step
     self.pending: tuple[int, dict[str, jax.Array]] | None = None
     self.in_a_row = 0  # Faults.
 
@@ -46,27 +53,61 @@ class Incidents(Part):
     if not float(metrics["skipped"]):
       self.in_a_row = 0
       return
+    if self.run.back_to is not None:  # It has no part in the run: that goes on from before it.
+      return
     self.in_a_row, self.met = self.in_a_row + 1, self.met + 1
-    incident = examine.incident(self.run, step, jax.device_get(metrics))
+    found = examine.incident(self.run, step, jax.device_get(metrics))
     if self.met <= EXAMINED:
       with self.run.away("examine", step=step):
-        incident = examine.examine(self.run, incident)
-    path = examine.keep(self.run, incident)
-    told = {name: incident[name] for name in ("kind", "cause", "first_bad")}
-    self.run.directory.event("incident", step=step, path=path, **told)
-    self.run.say(examine.told(incident))
-    self._follow(step, examine.told(incident))
+        found = examine.examine(self.run, found)
+    found, path = examine.keep(self.run, found)
+    told = {name: getattr(found, name) for name in ("kind", "cause", "first_bad")}
+    more = {"note": found.note} if found.note else {}
+    self.run.directory.event("incident", step=step, **told, path=path, **more)
+    self.run.say(found.told)
+    self._follow(found)
 
-  def _follow(self, step: int, told: str) -> None:
+  def _follow(self, found: Incident) -> None:
     c = self.run.experiment.faults
     if c.policy == "stop":
-      raise CheckFailed(f"{told}; the run stops, as faults.policy says")
-    if self.in_a_row >= c.patience and c.policy != "roll_back":
-      raise CheckFailed(
-        f"{told}; it is the {self.in_a_row}th step in a row whose update was not applied, so the "
-        f"run stops (faults.patience)"
-      )
+      raise CheckFailed(f"{found.told}; the run stops, as faults.policy says")
     if c.policy == "roll_back":
-      if self.met > c.patience:
-        raise CheckFailed(f"{told}; rolling back did not help {c.patience} times, so the run stops")
-      self.run.back_to = max(step - 1 - c.back, 0), self.run.feed.example_at(step)
+      self._roll_back(found)
+    elif found.kind == "nonfinite" and self.in_a_row >= c.patience:
+      # As many spikes are the new normal: the guard takes the next one.
+      raise CheckFailed(
+        f"{found.told}; it is the {self.in_a_row}th step in a row whose update was not applied, so "
+        f"the run stops (faults.patience)"
+      )
+    else:
+      self.run.directory.event("skip", step=found.step)
+
+  def _roll_back(self, found: Incident) -> None:
+    """Asks the loop to go on from an earlier state, with the data behind this step."""
+    c, known = self.run.experiment.faults, self._saved()
+    # Where the first step behind it is bad, and not by its data, so may be what was saved.
+    useless = found.step - 1 == self.begun and found.cause in ("optimizer", "unknown")
+    before = [s for s in known if s < (self.begun if useless else found.step)]
+    if known and not before:
+      raise CheckFailed(f"{found.told}; no checkpoint is from before that, so the run stops")
+    # `back` may be further than what is kept.
+    to = max((s for s in before if s < found.step - c.back), default=min(before, default=0))
+    last, times = self.rolled_back
+    self.rolled_back = to, (times + 1 if to <= last else 1)
+    if self.rolled_back[1] > c.patience:
+      raise CheckFailed(
+        f"{found.told}; rolling back to step {to} did not help {c.patience} times, so the run "
+        f"stops (faults.patience)"
+      )
+    self.run.back_to = Back(found.step, to, self.run.feed.example_at(found.step))
+
+  def _saved(self) -> list[int]:
+    """The steps of all finished saves, as the first process sees them."""
+    self.run.store.wait()
+    steps = self.run.store.steps()
+    if jax.process_count() == 1:
+      return steps
+    own = np.full(1024, -1, np.int32)
+    own[: len(steps)] = steps[-1024:]
+    of_first = multihost_utils.broadcast_one_to_all(own)
+    return [int(step) for step in of_first if step >= 0]

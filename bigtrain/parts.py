@@ -67,7 +67,8 @@ class Saver(Part):
     if not due and step != last and not self.run.left:
       return
     with self.run.away("save", step=step):
-      self.run.store.save(step, self.run.state, self.run.experiment)
+      if self.run.back_to is None:  # Else this state has no future.
+        self.run.store.save(step, self.run.state, self.run.experiment)
 
 
 class Signals(Part):
@@ -150,5 +151,6 @@ def default_parts() -> list[Part]:
   from bigtrain.incidents import Incidents
   from bigtrain.metrics import Recorder
   from bigtrain.replay import Replay
+  from bigtrain.self_check import SelfCheck
 
-  return [Signals(), Replay(), Recorder(), Incidents(), Evaluating(), Saver()]
+  return [Signals(), Replay(), Recorder(), Incidents(), SelfCheck(), Evaluating(), Saver()]

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
   from bigtrain.data.tokenizers import Tokenizer
   from bigtrain.parts import Part
   from bigtrain.writers import Writer
+
+
+class Back(NamedTuple):
+  """Where a run has to go on from after a fault (incidents.py)."""
+
+  fault: int  # The step that was one.
+  to: int  # The completed steps of the state to go on from.
+  example: int  # From which on it gets data.
 
 
 class OnMesh:
@@ -51,8 +59,7 @@ class Run:
 
   feed: Feed  # While it trains.
   store: Store  # While it trains.
-  # Where it has to go on from: at that step or before, with the data from that example on.
-  back_to: tuple[int, int] | None = None
+  back_to: Back | None = None
   started: bool = False  # Its parts have been.
   left: bool = False  # A signal asked it to leave; its state is one step past what it saved.
 

@@ -109,7 +109,8 @@ class RunDirectory:
     """Remembers that a run which goes on from `step` does so with the data from `example` on."""
     if self.writes:
       skips = files.read_json(self.path / SKIPS) or {}
-      files.replace_json(self.path / SKIPS, skips | {str(step): example})
+      earlier = {at: to for at, to in skips.items() if int(at) < step}
+      files.replace_json(self.path / SKIPS, earlier | {str(step): example})
 
   def skipped_to(self, step: int) -> int | None:
     """The example with which a run goes on from `step`, if it is another than the state's."""
@@ -133,10 +134,16 @@ class RunDirectory:
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     self._append("metrics.jsonl", {"step": step, "kind": kind, **finite})
 
-  def drop_rows_after(self, step: int) -> None:
-    """Forgets the metrics of steps that a restored run will do again."""
+  def drop_after(self, step: int) -> None:
+    """Forgets what was recorded of steps that a restored run will do again."""
     path = self.path / "metrics.jsonl"
-    if not self.writes or not path.exists():
+    if not self.writes:
+      return
+    skips = files.read_json(self.path / SKIPS) or {}
+    if any(int(at) > step for at in skips):
+      left = {at: to for at, to in skips.items() if int(at) <= step}
+      files.replace_json(self.path / SKIPS, left)
+    if not path.exists():
       return
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
     files.replace(path, "".join(kept))

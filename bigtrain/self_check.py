@@ -61,8 +61,8 @@ class SelfCheck(Part):
     if said := processes.any_said(" and ".join(told)):
       self.run.directory.event("bad_device", step=step, found=said)
       raise CheckFailed(
-        f"at step {step} {said}. Nothing was saved since; take that device out of the job and go on "
-        f"with the same command, or leave this check out: {to_set('faults.self_check', False)}"
+        f"at step {step} {said}. Nothing was saved since; take that device out of the job and go "
+        f"on with the same command, or leave this check out: {to_set('faults.self_check', False)}"
       )
 
 
@@ -94,7 +94,8 @@ def answers() -> dict[Any, np.ndarray]:
   mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
   compute = _program(mesh, SIDE.get(devices[0].platform, LARGE))
   start = jax.device_put(np.zeros(len(devices), np.uint32), jax.NamedSharding(mesh, P("devices")))
-  found = compute(start)
+  with jax.set_mesh(mesh):  # Of this process alone, whatever mesh the run has.
+    found = compute(start)
   return {shard.device: np.asarray(shard.data)[0] for shard in found.addressable_shards}
 
 

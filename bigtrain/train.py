@@ -94,12 +94,14 @@ def loop(run: Run, *, restart: bool = False) -> bool:
   if (step := begin(run, program, restart=restart)) >= experiment.steps:
     run.say(f"{run.directory.path} has done its {experiment.steps} steps; nothing is left to do")
     return False
+  if run.left:  # The same command will go on from that earlier state.
+    return False
   for remark in remarks(experiment):
     run.say(remark)
   for writer in run.writers:
     writer.start(step)
   check_data(run, step)
-  run.directory.drop_rows_after(step)
+  run.directory.drop_after(step)
   sizes, example = Sizes(experiment.batch, experiment.batch_stages), int(run.state.example)
   feed = Feed(
     run.data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
@@ -117,7 +119,7 @@ def loop(run: Run, *, restart: bool = False) -> bool:
       step += 1
       for part in run.parts:
         part.after_step(step, metrics)
-    if run.left:
+    if run.left and run.back_to is None:
       metrics = update(step)
       for part in run.parts:
         part.on_leave(step, metrics)
@@ -133,12 +135,12 @@ def begin(run: Run, program: Program, *, restart: bool) -> int:
     How many steps it has completed.
   """
   like, source = program.abstract(), run.experiment.weights_from
-  back, run.back_to = run.back_to, None
+  back = run.back_to
   if run.store.steps() or not restart:
     with run.away("restore"):
-      found = run.store.newest(like, run.tell_damaged, until=back and back[0])
+      found = run.store.newest(like, run.tell_damaged, until=back and back.to)
     if found is not None:
-      return go_on(run, *found, back)
+      return go_on(run, *found)
   if source is not None:
     weights.check_source(source)
   with run.away("initialise"):
@@ -153,16 +155,17 @@ def begin(run: Run, program: Program, *, restart: bool) -> int:
     for line in told:
       run.directory.event("weights_told", told=line)
       run.say(line)
-  return go_on(run, 0, state, back)
+  return go_on(run, 0, state)
 
 
-def go_on(run: Run, step: int, state: State, back: tuple[int, int] | None) -> int:
+def go_on(run: Run, step: int, state: State) -> int:
   """Gives the run that state of `step`, with other data than its own where some are left out."""
+  back, run.back_to = run.back_to, None
   if back is not None:
-    run.directory.event("rollback", step=back[0] + 1, to=step, example=back[1])
-    run.directory.skip(step, back[1])
-    run.say(f"going on from step {step}, with the data from example {back[1]:,} on")
-  skipped_to = back[1] if back is not None else run.directory.skipped_to(step)
+    run.directory.event("rollback", step=back.fault, to=step, example=back.example)
+    run.directory.skip(step, back.example)
+    run.say(f"going on from step {step}, with the data from example {back.example:,} on")
+  skipped_to = back.example if back is not None else run.directory.skipped_to(step)
   if skipped_to is not None:
     example = jax.device_put(np.uint32(skipped_to), state.example.sharding)
     state = dataclasses.replace(state, example=example)

@@ -111,7 +111,7 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path):
   directory.row(5, "eval", {})
   directory.close()
   directory = RunDirectory(tmp_path)
-  directory.drop_rows_after(3)
+  directory.drop_after(3)
   directory.row(4, "train", {"loss": 0.25})
   assert [row["step"] for row in directory.rows("train")] == [1, 2, 3, 4]
   assert [row["loss"] for row in directory.rows("train")] == [1 / 1, 1 / 2, 1 / 3, 1 / 4]
@@ -123,7 +123,7 @@ def test_other_processes_write_nothing(tmp_path):
   directory.begin(toys.experiment(), None, allow_changes=False)
   directory.event("start")
   directory.row(1, "train", {})
-  directory.drop_rows_after(0)
+  directory.drop_after(0)
   directory.close()
   assert not (tmp_path / "run").exists()
 

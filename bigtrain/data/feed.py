@@ -110,9 +110,9 @@ class Feed(Iterator[dict[str, jax.Array]]):
     stop: one past the last step.
   """
 
-  example_at: Callable[
-    [int], int
-  ]  # The example at which the batch of update `step` (from 0) begins.
+  first: int  # The step of the first batch.
+  # The example at which the batch of update `step` (from 0) begins; of no step before `first`.
+  example_at: Callable[[int], int]
   wait = 0.0  # Seconds that the last `next` took: how long the step had to wait for its batch.
   shape: tuple[int, ...] = ()  # Of the first array of the last batch.
   lengths: tuple[
@@ -129,6 +129,7 @@ class Feed(Iterator[dict[str, jax.Array]]):
     example: int,
     stop: int,
   ):
+    self.first = step
     self.example_at = lambda at: example + sizes.between(step, at)
 
     def read(at: int) -> dict[str, jax.Array]:
