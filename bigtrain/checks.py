@@ -58,8 +58,13 @@ class Check:
   ):
     self.program = Program(experiment, mesh)
     self.limits = limits(experiment)
+    # Modules hold their settings: those of the state are the run's.
+    begun = jax.eval_shape(self.program.init, jax.random.key(0))
+    self.structure = jax.tree.structure((begun.model, begun.variables))
+    model, variables = self._modules(state.model, state.variables)
+    own = dataclasses.replace(state, model=model, variables=variables)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_typed(x))
-    self.order = forward_order(experiment, state, jax.tree.map(shape, batch))
+    self.order = forward_order(experiment, own, jax.tree.map(shape, batch))
     lowered = jax.jit(self._check).lower(*_parts(state), jnp.int32(0), batch)
     self._compiled = lowered.compile(compiler_options=compiler_options.options(mesh))
 
@@ -89,7 +94,12 @@ class Check:
     last = [i for i, n in enumerate(self.order) if f"{n}.".startswith(f"{layer}.")]
     return (last[-1] if last else len(self.order)), TAPPED.index(statistic)
 
+  def _modules(self, *parts) -> Any:
+    """Arrays of a state in modules of this experiment."""
+    return jax.tree.unflatten(self.structure, jax.tree.leaves(parts))
+
   def _check(self, model, variables, seen, step, batch: Batch) -> dict[str, Any]:
+    model, variables = self._modules(model, variables)
     gradient, output, _ = self.program.gradient(
       model,
       variables,
