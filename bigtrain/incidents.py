@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bigtrain import examine
+from bigtrain import checks, examine
 from bigtrain.examine import Incident
 from bigtrain.failures import CheckFailed
 from bigtrain.parts import Part
@@ -85,8 +85,8 @@ class Incidents(Part):
   def _roll_back(self, found: Incident) -> None:
     """Asks the loop to go on from an earlier state, with the data behind this step."""
     c, known = self.run.experiment.faults, self._saved()
-    # Where the first step behind it is bad, and not by its data, so may be what was saved.
-    useless = found.step - 1 == self.begun and found.cause in ("optimizer", "unknown")
+    # Where the first step behind it is bad already, so may be what was saved.
+    useless = found.step - 1 == self.begun and (found.cause == "optimizer" or self._is_spoilt())
     before = [s for s in known if s < (self.begun if useless else found.step)]
     if known and not before:
       raise CheckFailed(f"{found.told}; no checkpoint is from before that, so the run stops")
@@ -100,6 +100,10 @@ class Incidents(Part):
         f"stops (faults.patience)"
       )
     self.run.back_to = Back(found.step, to, self.run.feed.example_at(found.step))
+
+  def _is_spoilt(self) -> bool:
+    state = self.run.state
+    return any(checks.not_finite((state.model, state.variables, state.optimizer)))
 
   def _saved(self) -> list[int]:
     """The steps of all finished saves, as the first process sees them."""

@@ -145,6 +145,8 @@ class RunDirectory:
       files.replace_json(self.path / SKIPS, left)
     if not path.exists():
       return
+    if (file := self._files.pop(path.name, None)) is not None:  # It is of the old rows.
+      file.close()
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
     files.replace(path, "".join(kept))
 

@@ -18,7 +18,13 @@ from bigtrain.optim.schedule import Cosine
 from tests.bigram import Bigram
 
 ROOT = Path(__file__).parent.parent
-SPEED = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_per_second")
+SPEED = (
+  "step_seconds",
+  "input_wait_seconds",
+  "tokens_per_second",
+  "examples_per_second",
+  "model_flops_per_second",
+)
 
 
 def base() -> Experiment:
@@ -48,9 +54,11 @@ def prepare(folder: Path, environment) -> None:
   environment.setenv("BIGTRAIN_CACHE", str(folder / "cache"))
 
 
-def start(run_dir: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+def start(
+  run_dir: Path, *arguments: str, experiment: str = "tests/runs.py", **environment: str
+) -> subprocess.Popen:
   """`bigtrain train` of `base`, on one CPU device unless the environment says otherwise."""
-  command = [sys.executable, "-m", "bigtrain.cli", "train", "tests/runs.py", "--dir", str(run_dir)]
+  command = [sys.executable, "-m", "bigtrain.cli", "train", experiment, "--dir", str(run_dir)]
   return subprocess.Popen(
     [*command, "--quiet", *arguments],
     cwd=ROOT,

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from bigtrain import incidents
+from bigtrain import digest, examine, incidents, self_check
 from bigtrain.data.feed import put
+from bigtrain.exit_codes import Exit
+from bigtrain.experiment import Checkpoints
+from bigtrain.failures import CheckFailed
 from bigtrain.faults import Faults
 from bigtrain.parts import Part
 from bigtrain.program import Program
@@ -16,6 +20,7 @@ from bigtrain.sharding import batch_sharding
 from bigtrain.train import train
 from tests import faulty, runs
 from tests.faulty import BATCH, Powers
+from tests.test_multiprocess import joined
 
 BAD = 10 * BATCH + 3  # An example of step 11, its fourth row.
 
@@ -114,7 +119,7 @@ def plant_nan(run):
 
 
 def planted(kind):
-  """An experiment and parts with a fault in step 11; the cause, and what is the first bad tensor."""
+  """An experiment and parts with a fault in step 11; the cause, and the first bad tensor."""
   e, parts = faulty.base(), []
   e.data.at, e.steps = (BAD,), 12
   match kind:
@@ -147,3 +152,237 @@ def test_the_cause_of_a_planted_fault_is_told(tmp_path, kind):
   about, _ = kept(trained(e, tmp_path / "run", parts=parts))
   assert (about["cause"], about["first_bad"]) == (cause, first_bad), about
   assert about["kind"] == ("spike" if kind == "spike" else "nonfinite") and about["note"] == ""
+
+
+def test_a_device_that_computes_wrong_is_named_and_ends_the_run_before_it_saves(
+  tmp_path, monkeypatch
+):
+  right = self_check.answers()
+
+  def spoil(run):
+    third = jax.devices()[3]
+    answers = right | {third: right[third] ^ np.uint32(4)}
+    monkeypatch.setattr(self_check, "answers", lambda: answers)
+
+  said = "device 3 .*of process 0 on .*: 0x[0-9a-f]{8} where 0x[0-9a-f]{8} is right"
+  with pytest.raises(CheckFailed, match=rf"at step 12 a device computes wrong: {said}"):
+    trained(faulty.nan_in_step_11(), tmp_path, parts=[Plant(10, spoil)])
+  about, _ = kept(tmp_path)
+  assert about["cause"] == "hardware" and about["again"]["devices"].startswith("device 3 ")
+  assert runs.saved(tmp_path) == [4, 8]
+  (event,) = runs.events(tmp_path, "bad_device")
+  assert event["step"] == 12 and "device 3" in event["found"]
+
+
+@pytest.mark.parametrize("little", [True, False])
+def test_a_replica_with_one_other_bit_is_named(tmp_path, monkeypatch, little):
+  if not little:
+    monkeypatch.setattr(digest, "LITTLE", 0)
+
+  def flip(run):
+    leaf = run.leaves[-1]
+    mesh = leaf.sharding.mesh
+    place = jax.NamedSharding(mesh, jax.P())
+    whole = np.arange(12, dtype=np.float32).reshape(3, 4)
+    parts = []
+    for i, device in enumerate(mesh.devices.flat):
+      mine = whole.copy()
+      mine.view(np.uint32)[1, 2] ^= i == 5
+      parts.append(jax.device_put(mine, device))
+    odd = jax.make_array_from_single_device_arrays(whole.shape, place, parts)
+    of_run = type(run).state.fget
+    state = lambda run: dataclasses.replace(of_run(run), statistics={"odd": odd})
+    monkeypatch.setattr(type(run), "state", property(state))
+
+  e = faulty.base()
+  with pytest.raises(CheckFailed, match=r"at step 4 devices that hold .* differ .*device 5 .*odd"):
+    trained(e, tmp_path, parts=[Plant(3, flip)])
+  assert runs.saved(tmp_path) == []
+
+
+def test_devices_are_outvoted_by_the_majority():
+  assert self_check.outvoted({"a": 1, "b": 1, "c": 2}) == ["c"]
+  assert self_check.outvoted({"a": 1, "b": 2}) == ["a", "b"]
+  assert self_check.outvoted({"a": 1, "b": 1}) == []
+
+
+def test_all_devices_here_know_the_answers():
+  assert self_check.wrong() == {}
+
+
+def test_an_examination_that_fails_ends_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(examine, "Check", lambda *_: 1 / 0)
+  monkeypatch.setattr(examine.evidence, "keep", lambda *_: 1 / 0)
+  path = trained(faulty.nan_in_step_11(), tmp_path / "run")
+  (event,) = runs.events(path, "incident")
+  assert "the examination failed: ZeroDivisionError" in event["note"]
+  assert "it could not be kept whole: ZeroDivisionError" in event["note"]
+  assert event["cause"] == "unknown" and losses(path)[-1] is not None
+
+
+@pytest.mark.parametrize(
+  ("seen", "cause"),
+  [
+    ({"devices": "device 3"}, "hardware"),
+    ({"inputs": "batch/x", "state": "parameter/w"}, "data"),
+    ({"state": "parameter/w"}, "optimizer"),
+    ({"bad": {"again": False}, "exact": True}, "hardware"),
+    ({"bad": {"again": False}, "far": True}, "hardware"),
+    ({"bad": {"again": False}}, "unknown"),
+    ({"bad": {"again": True, "other batch": False, "float32": False}}, "precision"),
+    ({"bad": {"again": True, "other batch": False, "float32": True}}, "data"),
+    ({"bad": {"again": True, "other batch": True}}, "optimizer"),
+    ({"bad": {"again": True}}, "unknown"),
+  ],
+)
+def test_the_cause_follows_from_the_evidence(seen, cause):
+  plain = {"bad": {"again": True}, "far": False, "exact": False}
+  assert examine.Evidence(**{**plain, **seen}).cause() == cause
+
+
+# What is done.
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_skip_is_a_run_in_which_that_update_did_not_happen(tmp_path):
+  path = trained(faulty.nan_in_step_11(), tmp_path)
+  examples = [BATCH * i if i != 10 else None for i in range(16)]
+  close(losses(path), by_hand(faulty.base(), examples))
+  assert [event["step"] for event in runs.events(path, "skip")] == [11]
+  assert kept(path)[0]["cause"] == "unknown"
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_lower_rate_halves_the_updates_behind_a_fault(tmp_path):
+  e = faulty.nan_in_step_11()
+  e.faults.policy = "lower_rate"
+  path = trained(e, tmp_path)
+  examples = [BATCH * i if i != 10 else None for i in range(16)]
+  close(losses(path), by_hand(faulty.base(), examples, lowered_from=11))
+
+
+ROLLED = [BATCH * i for i in [*range(8), *range(11, 19)]]  # Step 11 was bad, and 8 was saved.
+
+
+@pytest.fixture(scope="module")
+def rolled(tmp_path_factory):
+  path = tmp_path_factory.mktemp("rolled") / "run"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(incidents, "EXAMINED", 0)
+    return trained(faulty.rolled_back(), path)
+
+
+def test_roll_back_is_a_run_that_was_given_the_later_data(rolled):
+  close(losses(rolled), by_hand(faulty.base(), ROLLED))
+  (event,) = runs.events(rolled, "rollback")
+  assert (event["step"], event["to"], event["example"]) == (11, 8, 88)
+  assert runs.saved(rolled) == [12, 16]
+
+
+@pytest.mark.usefixtures("unexamined")
+@pytest.mark.parametrize("before", [8, 9])
+def test_a_crash_behind_a_rollback_changes_nothing(tmp_path, rolled, before):
+  class Crash(Part):
+    def before_step(self, step):
+      if step == before and runs.events(tmp_path, "rollback"):
+        raise RuntimeError("planted")
+
+  with pytest.raises(RuntimeError, match="planted"):
+    trained(faulty.rolled_back(), tmp_path, parts=[Crash()])
+  assert runs.saved(tmp_path)[-1] == 8
+  trained(faulty.rolled_back(), tmp_path)
+  assert runs.values(tmp_path) == runs.values(rolled)
+  assert len(runs.events(tmp_path, "rollback")) == 1
+
+
+@pytest.mark.usefixtures("unexamined")
+@pytest.mark.parametrize("before", [10, 11])
+def test_a_signal_at_the_fault_changes_nothing(tmp_path, rolled, before):
+  leave = Plant(before, lambda run: signal.raise_signal(signal.SIGTERM))
+  assert train(faulty.rolled_back(), tmp_path, quiet=True, parts=[leave]).left
+  trained(faulty.rolled_back(), tmp_path)
+  assert runs.values(tmp_path) == runs.values(rolled)
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_stop_ends_the_run_and_does_so_again(tmp_path):
+  e = faulty.nan_in_step_11()
+  e.faults.policy = "stop"
+  for _ in range(2):
+    with pytest.raises(CheckFailed, match=r"step 11: the loss \(nan\).*as faults.policy says"):
+      trained(e, tmp_path)
+    assert runs.saved(tmp_path) == [4, 8]
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_so_many_faults_in_a_row_end_the_run(tmp_path):
+  e = faulty.base()
+  e.data.at, e.faults.patience = tuple(range(80, 200)), 3
+  with pytest.raises(CheckFailed, match=r"step 13: .* it is the 3th step in a row"):
+    trained(e, tmp_path)
+  assert [event["step"] for event in runs.events(tmp_path, "incident")] == [11, 12, 13]
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_so_many_spikes_in_a_row_are_the_new_normal(tmp_path):
+  e = faulty.base()
+  e.data.at, e.data.how, e.data.to = tuple(range(80, 200)), "scale", -60.0
+  e.faults, e.optimizer.lr = Faults(spike=12.0, window=8, patience=3), 1e-3
+  path = trained(e, tmp_path)
+  skipped = [row["step"] for row in runs.read(path, "metrics.jsonl") if row["skipped"]]
+  assert skipped == [11, 12, 13]
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_rolling_back_that_does_not_help_ends_the_run(tmp_path):
+  e = faulty.rolled_back()
+  e.data.at, e.faults.patience = tuple(range(80, 400)), 2
+  with pytest.raises(CheckFailed, match=r"rolling back to step \d did not help 2 times"):
+    trained(e, tmp_path)
+
+
+def test_a_checkpoint_that_was_bad_already_is_not_gone_back_to(tmp_path):
+  class Spoil(Part):
+    """Behind the parts that save: what they save is asked of the run."""
+
+    def on_away(self, phase):
+      if phase == "save" and int(self.run.state.step) == 8 and not hasattr(self, "done"):
+        self.done = True
+        plant_nan(self.run)
+
+  e = faulty.base()
+  e.faults.policy = "roll_back"
+  path = trained(e, tmp_path, parts=[Spoil()])
+  assert [event["cause"] for event in runs.events(path, "incident")] == ["optimizer"] * 2
+  assert [event["to"] for event in runs.events(path, "rollback")] == [8, 4]
+  close(losses(path), by_hand(e, [BATCH * i for i in [*range(4), *range(10, 22)]]))
+
+
+@pytest.mark.usefixtures("unexamined")
+def test_who_wants_to_go_back_further_than_what_is_kept_goes_to_the_oldest(tmp_path):
+  e = faulty.rolled_back()
+  e.checkpoints, e.faults.back = Checkpoints(every=2, keep=2), 9
+  path = trained(e, tmp_path)
+  (event,) = runs.events(path, "rollback")
+  assert event["to"] in (6, 8) and losses(path)[-1] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nan_in_step_11", "rolled_back"])
+def test_two_processes_do_the_same(tmp_path, name):
+  alone = trained(getattr(faulty, name)(), tmp_path / "alone")
+  target = f"tests/faulty.py:{name}"
+  both = [
+    runs.start(tmp_path / "both", experiment=target, **environment) for environment in joined(2)
+  ]
+  for process in both:
+    code, err = runs.finish(process)
+    assert code == Exit.DONE, err
+  close(losses(tmp_path / "both"), losses(alone))
+  for event in ("incident", "skip", "rollback"):
+    plain = lambda path, event=event: [
+      {k: v for k, v in found.items() if k != "time"} for found in runs.events(path, event)
+    ]
+    assert plain(tmp_path / "both") == plain(alone)
+  about, _ = kept(tmp_path / "both")
+  assert about["cause"] == "data" and about["rows"] == kept(alone)[0]["rows"]
