@@ -71,7 +71,13 @@ def rate(c: Faults, memory: Memory) -> jax.Array:
 
 
 def chosen(good: jax.Array, new: Any, old: Any) -> Any:
-  """`new` behind a good step, else `old`."""
+  """`new` behind a good step, else `old`.
+
+  Raises:
+    TypeError: they are not alike.
+  """
+  if (made := jax.tree.structure(new)) != (before := jax.tree.structure(old)):
+    raise TypeError(f"an update made of\n{before}\nanother tree:\n{made}")
   return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 

@@ -6,10 +6,11 @@ and before anything is saved, so that no checkpoint has what a bad chip has made
 """
 
 import functools
+import math
 import socket
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from bigtrain import digest, leaves, processes
+from bigtrain import digest, leaves, processes, sharding
 from bigtrain.failures import CheckFailed
 from bigtrain.hints import to_set
 from bigtrain.parts import Part
@@ -157,14 +158,17 @@ def differing(tree) -> dict[Any, str]:
   """
   shared = {name: x for name, x in leaves.flatten(tree).items() if _is_shared(x)}
   told: dict[Any, str] = {}
-  hashes = _hashes(shared)
-  for name, x in shared.items():
-    holders: dict[Hashable, dict[Any, int]] = {}
-    for device, index in x.sharding.devices_indices_map(x.shape).items():
-      key = tuple(s.indices(n) for s, n in zip(index, x.shape, strict=True))
-      holders.setdefault(key, {})[device] = hashes[name][device]
-    for votes in holders.values():
-      for device in outvoted(votes):
+  for name, hashes_D in _hashes(shared).items():
+    place = shared[name].sharding
+    # Along the axes that shard it lie its parts, along the others the replicas of each.
+    grid = place.mesh.devices
+    split = [place.mesh.axis_names.index(axis) for axis in _split(place)]
+    order = (*split, *(i for i in range(grid.ndim) if i not in split))
+    parts = math.prod(grid.shape[i] for i in split)
+    by_part = lambda x, order=order, parts=parts: x.transpose(order).reshape(parts, -1)
+    hashes, devices = by_part(hashes_D.reshape(grid.shape)), by_part(grid)
+    for part in np.flatnonzero((hashes != hashes[:, :1]).any(axis=1)):
+      for device in outvoted(dict(zip(devices[part], hashes[part].tolist(), strict=True))):
         told.setdefault(device, name)
   return {d: name for d, name in told.items() if d.process_index == jax.process_index()}
 
@@ -178,38 +182,38 @@ def outvoted(votes: Mapping[Any, int]) -> list[Any]:
 
 
 def _is_shared(x) -> bool:
+  """Whether several devices hold the same of it."""
   if not isinstance(x, jax.Array) or not isinstance(x.sharding, jax.NamedSharding):
     return False
-  return x.size > 0 and len(x.sharding.device_set) > 1 and _replicas(x) > 1
+  sizes = x.sharding.mesh.shape
+  return x.size > 0 and x.sharding.mesh.size > math.prod(sizes[a] for a in _split(x.sharding))
 
 
-def _replicas(x: jax.Array) -> int:
-  parts = np.prod([n // m for n, m in zip(x.shape, x.sharding.shard_shape(x.shape), strict=True)])
-  return len(x.sharding.device_set) // int(parts)
+def _split(place: jax.NamedSharding) -> list[str]:
+  """The axes that shard an array, in the order of the mesh."""
+  found = sharding.axes_of(place.spec)
+  return [axis for axis in place.mesh.axis_names if axis in found]
 
 
-def _hashes(arrays: Mapping[str, jax.Array]) -> dict[str, dict[Any, int]]:
-  """Of each array a number for what each device holds of it.
+def _hashes(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+  """(devices,) numbers for what each device of the mesh holds of an array, by its name.
 
   Little is quicker read by the host than its program is compiled.
   """
   if not arrays:
     return {}
+  mesh = next(iter(arrays.values())).sharding.mesh
   little = sum(x.nbytes for x in arrays.values()) < digest.LITTLE
   if little and all(x.is_fully_addressable for x in arrays.values()):
-    crc = lambda data: zlib.crc32(np.ascontiguousarray(data).tobytes())
-    return {
-      name: {shard.device: crc(shard.data) for shard in x.addressable_shards}
-      for name, x in arrays.items()
-    }
-  mesh = next(iter(arrays.values())).sharding.mesh
-  found = np.asarray(_compiled(mesh, tuple(x.sharding.spec for x in arrays.values()))(
-    list(arrays.values())
-  ).addressable_shards[0].data)  # fmt: skip
-  devices = list(mesh.devices.flat)
-  return {
-    name: dict(zip(devices, map(int, found[:, i]), strict=True)) for i, name in enumerate(arrays)
-  }
+
+    def on_host(x: jax.Array) -> np.ndarray:
+      crc = {s.device: zlib.crc32(np.asarray(s.data).tobytes()) for s in x.addressable_shards}
+      return np.array([crc[device] for device in mesh.devices.flat])
+
+    return {name: on_host(x) for name, x in arrays.items()}
+  compute = _compiled(mesh, tuple(x.sharding.spec for x in arrays.values()))
+  found_DN = np.asarray(compute(list(arrays.values())).addressable_shards[0].data)
+  return dict(zip(arrays, found_DN.T, strict=True))
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,6 +13,7 @@ from bigtrain import load
 from bigtrain.config import configs
 from bigtrain.data.tokenizers import BPE
 from bigtrain.experiment import Evaluation
+from bigtrain.faults import Faults
 from bigtrain.mesh import Mesh
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.smoke import shrink
@@ -199,6 +200,8 @@ EXEMPT = {
   "Experiment.new_weights": "parts of a model that weights_from fills; test_weights.py has it",
   "Mesh.sequence": "refused where tensor spans one device; tests/parallel has it",
   "Mesh.ulysses": "refused where context spans one device; tests/parallel has it",
+  "Faults.back": "how far the host rolls back behind a fault; test_incidents.py has it",
+  "Faults.self_check": "what is right passes unseen; test_incidents.py has what is wrong",
   "Evaluation.batch": "every example counts once, whatever the batch: only memory and speed differ",
 }
 # What a model has no use for, and why.
@@ -223,6 +226,7 @@ def small(function, **mesh):
     mesh["expert"] = 2  # How tokens travel shows only where there is a way to go.
   e.batch, e.evaluation.batch, e.mesh = 32, 32, Mesh(**mesh)
   # Every interval, limit and exemption from weight decay comes to bear in these steps.
+  e.faults = Faults(policy="lower_rate", spike=8.0)  # So all that the step decides by is in it.
   e.steps, e.evaluation.every, e.evaluation.prompts = 5, 2, ("It",)
   e.checkpoints.every, e.checkpoints.keep, e.logging.every = 1, 2, 1
   e.optimizer.weight_decay = e.optimizer.weight_decay or 0.1

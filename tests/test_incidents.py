@@ -14,6 +14,7 @@ from bigtrain.exit_codes import Exit
 from bigtrain.experiment import Checkpoints
 from bigtrain.failures import CheckFailed
 from bigtrain.faults import Faults
+from bigtrain.mesh import Mesh
 from bigtrain.parts import Part
 from bigtrain.program import Program
 from bigtrain.sharding import batch_sharding
@@ -198,6 +199,35 @@ def test_a_replica_with_one_other_bit_is_named(tmp_path, monkeypatch, little):
   with pytest.raises(CheckFailed, match=r"at step 4 devices that hold .* differ .*device 5 .*odd"):
     trained(e, tmp_path, parts=[Plant(3, flip)])
   assert runs.saved(tmp_path) == []
+
+
+@pytest.mark.parametrize("little", [True, False])
+def test_replicas_are_those_of_the_same_part(monkeypatch, little):
+  if not little:
+    monkeypatch.setattr(digest, "LITTLE", 0)
+  mesh = Mesh(data=4, fsdp=2).make()
+  place = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
+  with jax.set_mesh(mesh):
+    right = jax.device_put(np.arange(40, dtype=np.float32).reshape(5, 8), place)
+    each = [np.array(shard.data) for shard in right.addressable_shards]
+    each[6][2, 3] += 1
+    parts = [
+      jax.device_put(x, s.device) for x, s in zip(each, right.addressable_shards, strict=True)
+    ]
+    odd = jax.make_array_from_single_device_arrays(right.shape, place, parts)
+    whole = jax.device_put(np.arange(8), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+    assert self_check.differing({"right": right, "whole": whole}) == {}
+    found = self_check.differing({"right": right, "odd": odd, "whole": whole})
+  assert found == {right.addressable_shards[6].device: "odd"}
+
+
+def test_who_asks_for_no_self_check_has_none(tmp_path, monkeypatch):
+  monkeypatch.setattr(self_check, "wrong", lambda: {jax.devices()[0]: "planted"})
+  e = faulty.base()
+  with pytest.raises(CheckFailed, match=r"at step 0 .*planted.*experiment.faults.self_check = Fal"):
+    trained(e, tmp_path)
+  e.steps, e.faults.self_check = 2, False
+  trained(e, tmp_path)
 
 
 def test_devices_are_outvoted_by_the_majority():

@@ -9,11 +9,14 @@ import pytest
 from bigtrain.config import Refused
 from bigtrain.evaluate import Evaluating
 from bigtrain.experiment import Checkpoints
+from bigtrain.incidents import Incidents
 from bigtrain.mesh import Mesh
 from bigtrain.metrics import Recorder
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
 from bigtrain.parts import Part, Profiler, Saver, Signals, default_parts
+from bigtrain.replay import Replay
+from bigtrain.self_check import SelfCheck
 from bigtrain.train import train
 from tests import packed
 
@@ -77,7 +80,8 @@ def test_a_failing_part_ends_the_run_with_its_error_recorded_and_every_part_clos
 
 
 def test_evaluation_stands_before_saving_so_that_its_rows_belong_to_the_checkpoint():
-  assert [*map(type, default_parts())] == [Signals, Recorder, Evaluating, Saver]
+  kinds = [Signals, Replay, Recorder, Incidents, SelfCheck, Evaluating, Saver]
+  assert [*map(type, default_parts())] == kinds
 
 
 def test_a_profile_of_no_steps_is_refused():

@@ -1,5 +1,6 @@
 """The run directory: rows that are unique and whole, and what is refused."""
 
+import contextlib
 import errno
 import json
 
@@ -116,6 +117,26 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path):
   assert [row["step"] for row in directory.rows("train")] == [1, 2, 3, 4]
   assert [row["loss"] for row in directory.rows("train")] == [1 / 1, 1 / 2, 1 / 3, 1 / 4]
   assert not directory.rows("eval")
+
+
+def test_a_run_that_goes_back_while_it_is_open_writes_on_behind_what_is_left(tmp_path):
+  with contextlib.closing(RunDirectory(tmp_path)) as directory:
+    for step in (1, 2, 3):
+      directory.row(step, "train", {})
+    directory.drop_after(1)
+    directory.row(2, "train", {"loss": 7.0})
+    assert [row.get("loss") for row in directory.rows("train")] == [None, 7.0]
+
+
+def test_data_that_another_course_of_the_run_left_out_are_forgotten(tmp_path):
+  directory = RunDirectory(tmp_path)
+  directory.skip(5, 80)
+  directory.skip(9, 120)
+  assert [directory.skipped_to(step) for step in (4, 5, 9)] == [None, 80, 120]
+  directory.skip(5, 96)  # Back to 5 again: 9 will be another step 9.
+  assert [directory.skipped_to(step) for step in (5, 9)] == [96, None]
+  directory.drop_after(4)
+  assert directory.skipped_to(5) is None
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -1,0 +1,93 @@
+"""What is kept of a batch: the worst rows first, as arrays, as text and as pictures."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from bigtrain import checks, evidence, examine
+from bigtrain.checks import Check, Checked
+from bigtrain.data.tokenizers import Bytes
+from bigtrain.program import Program
+from tests import faulty, runs
+
+TOKENIZER = Bytes().make("", lambda: [], None)
+
+
+def batch_of(texts, seq=16):
+  """Rows of the documents of each tuple."""
+  tokens, segments = np.zeros((2, len(texts), seq), np.int32)
+  for row, documents in enumerate(texts):
+    at = 0
+    for number, text in enumerate(documents, 1):
+      ids = TOKENIZER.encode(text)
+      tokens[row, at : at + len(ids)], segments[row, at : at + len(ids)] = ids, number
+      at += len(ids)
+  return {"tokens": tokens, "segments": segments}
+
+
+def test_documents_are_told_apart_and_ids_that_stand_for_nothing_are_named():
+  batch = batch_of([("ab", "<b>cd</b>"), ("ef",)])
+  batch["tokens"][1, 1] = 4096
+  assert list(evidence.documents(TOKENIZER, batch, [5, 2])) == [
+    "--- row 5, document 1\nab\n",
+    "--- row 5, document 2\n<b>cd</b>\n",
+    "--- row 2, document 1, ids that stand for nothing: [4096]\ne\n",
+  ]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_pictures_are_written_of_any_numbers(channels):
+  image = np.linspace(-3, 5, 4 * 5 * channels).reshape(4, 5, channels).astype(np.float32)
+  image[0, 1] = np.nan
+  read = np.asarray(Image.open(io.BytesIO(evidence.picture(image))))
+  assert read.shape == ((4, 5, 3) if channels == 3 else (4, 5))
+  assert read.min() == 0 and read[0, 1].max() == 0
+  assert read.max() == 255 or channels == 2
+  evidence.picture(np.full((2, 2, 3), np.nan))
+
+
+def test_rows_are_read_in_the_order_that_is_asked_for():
+  data = faulty.Points().make(0)
+  batch, whole = evidence.read(data, 40, 8, [6, 0]), data.batch(40, 8)
+  np.testing.assert_array_equal(batch["inputs"], whole["inputs"][[6, 0]])
+
+
+def test_wrong_rows_are_kept_first_then_those_of_nan_then_the_largest_losses():
+  wrong = np.arange(100) == 70
+  losses = np.linspace(0, 1, 100)
+  losses[4] = np.nan
+  checked = Checked(0.0, 0.0, {}, {"x": wrong}, losses)
+  rows = examine.worst_rows(checked)
+  assert len(rows) == evidence.ROWS and rows[:4] == (70, 4, 99, 98)
+  first = Checked(0.0, 0.0, {}, {"x": np.zeros(3, bool)}, None)
+  assert examine.worst_rows(first) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.usefixtures("prepared")
+def test_the_losses_of_rows_and_the_sizes_of_tensors_are_those_of_the_program(
+  monkeypatch, microbatches
+):
+  monkeypatch.setattr(checks, "GROUPS", 4)
+  e = runs.base()
+  e.model.dropout, e.microbatches = 0.0, microbatches
+  program = Program(e, None)
+  state = jax.jit(program.init)(jax.random.key(0))
+  batch = jax.device_put(e.data.make(0).batch(0, 8))
+  found = Check(e, None, state, batch)(state, batch, 3)
+  for group in range(4):
+    rows = slice(2 * group, 2 * group + 2)
+    part = {name: x[rows] for name, x in batch.items()}
+    output = e.objective(state.module, part, None)
+    wanted = output.loss_sum / output.weight
+    np.testing.assert_allclose(found.losses[rows], [wanted] * 2, rtol=1e-5)
+  _, metrics = jax.jit(program.step)(state, batch)
+  np.testing.assert_allclose(found.loss, metrics["loss"], rtol=1e-5)
+  np.testing.assert_allclose(found.norm, metrics["gradient_norm"], rtol=1e-5)
+  order = ["parameter/embed_VD", "loss", "gradient/embed_VD", "gradient_norm"]
+  assert list(found.sizes)[-4:] == order
+  largest = float(np.abs(state.model.embed_VD[...]).max())
+  np.testing.assert_allclose(found.sizes["parameter/embed_VD"], largest, rtol=1e-6)
