@@ -16,11 +16,13 @@ were recorded. All processes take part, and conclude the same.
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bigtrain import checks, evidence, files, guard, processes, self_check, sharding
@@ -228,7 +230,7 @@ class Examination:
     if limit is None:
       return False
     memory = jax.device_get(self.state.statistics["guard"])
-    now = np.array([checked.loss, np.log(max(checked.norm, 1e-30))], np.float32)
+    now = jnp.array([checked.loss, np.log(max(checked.norm, 1e-30))], jnp.float32)
     full = memory["accepted"] >= self.run.experiment.faults.window
     return bool(full and np.max(guard.z_scores(memory["recent"], now)) > limit)
 
@@ -279,8 +281,9 @@ class Examination:
       experiment = in_float32(experiment) or experiment
     try:
       with jax.set_mesh(mesh):
-        state = dataclasses.replace(self.state, optimizer=())
-        state, batch = (jax.tree.map(lambda x: _moved(x, mesh), t) for t in (state, self.batch))
+        move = functools.partial(_moved, mesh)
+        state = jax.tree.map(move, dataclasses.replace(self.state, optimizer=()))
+        batch = jax.tree.map(move, self.batch)
         self.done["other devices"] = Check(experiment, mesh, state, batch)(state, batch, self.step)
     except Exception as error:
       return f"not done on other devices: {str(error).splitlines()[0][:200]}"
@@ -338,7 +341,7 @@ def worst_rows(checked: Checked) -> tuple[int, ...]:
   return tuple(map(int, order[: evidence.ROWS]))
 
 
-def _moved(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+def _moved(mesh: jax.sharding.Mesh, x: jax.Array) -> jax.Array:
   if isinstance(x.sharding, jax.NamedSharding):
     return jax.device_put(x, jax.NamedSharding(mesh, x.sharding.spec))
   return jax.device_put(np.asarray(x), jax.NamedSharding(mesh, jax.P()))

@@ -202,7 +202,8 @@ def _hashes(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
   """
   if not arrays:
     return {}
-  mesh = next(iter(arrays.values())).sharding.mesh
+  places: list[Any] = [x.sharding for x in arrays.values()]
+  mesh = places[0].mesh
   little = sum(x.nbytes for x in arrays.values()) < digest.LITTLE
   if little and all(x.is_fully_addressable for x in arrays.values()):
 
@@ -211,7 +212,7 @@ def _hashes(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
       return np.array([crc[device] for device in mesh.devices.flat])
 
     return {name: on_host(x) for name, x in arrays.items()}
-  compute = _compiled(mesh, tuple(x.sharding.spec for x in arrays.values()))
+  compute = _compiled(mesh, tuple(place.spec for place in places))
   found_DN = np.asarray(compute(list(arrays.values())).addressable_shards[0].data)
   return dict(zip(arrays, found_DN.T, strict=True))
 
