@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigtrain import compiler_options, marks, sharding
+from bigtrain import compiler_options, guard, marks, sharding
 from bigtrain.experiment import SOURCE, Experiment
 from bigtrain.leaves import flatten
 from bigtrain.optim.clip import global_norm
@@ -57,7 +57,7 @@ class Check:
     self, experiment: Experiment, mesh: jax.sharding.Mesh | None, state: State, batch: Batch
   ):
     self.program = Program(experiment, mesh)
-    self.limits = limits(experiment)
+    self.limits = guard.limits(experiment.model)
     # Modules hold their settings: those of the state are the run's.
     begun = jax.eval_shape(self.program.init, jax.random.key(0))
     self.structure = jax.tree.structure((begun.model, begun.variables))
@@ -110,9 +110,10 @@ class Check:
     )
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
     loss, weight = sums["loss"]
+    odd = guard.out_of_range(self.program.experiment.model, batch)
     names = [f"loss/{name.removeprefix(SOURCE)}" for name in _groups(batch)]
     return {
-      "loss": loss / weight,
+      "loss": jnp.where(odd, jnp.nan, loss / weight),
       "norm": global_norm(gradient),
       "taps": output.taps,
       "parameter": largest(model),
@@ -128,18 +129,6 @@ class Check:
     else:
       found = (x < 0) | (x >= self.limits.get(name, jnp.iinfo(jnp.int32).max))
     return sharding.lay(found.reshape(len(x), -1).any(axis=1), "R")
-
-
-def limits(experiment: Experiment) -> dict[str, int]:
-  """Below what the integers of a batch have to be, by the array's name."""
-  model = experiment.model
-  known = {
-    "tokens": model.vocabulary(),
-    "targets": model.vocabulary(),
-    "token_types": model.n_token_types(),
-    "labels": model.n_classes(),
-  }
-  return {name: limit for name, limit in known.items() if limit is not None}
 
 
 def largest(tree) -> dict[str, jax.Array]:

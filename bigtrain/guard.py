@@ -4,12 +4,14 @@ When the host sees a NaN, the state from before it has long been donated. So the
 is needed to judge a step, and a bad one leaves everything but its counters as it was.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from bigtrain.experiment import ModelConfig
 from bigtrain.faults import Faults
 
 Memory = dict[str, jax.Array]  # In State.statistics; zeros at first.
@@ -56,6 +58,27 @@ def judge(c: Faults, memory: Memory, loss, norm) -> tuple[jax.Array, jax.Array, 
     lowered = memory["lowered"] + jnp.where(good, 0, 1) - recovers
     after |= {"lowered": jnp.maximum(lowered, 0), "good": jnp.where(recovers, 0, in_a_row)}
   return good, score, after
+
+
+def limits(model: ModelConfig) -> dict[str, int]:
+  """Below what the ids of a batch have to be, by the array's name."""
+  known = {
+    "tokens": model.vocabulary(),
+    "targets": model.vocabulary(),
+    "token_types": model.n_token_types(),
+    "labels": model.n_classes(),
+  }
+  return {name: limit for name, limit in known.items() if limit is not None}
+
+
+def out_of_range(model: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+  """bool: whether an id of a batch stands for nothing. Looked up, it is taken for another one."""
+  found = [
+    ((batch[name] < 0) | (batch[name] >= limit)).any()
+    for name, limit in limits(model).items()
+    if name in batch
+  ]
+  return jnp.stack(found).any() if found else jnp.bool_(False)
 
 
 def z_scores(recent: jax.Array, now: jax.Array) -> jax.Array:

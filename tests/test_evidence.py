@@ -5,6 +5,7 @@ import io
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from bigtrain import checks, evidence, examine
@@ -47,6 +48,18 @@ def test_pictures_are_written_of_any_numbers(channels):
   assert read.min() == 0 and read[0, 1].max() == 0
   assert read.max() == 255 or channels == 2
   evidence.picture(np.full((2, 2, 3), np.nan))
+
+
+def test_arrays_are_kept_beside_text_or_pictures(tmp_path):
+  images = {"inputs": np.random.default_rng(0).normal(size=(2, 4, 5, 3)), "labels": np.arange(2)}
+  path = epath.Path(tmp_path)
+  evidence.keep(path, faulty.Points().make(0), images, [6, 0])
+  assert {p.name for p in tmp_path.iterdir()} == {"batch.npz", "batch-00.png", "batch-01.png"}
+  found = np.load(tmp_path / "batch.npz", allow_pickle=False)
+  assert found["rows"].tolist() == [6, 0]
+  np.testing.assert_array_equal(found["inputs"], images["inputs"])
+  evidence.keep(path, faulty.Points().make(0), batch_of([("ab",)]), [0])  # Of no text.
+  assert not (tmp_path / "batch.txt").exists()
 
 
 def test_rows_are_read_in_the_order_that_is_asked_for():

@@ -10,6 +10,7 @@ import pytest
 
 from bigtrain import digest, examine, incidents, self_check
 from bigtrain.data.feed import put
+from bigtrain.data.text import TextData
 from bigtrain.exit_codes import Exit
 from bigtrain.experiment import Checkpoints
 from bigtrain.failures import CheckFailed
@@ -109,6 +110,35 @@ def test_nan_in_the_data_is_found_and_its_row_kept(tmp_path):
   assert event["path"] == "incidents/00000011" and event["cause"] == "data"
   rows = runs.read(path, "metrics.jsonl")
   assert [row["step"] for row in rows if row["skipped"]] == [11]
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_token_that_there_is_none_of_is_found_and_its_text_kept(tmp_path, monkeypatch):
+  make, clean = TextData.make, runs.base().data.make(0).batch(80, BATCH)["tokens"]
+
+  def spoilt(self, seed):
+    data = make(self, seed)
+    whole = data.batch
+
+    def batch(example, size, rows=None):
+      wanted = (example + np.arange(size))[rows or slice(None)]
+      found = whole(example, size, rows)
+      tokens = found["tokens"].copy()
+      tokens[wanted == BAD, 2] = 70_000
+      return found | {"tokens": tokens}
+
+    data.batch = batch
+    return data
+
+  monkeypatch.setattr(TextData, "make", spoilt)
+  e = runs.base()
+  e.steps = 12
+  about, folder = kept(trained(e, tmp_path / "run"))
+  assert (about["cause"], about["first_bad"]) == ("data", "batch/tokens")
+  assert about["loss"] is None and about["gradient_norm"] > 0 and about["rows"][0] == 3
+  first = (folder / "batch.txt").read_text().split("\n---")[0]
+  assert first.startswith("--- row 3, document 1, ids that stand for nothing: [70000]\n")
+  assert bytes([clean[3, 1], clean[3, 3]]).decode() in first
 
 
 def plant_nan(run):
