@@ -74,12 +74,14 @@ class Check:
     found = jax.device_get(self._compiled(*_parts(state), at, batch))
     sizes = {f"batch/{name}": x for name, x in found["batch"].items()}
     of_parameters = by_layer(found["parameter"])
-    sizes |= {f"parameter/{name}": of_parameters[name] for name in self.order}
+    order = [name for name in self.order if name in of_parameters]
+    order += of_parameters.keys() - set(order)  # Whose use is hidden, as in a compiled kernel.
+    sizes |= {f"parameter/{name}": of_parameters[name] for name in order}
     layers = {n: x for n, x in unstacked(found["taps"]).items() if n.split("/")[0] in TAPPED}
     sizes |= {name: layers[name] for name in sorted(layers, key=self._through)}
     sizes["loss"] = found["loss"]
     gradient = by_layer(found["gradient"])
-    sizes |= {f"gradient/{name}": gradient[name] for name in reversed(self.order)}
+    sizes |= {f"gradient/{name}": gradient[name] for name in reversed(order)}
     sizes["gradient_norm"] = found["norm"]
     numbers = {name: float(np.max(x)) for name, x in sizes.items()}
     losses = None

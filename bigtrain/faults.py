@@ -24,13 +24,20 @@ class Faults:
   back: int = 0  # Steps before the fault from which `roll_back` goes on, at least.
   factor: float = 0.5  # By which `lower_rate` lowers the learning rate.
   recovery: int = 1000  # Good steps in a row that take one lowering back.
+  examine: int = 3  # Faults of one start whose cause is looked for; that compiles other programs.
   # Whether devices prove at the start and before each save that they compute right (self_check.py).
   self_check: bool = True
 
   def check(self) -> None:
     if self.spike is not None and self.spike <= 0:
       raise Refused(f"faults.spike is {self.spike}; give standard deviations above 0, or None")
-    for name, least in (("window", 2), ("patience", 1), ("back", 0), ("recovery", 1)):
+    for name, least in (
+      ("window", 2),
+      ("patience", 1),
+      ("back", 0),
+      ("recovery", 1),
+      ("examine", 0),
+    ):
       if getattr(self, name) < least:
         raise Refused(f"faults.{name} is {getattr(self, name)}; give {least} or more")
     if not 0 < self.factor < 1:

@@ -21,8 +21,6 @@ from bigtrain.run import Back
 if TYPE_CHECKING:
   from bigtrain.run import Run
 
-EXAMINED = 3  # Incidents of one start that are examined: each compiles other programs.
-
 
 class Incidents(Part):
   """Records steps that the guard did not apply, and follows the policy."""
@@ -57,7 +55,7 @@ class Incidents(Part):
       return
     self.in_a_row, self.met = self.in_a_row + 1, self.met + 1
     found = examine.incident(self.run, step, jax.device_get(metrics))
-    if self.met <= EXAMINED:
+    if self.met <= self.run.experiment.faults.examine:
       with self.run.away("examine", step=step):
         found = examine.examine(self.run, found)
     found, path = examine.keep(self.run, found)

@@ -10,6 +10,7 @@ from flax import nnx
 from bigtrain import Checkpoints, Evaluation, Experiment, Logging, taps
 from bigtrain.config import config
 from bigtrain.experiment import Data, DataConfig, ModelConfig
+from bigtrain.faults import Faults
 from bigtrain.models.initial import FanIn, Initializer
 from bigtrain.models.mlp import MLPConfig
 from bigtrain.objectives.classification import Classification
@@ -112,6 +113,7 @@ class PowersModel(nnx.Module):
 
 
 def base() -> Experiment:
+  """Without an examination, which takes longer than the run."""
   return Experiment(
     model=MLPConfig(inputs=4, hidden=(8, 8), classes=3, dtype="float32"),
     data=Points(),
@@ -121,13 +123,14 @@ def base() -> Experiment:
     batch=BATCH,
     evaluation=Evaluation(every=0),
     checkpoints=Checkpoints(every=4),
+    faults=Faults(examine=0),
     logging=Logging(every=1, layers_every=0, tensorboard=False),
   )
 
 
 def nan_in_step_11() -> Experiment:
   e = base()
-  e.data.at = (10 * BATCH + 3,)
+  e.data.at, e.faults.examine = (10 * BATCH + 3,), 1
   return e
 
 

@@ -201,6 +201,7 @@ EXEMPT = {
   "Mesh.sequence": "refused where tensor spans one device; tests/parallel has it",
   "Mesh.ulysses": "refused where context spans one device; tests/parallel has it",
   "Faults.back": "how far the host rolls back behind a fault; test_incidents.py has it",
+  "Faults.examine": "of how many faults the host looks for the cause; test_incidents.py has it",
   "Faults.self_check": "what is right passes unseen; test_incidents.py has what is wrong",
   "Evaluation.batch": "every example counts once, whatever the batch: only memory and speed differ",
 }

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigtrain import digest, examine, incidents, self_check
+from bigtrain import digest, examine, self_check
 from bigtrain.data.feed import put
 from bigtrain.data.text import TextData
 from bigtrain.exit_codes import Exit
@@ -76,11 +76,6 @@ def close(got, wanted):
     assert (a is None) == (b is None)
     if a is not None:
       np.testing.assert_allclose(a, b, rtol=2e-6)
-
-
-@pytest.fixture
-def unexamined(monkeypatch):
-  monkeypatch.setattr(incidents, "EXAMINED", 0)
 
 
 def trained(e, path, **options):
@@ -152,7 +147,7 @@ def plant_nan(run):
 def planted(kind):
   """An experiment and parts with a fault in step 11; the cause, and the first bad tensor."""
   e, parts = faulty.base(), []
-  e.data.at, e.steps = (BAD,), 12
+  e.data.at, e.steps, e.faults.examine = (BAD,), 12, 1
   match kind:
     case "huge input":
       e.data.how, e.data.to = "set", -1e30
@@ -301,18 +296,28 @@ def test_the_cause_follows_from_the_evidence(seen, cause):
 # What is done.
 
 
-@pytest.mark.usefixtures("unexamined")
+def nan_in_step_11():
+  e = faulty.nan_in_step_11()
+  e.faults.examine = 0
+  return e
+
+
+def rolling():
+  e = nan_in_step_11()
+  e.faults.policy = "roll_back"
+  return e
+
+
 def test_skip_is_a_run_in_which_that_update_did_not_happen(tmp_path):
-  path = trained(faulty.nan_in_step_11(), tmp_path)
+  path = trained(nan_in_step_11(), tmp_path)
   examples = [BATCH * i if i != 10 else None for i in range(16)]
   close(losses(path), by_hand(faulty.base(), examples))
   assert [event["step"] for event in runs.events(path, "skip")] == [11]
   assert kept(path)[0]["cause"] == "unknown"
 
 
-@pytest.mark.usefixtures("unexamined")
 def test_lower_rate_halves_the_updates_behind_a_fault(tmp_path):
-  e = faulty.nan_in_step_11()
+  e = nan_in_step_11()
   e.faults.policy = "lower_rate"
   path = trained(e, tmp_path)
   examples = [BATCH * i if i != 10 else None for i in range(16)]
@@ -324,10 +329,7 @@ ROLLED = [BATCH * i for i in [*range(8), *range(11, 19)]]  # Step 11 was bad, an
 
 @pytest.fixture(scope="module")
 def rolled(tmp_path_factory):
-  path = tmp_path_factory.mktemp("rolled") / "run"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(incidents, "EXAMINED", 0)
-    return trained(faulty.rolled_back(), path)
+  return trained(rolling(), tmp_path_factory.mktemp("rolled") / "run")
 
 
 def test_roll_back_is_a_run_that_was_given_the_later_data(rolled):
@@ -337,7 +339,6 @@ def test_roll_back_is_a_run_that_was_given_the_later_data(rolled):
   assert runs.saved(rolled) == [12, 16]
 
 
-@pytest.mark.usefixtures("unexamined")
 @pytest.mark.parametrize("before", [8, 9])
 def test_a_crash_behind_a_rollback_changes_nothing(tmp_path, rolled, before):
   class Crash(Part):
@@ -346,25 +347,23 @@ def test_a_crash_behind_a_rollback_changes_nothing(tmp_path, rolled, before):
         raise RuntimeError("planted")
 
   with pytest.raises(RuntimeError, match="planted"):
-    trained(faulty.rolled_back(), tmp_path, parts=[Crash()])
+    trained(rolling(), tmp_path, parts=[Crash()])
   assert runs.saved(tmp_path)[-1] == 8
-  trained(faulty.rolled_back(), tmp_path)
+  trained(rolling(), tmp_path)
   assert runs.values(tmp_path) == runs.values(rolled)
   assert len(runs.events(tmp_path, "rollback")) == 1
 
 
-@pytest.mark.usefixtures("unexamined")
 @pytest.mark.parametrize("before", [10, 11])
 def test_a_signal_at_the_fault_changes_nothing(tmp_path, rolled, before):
   leave = Plant(before, lambda run: signal.raise_signal(signal.SIGTERM))
-  assert train(faulty.rolled_back(), tmp_path, quiet=True, parts=[leave]).left
-  trained(faulty.rolled_back(), tmp_path)
+  assert train(rolling(), tmp_path, quiet=True, parts=[leave]).left
+  trained(rolling(), tmp_path)
   assert runs.values(tmp_path) == runs.values(rolled)
 
 
-@pytest.mark.usefixtures("unexamined")
 def test_stop_ends_the_run_and_does_so_again(tmp_path):
-  e = faulty.nan_in_step_11()
+  e = nan_in_step_11()
   e.faults.policy = "stop"
   for _ in range(2):
     with pytest.raises(CheckFailed, match=r"step 11: the loss \(nan\).*as faults.policy says"):
@@ -372,7 +371,6 @@ def test_stop_ends_the_run_and_does_so_again(tmp_path):
     assert runs.saved(tmp_path) == [4, 8]
 
 
-@pytest.mark.usefixtures("unexamined")
 def test_so_many_faults_in_a_row_end_the_run(tmp_path):
   e = faulty.base()
   e.data.at, e.faults.patience = tuple(range(80, 200)), 3
@@ -381,7 +379,6 @@ def test_so_many_faults_in_a_row_end_the_run(tmp_path):
   assert [event["step"] for event in runs.events(tmp_path, "incident")] == [11, 12, 13]
 
 
-@pytest.mark.usefixtures("unexamined")
 def test_so_many_spikes_in_a_row_are_the_new_normal(tmp_path):
   e = faulty.base()
   e.data.at, e.data.how, e.data.to = tuple(range(80, 200)), "scale", -60.0
@@ -391,9 +388,8 @@ def test_so_many_spikes_in_a_row_are_the_new_normal(tmp_path):
   assert skipped == [11, 12, 13]
 
 
-@pytest.mark.usefixtures("unexamined")
 def test_rolling_back_that_does_not_help_ends_the_run(tmp_path):
-  e = faulty.rolled_back()
+  e = rolling()
   e.data.at, e.faults.patience = tuple(range(80, 400)), 2
   with pytest.raises(CheckFailed, match=r"rolling back to step \d did not help 2 times"):
     trained(e, tmp_path)
@@ -409,16 +405,15 @@ def test_a_checkpoint_that_was_bad_already_is_not_gone_back_to(tmp_path):
         plant_nan(self.run)
 
   e = faulty.base()
-  e.faults.policy = "roll_back"
+  e.faults = Faults(policy="roll_back")
   path = trained(e, tmp_path, parts=[Spoil()])
   assert [event["cause"] for event in runs.events(path, "incident")] == ["optimizer"] * 2
   assert [event["to"] for event in runs.events(path, "rollback")] == [8, 4]
   close(losses(path), by_hand(e, [BATCH * i for i in [*range(4), *range(10, 22)]]))
 
 
-@pytest.mark.usefixtures("unexamined")
 def test_who_wants_to_go_back_further_than_what_is_kept_goes_to_the_oldest(tmp_path):
-  e = faulty.rolled_back()
+  e = rolling()
   e.checkpoints, e.faults.back = Checkpoints(every=2, keep=2), 9
   path = trained(e, tmp_path)
   (event,) = runs.events(path, "rollback")
