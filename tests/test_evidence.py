@@ -1,5 +1,6 @@
 """What is kept of a batch: the worst rows first, as arrays, as text and as pictures."""
 
+import contextlib
 import io
 
 import jax
@@ -8,11 +9,13 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from bigtrain import checks, evidence, examine
+from bigtrain import checks, evidence, examine, sharding
 from bigtrain.checks import Check, Checked
+from bigtrain.data.feed import put
 from bigtrain.data.tokenizers import Bytes
+from bigtrain.mesh import Mesh
 from bigtrain.program import Program
-from tests import faulty, runs
+from tests import faulty, packed, runs
 
 TOKENIZER = Bytes().make("", lambda: [], None)
 
@@ -77,6 +80,29 @@ def test_wrong_rows_are_kept_first_then_those_of_nan_then_the_largest_losses():
   assert len(rows) == evidence.ROWS and rows[:4] == (70, 4, 99, 98)
   first = Checked(0.0, 0.0, {}, {"x": np.zeros(3, bool)}, None)
   assert examine.worst_rows(first) == (0, 1, 2)
+
+
+@pytest.mark.slow
+def test_the_order_of_computation_is_the_same_on_a_mesh():
+  found = []
+  for mesh in (None, Mesh(data=2, fsdp=2, tensor=2)):
+    e = packed.experiment(model={"layers": 2}, mesh=mesh or Mesh())
+    made = None if mesh is None else mesh.make()
+    with contextlib.nullcontext() if made is None else jax.set_mesh(made):
+      state = jax.jit(Program(e, made).init)(jax.random.key(0))
+      data = e.data.make(e.seed)
+      batch = put(lambda rows, data=data: data.batch(0, 8, rows), 8, sharding.batch_sharding())
+      found.append(Check(e, made, state, batch)(state, batch, 0))
+  one, many = found
+  assert list(one.sizes) == list(many.sizes)
+  np.testing.assert_allclose(list(one.sizes.values()), list(many.sizes.values()), rtol=1e-4)
+  np.testing.assert_allclose(one.losses, many.losses, rtol=1e-5)
+  places = [list(one.sizes).index(name) for name in (
+    "batch/tokens", "parameter/embed_VD", "output/transformer.00", "output/transformer.01", "loss",
+    "gradient/transformer.01.feed_forward.down_FD", "gradient/transformer.00.attention.q_DKGH",
+    "gradient/embed_VD", "gradient_norm",
+  )]  # fmt: skip
+  assert places == sorted(places)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

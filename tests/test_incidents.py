@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bigtrain import digest, examine, self_check
+from bigtrain.config import Refused
 from bigtrain.data.feed import put
 from bigtrain.data.text import TextData
 from bigtrain.exit_codes import Exit
@@ -393,6 +394,31 @@ def test_rolling_back_that_does_not_help_ends_the_run(tmp_path):
   e.data.at, e.faults.patience = tuple(range(80, 400)), 2
   with pytest.raises(CheckFailed, match=r"rolling back to step \d did not help 2 times"):
     trained(e, tmp_path)
+
+
+@pytest.mark.parametrize(("fault", "to", "saved"), [(8, 4, [12, 16]), (16, 12, [12, 16])])
+def test_a_fault_in_a_step_to_be_saved_is_not_saved(tmp_path, fault, to, saved):
+  e = faulty.base()
+  e.data.at, e.faults.policy = ((fault - 1) * BATCH + 1,), "roll_back"
+  path = trained(e, tmp_path)
+  assert [event["to"] for event in runs.events(path, "rollback")] == [to]
+  assert runs.saved(path) == saved and [e["step"] for e in runs.events(path, "incident")] == [fault]
+  at = [*range(to), *range(fault, fault + 16 - to)]
+  close(losses(path), by_hand(faulty.base(), [BATCH * i for i in at]))
+
+
+@pytest.mark.parametrize(
+  ("fields", "said"),
+  [
+    ({"spike": 0.0}, r"faults.spike is 0.0; give standard deviations above 0"),
+    ({"factor": 1.0}, r"faults.factor is 1.0; give a number between 0 and 1"),
+    ({"window": 1}, r"faults.window is 1; give 2 or more"),
+    ({"patience": 0}, r"faults.patience is 0; give 1 or more"),
+  ],
+)
+def test_settings_that_make_no_sense_are_refused(fields, said):
+  with pytest.raises(Refused, match=said):
+    Faults(**fields).check()
 
 
 def test_a_checkpoint_that_was_bad_already_is_not_gone_back_to(tmp_path):
