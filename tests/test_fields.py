@@ -200,6 +200,7 @@ EXEMPT = {
   "Experiment.new_weights": "parts of a model that weights_from fills; test_weights.py has it",
   "Mesh.sequence": "refused where tensor spans one device; tests/parallel has it",
   "Mesh.ulysses": "refused where context spans one device; tests/parallel has it",
+  "Checkpoints.within": "how long a save may take; test_checkpoint_proofs.py has it",
   "Faults.back": "how far the host rolls back behind a fault; test_incidents.py has it",
   "Faults.examine": "of how many faults the host looks for the cause; test_incidents.py has it",
   "Faults.self_check": "what is right passes unseen; test_incidents.py has what is wrong",
