@@ -1,4 +1,4 @@
-"""What is kept of a batch: its rows as arrays, and as people read or see them.
+"""What is kept of a step whose update was not applied: its numbers, and rows of its batch.
 
     RUN/incidents/00000012/  incident.json  batch.npz  batch.txt or batch-00.png, batch-01.png, ...
 
@@ -6,21 +6,117 @@
 they stood. The text of a document is written as it was: whoever shows it has to escape it.
 """
 
+import dataclasses
 import io
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from etils import epath
 
+from bigtrain import files
 from bigtrain.config import Refused
+from bigtrain.data.feed import Sizes
 from bigtrain.experiment import Data
 
 if TYPE_CHECKING:
   from bigtrain.data.tokenizers import Tokenizer
+  from bigtrain.run import Run
 
+Cause = Literal["data", "precision", "optimizer", "hardware", "unknown"]
 ROWS = 64  # Of a batch that are kept, at most.
 Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Incident:
+  """A step whose update was not applied."""
+
+  step: int  # Its number: the update that followed `step - 1` completed ones.
+  kind: Literal["nonfinite", "spike"]
+  loss: float
+  gradient_norm: float
+  score: float | None  # Robust standard deviations above what was usual.
+  policy: str
+  examples: tuple[int, int]  # From the first to before the last.
+  checkpoint: int | None  # The newest one from before.
+  cause: Cause = "unknown"
+  first_bad: str | None = None  # Of the tensors, in the order of computation.
+  layers: Mapping[str, float] = dataclasses.field(default_factory=dict)  # Their sizes.
+  rows: tuple[int, ...] = ()  # Of the batch, the worst ones first.
+  again: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # What was done, and gave.
+  note: str = ""  # What of this could not be done.
+
+  @property
+  def told(self) -> str:
+    """For people."""
+    what = "is not finite" if self.score is None else f"spikes, by {self.score:.1f} deviations"
+    first = f"; {self.first_bad} is the first tensor that is wrong" if self.first_bad else ""
+    note = f" ({self.note})" if self.note else ""
+    return (
+      f"step {self.step}: the loss ({self.loss:.4g}) or its gradient ({self.gradient_norm:.4g}) "
+      f"{what}, and its update was not applied; cause: {self.cause}{first}{note}"
+    )
+
+
+def incident(run: "Run", step: int, metrics: Mapping[str, Any]) -> Incident:
+  """What is known of a step at once."""
+  loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+  score = float(metrics.get("spike_score", math.nan))
+  first, size = run.feed.example_at(step - 1), batch_size(run, step - 1)
+  return Incident(
+    step,
+    "spike" if math.isfinite(loss) and math.isfinite(norm) else "nonfinite",
+    loss,
+    norm,
+    score if math.isfinite(score) else None,
+    run.experiment.faults.policy,
+    (first, first + size),
+    max(
+      (s for s in (*run.store.steps(), run.store.begun) if s is not None and s < step), default=None
+    ),
+    rows=tuple(range(min(size, ROWS))),
+  )
+
+
+def keep(run: "Run", found: Incident) -> tuple[Incident, str | None]:
+  """Writes the incident and its batch. A failure to do so is noted, and ends nothing.
+
+  Returns:
+    The incident, with that note; and its path in the run directory, None where nothing is written.
+  """
+  if not run.directory.writes:
+    return found, None
+  folder = run.directory.path / "incidents" / f"{found.step:08}"
+  number = 1
+  while (known := files.read_json(folder / "incident.json")) is not None:
+    if known["examples"] == list(found.examples):
+      break  # The same step, done again behind a restart.
+    number += 1  # A step of that number, with other data behind a rollback.
+    folder = folder.with_name(f"{found.step:08}-{number}")
+  data, (first, end) = run.data.stage(found.step - 1), found.examples
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_batch(folder, data, read(data, first, end - first, found.rows), found.rows)
+  except Exception as error:
+    found = _noted(found, f"its batch could not be kept: {type(error).__name__}: {error}")
+  about = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+  try:
+    files.replace_json(folder / "incident.json", _plain(about))
+  except OSError as error:
+    found = _noted(found, f"it could not be kept: {error}")
+  return found, f"incidents/{folder.name}"
+
+
+def _noted(found: Incident, note: str) -> Incident:
+  note = note[:300]
+  return dataclasses.replace(found, note=f"{found.note}; {note}" if found.note else note)
+
+
+def batch_size(run: "Run", step: int) -> int:
+  """Rows of the batch that update `step` (from 0) consumes."""
+  return Sizes(run.experiment.batch, run.experiment.batch_stages).at(step)
 
 
 def read(data: Data, example: int, size: int, rows: Sequence[int]) -> Batch:
@@ -29,7 +125,7 @@ def read(data: Data, example: int, size: int, rows: Sequence[int]) -> Batch:
   return {name: np.concatenate([row[name] for row in found]) for name in found[0]}
 
 
-def keep(folder: epath.Path, data: Data, batch: Batch, rows: Sequence[int]) -> None:
+def keep_batch(folder: epath.Path, data: Data, batch: Batch, rows: Sequence[int]) -> None:
   """Writes the rows of a batch into a folder that is there."""
   packed = io.BytesIO()
   np.savez_compressed(packed, allow_pickle=False, rows=np.asarray(rows), **batch)
@@ -69,3 +165,12 @@ def picture(image_RSC: np.ndarray) -> bytes:
   packed = io.BytesIO()
   Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(packed, "PNG")
   return packed.getvalue()
+
+
+def _plain(value: Any) -> Any:
+  """For JSON, which has no NaN."""
+  if isinstance(value, Mapping):
+    return {name: _plain(x) for name, x in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(x) for x in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

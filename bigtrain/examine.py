@@ -19,16 +19,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigtrain import checks, evidence, files, guard, processes, self_check, sharding
+from bigtrain import checks, evidence, guard, processes, self_check, sharding
 from bigtrain.checks import Check, Checked
 from bigtrain.config import configs
-from bigtrain.data.feed import Sizes, put
+from bigtrain.data.feed import put
+from bigtrain.evidence import Cause, Incident
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import Mesh
 from bigtrain.precision import compute_dtype
@@ -38,41 +39,9 @@ from bigtrain.state import State
 if TYPE_CHECKING:
   from bigtrain.run import Run
 
-Cause = Literal["data", "precision", "optimizer", "hardware", "unknown"]
 FAR = 2.0  # Times the numbers that were recorded: more than an update moves them.
 HUGE = 100.0  # Times the largest input of another batch: a number that cannot be.
 SPIKE = 4.0  # Times the size that a tensor has with another batch: where a spike shows.
-
-
-@dataclasses.dataclass(frozen=True)
-class Incident:
-  """A step whose update was not applied."""
-
-  step: int  # Its number: the update that followed `step - 1` completed ones.
-  kind: Literal["nonfinite", "spike"]
-  loss: float
-  gradient_norm: float
-  score: float | None  # Robust standard deviations above what was usual.
-  policy: str
-  examples: tuple[int, int]  # From the first to before the last.
-  checkpoint: int | None  # The newest one from before.
-  cause: Cause = "unknown"
-  first_bad: str | None = None  # Of the tensors, in the order of computation.
-  layers: Mapping[str, float] = dataclasses.field(default_factory=dict)  # Their sizes.
-  rows: tuple[int, ...] = ()  # Of the batch, the worst ones first.
-  again: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # What was done, and gave.
-  note: str = ""  # What of this could not be done.
-
-  @property
-  def told(self) -> str:
-    """For people."""
-    what = "is not finite" if self.score is None else f"spikes, by {self.score:.1f} deviations"
-    first = f"; {self.first_bad} is the first tensor that is wrong" if self.first_bad else ""
-    note = f" ({self.note})" if self.note else ""
-    return (
-      f"step {self.step}: the loss ({self.loss:.4g}) or its gradient ({self.gradient_norm:.4g}) "
-      f"{what}, and its update was not applied; cause: {self.cause}{first}{note}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,26 +71,6 @@ class Evidence:
     return "optimizer" if self.bad["other batch"] else "data"
 
 
-def incident(run: "Run", step: int, metrics: Mapping[str, Any]) -> Incident:
-  """What is known of a step at once."""
-  loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-  score = float(metrics.get("spike_score", math.nan))
-  first, size = run.feed.example_at(step - 1), batch_size(run, step - 1)
-  return Incident(
-    step,
-    "spike" if math.isfinite(loss) and math.isfinite(norm) else "nonfinite",
-    loss,
-    norm,
-    score if math.isfinite(score) else None,
-    run.experiment.faults.policy,
-    (first, first + size),
-    max(
-      (s for s in (*run.store.steps(), run.store.begun) if s is not None and s < step), default=None
-    ),
-    rows=tuple(range(min(size, evidence.ROWS))),
-  )
-
-
 def examine(run: "Run", found: Incident) -> Incident:
   """The same with its cause; a failure to find that is noted, and ends nothing."""
   try:
@@ -129,39 +78,6 @@ def examine(run: "Run", found: Incident) -> Incident:
   except Exception as error:
     note = f"the examination failed: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
     return dataclasses.replace(found, note=note)
-
-
-def keep(run: "Run", found: Incident) -> tuple[Incident, str | None]:
-  """Writes the incident and its batch. A failure to do so is noted, and ends nothing.
-
-  Returns:
-    The incident, with that note; and its path in the run directory, None where nothing is written.
-  """
-  if not run.directory.writes:
-    return found, None
-  about = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-  folder = run.directory.path / "incidents" / f"{found.step:08}"
-  number = 1
-  while (known := files.read_json(folder / "incident.json")) is not None:
-    if known["examples"] == list(found.examples):
-      break  # The same step, done again behind a restart.
-    number += 1  # A step of that number, with other data behind a rollback.
-    folder = folder.with_name(f"{found.step:08}-{number}")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    data, (first, end) = run.data.stage(found.step - 1), found.examples
-    batch = evidence.read(data, first, end - first, found.rows)
-    evidence.keep(folder, data, batch, found.rows)
-    files.replace_json(folder / "incident.json", _plain(about))
-  except Exception as error:
-    note = f"it could not be kept whole: {type(error).__name__}: {str(error)[:300]}"
-    found = dataclasses.replace(found, note=f"{found.note}; {note}" if found.note else note)
-  return found, f"incidents/{folder.name}"
-
-
-def batch_size(run: "Run", step: int) -> int:
-  """Rows of the batch that update `step` (from 0) consumes."""
-  return Sizes(run.experiment.batch, run.experiment.batch_stages).at(step)
 
 
 class Examination:
@@ -201,14 +117,14 @@ class Examination:
     )
 
   def _batch(self, step: int) -> checks.Batch:
-    data, size = self.run.data.stage(step), batch_size(self.run, step)
+    data, size = self.run.data.stage(step), evidence.batch_size(self.run, step)
     first = self.run.feed.example_at(step)
     read = lambda rows: data.batch(first, size, rows)
     return put(read, size, sharding.batch_sharding())
 
   def _with_other_batches(self, own: Check) -> None:
     """Does the step with a batch near it, of the same shapes; one that is fine, if there is."""
-    shapes = lambda step: self.run.data.stage(step).spec(batch_size(self.run, step))
+    shapes = lambda step: self.run.data.stage(step).spec(evidence.batch_size(self.run, step))
     for step in (self.step - 1, self.step + 1, self.step + 2):
       if step >= self.run.feed.first and shapes(step) == shapes(self.step):
         found = own(self.state, self._batch(step), step)
@@ -369,12 +285,3 @@ def _near(x: float, y: float, rtol: float = TOLERANCES["gradient_norm"]) -> bool
 
 def _first(sizes: Mapping[str, float], is_bad) -> str | None:
   return next((name for name, x in sizes.items() if is_bad(name, x)), None)
-
-
-def _plain(value: Any) -> Any:
-  """For JSON, which has no NaN."""
-  if isinstance(value, Mapping):
-    return {name: _plain(x) for name, x in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_plain(x) for x in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bigtrain import checks, examine
-from bigtrain.examine import Incident
+from bigtrain import checks, evidence, examine
+from bigtrain.evidence import Incident
 from bigtrain.failures import CheckFailed
 from bigtrain.parts import Part
 from bigtrain.run import Back
@@ -54,11 +54,11 @@ class Incidents(Part):
     if self.run.back_to is not None:  # It has no part in the run: that goes on from before it.
       return
     self.in_a_row, self.met = self.in_a_row + 1, self.met + 1
-    found = examine.incident(self.run, step, jax.device_get(metrics))
+    found = evidence.incident(self.run, step, jax.device_get(metrics))
     if self.met <= self.run.experiment.faults.examine:
       with self.run.away("examine", step=step):
         found = examine.examine(self.run, found)
-    found, path = examine.keep(self.run, found)
+    found, path = evidence.keep(self.run, found)
     told = {name: getattr(found, name) for name in ("kind", "cause", "first_bad")}
     more = {"note": found.note} if found.note else {}
     self.run.directory.event("incident", step=step, **told, path=path, **more)

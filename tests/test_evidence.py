@@ -56,12 +56,12 @@ def test_pictures_are_written_of_any_numbers(channels):
 def test_arrays_are_kept_beside_text_or_pictures(tmp_path):
   images = {"inputs": np.random.default_rng(0).normal(size=(2, 4, 5, 3)), "labels": np.arange(2)}
   path = epath.Path(tmp_path)
-  evidence.keep(path, faulty.Points().make(0), images, [6, 0])
+  evidence.keep_batch(path, faulty.Points().make(0), images, [6, 0])
   assert {p.name for p in tmp_path.iterdir()} == {"batch.npz", "batch-00.png", "batch-01.png"}
   found = np.load(tmp_path / "batch.npz", allow_pickle=False)
   assert found["rows"].tolist() == [6, 0]
   np.testing.assert_array_equal(found["inputs"], images["inputs"])
-  evidence.keep(path, faulty.Points().make(0), batch_of([("ab",)]), [0])  # Of no text.
+  evidence.keep_batch(path, faulty.Points().make(0), batch_of([("ab",)]), [0])  # Of no text.
   assert not (tmp_path / "batch.txt").exists()
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigtrain import digest, examine, self_check
+from bigtrain import digest, evidence, examine, self_check
 from bigtrain.config import Refused
 from bigtrain.data.feed import put
 from bigtrain.data.text import TextData
@@ -266,12 +266,13 @@ def test_all_devices_here_know_the_answers():
 
 def test_an_examination_that_fails_ends_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(examine, "Check", lambda *_: 1 / 0)
-  monkeypatch.setattr(examine.evidence, "keep", lambda *_: 1 / 0)
+  monkeypatch.setattr(evidence, "keep_batch", lambda *_: 1 / 0)
   path = trained(faulty.nan_in_step_11(), tmp_path / "run")
   (event,) = runs.events(path, "incident")
   assert "the examination failed: ZeroDivisionError" in event["note"]
-  assert "it could not be kept whole: ZeroDivisionError" in event["note"]
+  assert "its batch could not be kept: ZeroDivisionError" in event["note"]
   assert event["cause"] == "unknown" and losses(path)[-1] is not None
+  assert kept(path)[0]["note"] == event["note"]
 
 
 @pytest.mark.parametrize(
