@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
+from bigtrain import hints
 from bigtrain.config import Refused
 from bigtrain.console import say
 from bigtrain.experiment import Experiment
@@ -87,13 +88,11 @@ def candidates(
 
 def pasted(settings: dict[str, Any]) -> str:
   """Settings as the command line takes them."""
+  return " ".join(_words(settings))
 
-  def words(flag: str, value: Any) -> str:
-    if isinstance(value, bool):
-      return f"--{'' if value else 'no_'}{flag}"
-    return " ".join([f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))])
 
-  return " ".join(words(flag, value) for flag, value in settings.items())
+def _words(settings: dict[str, Any]) -> list[str]:
+  return [word for field, value in settings.items() for word in hints.flag(field, value)]
 
 
 def applied(e: Experiment, settings: dict[str, Any]) -> Experiment:
@@ -176,7 +175,7 @@ def by_process(target: str, arguments: list[str]) -> Callable[[Candidate], dict[
 
   def compile(candidate: Candidate) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "bigtrain.cli", "plan", target, *arguments]
-    command += [word for f, v in candidate.settings.items() for word in (f"--{f}", str(v))]
+    command += _words(candidate.settings)
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=os.environ)
     try:
       plan = json.loads(done.stdout)
