@@ -39,7 +39,7 @@ def peak_flops() -> float | None:
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
-  """The metrics of a step that are of something: no mean over no tokens, unless it shows a fault."""
+  """The metrics of a step, but for means of nothing that show no fault."""
   scalars = jax.device_get({name: x for name, x in metrics.items() if name != "layers"})
   weights = scalars.pop("weights", {})
   values = {name: float(value) for name, value in scalars.items()}

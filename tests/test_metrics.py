@@ -261,6 +261,7 @@ def test_a_mean_of_nothing_is_left_out_unless_it_shows_a_fault(recorded):
   found = {"loss": 2.0, "loss/a": 0.0, "loss/b": 2.0, "weight": 3.0}
   weights = {"loss": 3.0, "loss/a": 0.0, "loss/b": 3.0}
   recorder.after_step(2, jax.tree.map(jnp.float32, found | {"weights": weights}))
+  device.now += 1
   recorder.on_away("save")
   empty, row = run.directory.rows("train")
   assert "loss" not in empty and "loss/a" not in empty and empty["loss/b"] is None
