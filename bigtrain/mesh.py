@@ -62,8 +62,8 @@ class Mesh:
       if getattr(self, other):
         if sizes[axis] == 1:
           raise Refused(
-            f"mesh.{other} is a way to use mesh.{axis}, which spans one device; set --mesh.{axis} "
-            f"to more, or --mesh.{other} False"
+            f"mesh.{other} is a way to use mesh.{axis}, which spans one device; make that more, "
+            f"or set {hints.to_set(f'mesh.{other}', False)}"
           )
         sizes[axis], sizes[other] = 1, sizes[axis]
     return sizes

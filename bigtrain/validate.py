@@ -292,7 +292,7 @@ def _check_cuts(e: Experiment, shape: dict[str, int]) -> None:
     why = "the data has none" if length is None else f"a {model} takes them whole"
     raise Refused(
       f"the mesh ({_axes(wide, shape)}) cuts rows of tokens ({', '.join(wide)}), but {why}; set "
-      "--mesh.context 1 and --mesh.no_sequence"
+      f"{to_set('mesh.context', 1)} and {to_set('mesh.sequence', False)}"
     )
   from bigtrain.parallel import context
 
@@ -309,12 +309,13 @@ def _check_pipeline(e: Experiment, shape: dict[str, int]) -> None:
   if not pipelined:
     raise Refused(
       f"the mesh has {stages} stages but {type(e.model).__name__} has no stack of layers to deal "
-      f"to them; set --mesh.pipeline 1"
+      f"to them; set {to_set('mesh.pipeline', 1)}"
     )
   if e.products is not None and isinstance(e.products.scaling, Delayed):
     raise Refused(
       f"products: scaling is Delayed, which cannot be within the {stages} stages of a pipeline: "
-      "what its microbatches have seen would be added up; take Current, or set --mesh.pipeline 1"
+      "what its microbatches have seen would be added up; take Current, or set "
+      f"{to_set('mesh.pipeline', 1)}"
     )
   for path, node in pipelined:
     for _, batch in _batches(e):

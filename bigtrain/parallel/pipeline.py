@@ -66,7 +66,7 @@ class Pipeline:
       rounds = f" times {self.rounds} rounds" if self.rounds > 1 else ""
       raise Refused(
         f"the pattern is repeated {repeats} times, which {stages} stages{rounds} do not divide; "
-        f"change layers, --mesh.pipeline or rounds"
+        "change layers, mesh.pipeline or rounds"
       )
     if (m := self.microbatches) is None:
       return
