@@ -24,8 +24,12 @@ def either(flag: str, python: str) -> str:
 
 
 def to_set(field: str, value: object) -> str:
-  """`--steps 100`, or `experiment.steps = 100`."""
-  return either(f"{field} {value}", f"experiment.{field} = {value}")
+  """`--steps 100`, or `experiment.steps = 100`; of what is true or false `--mesh.no_ulysses`."""
+  flag = f"{field} {value}"
+  if isinstance(value, bool):
+    node, dot, name = field.rpartition(".")
+    flag = field if value else f"{node}{dot}no_{name}"
+  return either(flag, f"experiment.{field} = {value}")
 
 
 def command(arguments: str, extra: str = "") -> str:
