@@ -98,6 +98,7 @@ COVER = cover()
 # What a plain run compares; the others are slow. Together they hold every pair of axes.
 FAST = [COVER[0], ("gpt2", ("tensor", "fsdp", "data")), ("nnx", ("fsdp", "data"))]
 EACH = [(family, ("tensor", "fsdp", "data")) for family in STUDIES]
+EACH.append(("vit", ("tensor", "fsdp")))  # Where signs of SOAP's vectors once were of rounding.
 SLOW = [case for case in (*COVER, *EACH) if case not in FAST]
 
 
