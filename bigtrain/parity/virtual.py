@@ -24,6 +24,8 @@ from bigtrain.parity.shrink import size
 PARTS = (Exit.DONE, Exit.CHECK, Exit.REFUSED)
 LAST = 40  # Lines that are shown of what a process that failed has said.
 MOMENT = 3.0  # Seconds within which a process that has failed is gone.
+# Of XLA's pool for each device, where one is usual: those that wait in collectives leave some.
+THREADS = 4
 
 
 @contextlib.contextmanager
@@ -141,6 +143,7 @@ def over_devices(mesh: Mesh, count: int) -> jax.sharding.Mesh:
     Refused: jax has begun already, with fewer.
   """
   n = size(mesh)
+  os.environ.setdefault("NPROC", str(THREADS * n))
   try:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(n // count, 1))  # Of a mesh of one, to refuse it.
