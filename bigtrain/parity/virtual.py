@@ -75,9 +75,10 @@ class Others:
     self._processes: list[subprocess.Popen] = []
     self._watches: list[threading.Thread] = []
     for i in range(1, count):
-      environment = os.environ | {"BIGTRAIN_PROCESS": str(i)}
-      streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-      self._processes.append(subprocess.Popen(command, env=environment, **streams))
+      environment, pipe = os.environ | {"BIGTRAIN_PROCESS": str(i)}, subprocess.PIPE
+      self._processes.append(
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=pipe)
+      )
       self._watches.append(threading.Thread(target=self._watch, args=(i,), daemon=True))
     for watch in self._watches:
       watch.start()
