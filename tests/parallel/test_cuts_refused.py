@@ -52,7 +52,8 @@ def decoder(seq=16, attention=CALM, **fields):
     ),
     (
       decoder(mesh=Mesh(sequence=True)),
-      "mesh.sequence is a way to use mesh.tensor, which spans",
+      "mesh.sequence is a way to use mesh.tensor, which spans one device; set "
+      "experiment.mesh.tensor = 2 or more, or experiment.mesh.sequence = False",
     ),
     (
       decoder(mesh=Mesh(ulysses=True)),
