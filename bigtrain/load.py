@@ -85,6 +85,15 @@ def near_runs(target: str) -> str:
   return nearest(target, runs)
 
 
+def near_weights(target: str, suffix: str) -> str:
+  """The runs with checkpoints, or the files with that suffix, beside what is not there."""
+  folder = Path(target).parent
+  if target.endswith(suffix):
+    return nearest(target, map(str, folder.glob(f"*{suffix}")))
+  saved = {str(step.parent.parent) for step in folder.glob("*/checkpoints/[0-9]*")}
+  return nearest(target, saved)
+
+
 def functions(path: Path) -> dict[str, Callable[[], Experiment]]:
   """The public functions of an experiment file that return an Experiment, by name."""
   public = {name: f for name, f in vars(_module(path)).items() if name[0] != "_"}

@@ -12,6 +12,7 @@ from bigtrain.experiment import Experiment
 from bigtrain.mesh import platform
 from bigtrain.objectives import Output
 from bigtrain.objectives.experts import load_max, rebalanced, with_experts
+from bigtrain.objectives.output import mean
 from bigtrain.optim.clip import global_norm
 from bigtrain.optim.on_host import HOST, is_sent, on_host
 from bigtrain.state import State, combine, partition
@@ -52,15 +53,18 @@ class Program:
   def step(
     self, state: State, batch: dict[str, jax.Array], *, statistics: bool = False
   ) -> tuple[State, dict[str, Any]]:
-    """One update, and its metrics as scalars; with `statistics`, a dict of these by layer
-    is among them as "layers"."""
+    """One update, and its metrics as scalars.
+
+    Two dicts are among them: "weights" has what each mean is of, by its name, and with `statistics`
+    "layers" has the statistics of each layer. The mean of nothing is 0, and its weight says so.
+    """
     key, kept = self.key(state.step), state.statistics
     seen = kept.get("amax", {})
     gradient, output, variables = self.gradient(
       state.model, state.variables, batch, key, marks.largest(seen), statistics=statistics
     )
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
-    metrics: dict[str, Any] = {name: value / weight for name, (value, weight) in sums.items()}
+    metrics: dict[str, Any] = {name: mean(*pair) for name, pair in sums.items()}
     norm, faults = global_norm(gradient), self.experiment.faults
     good, score, memory = guard.judge(faults, kept["guard"], metrics["loss"], norm)
     wide, rate = widened(state.model), jnp.float32(1.0)
@@ -74,6 +78,7 @@ class Program:
     if seen:
       kept |= {"amax": guard.chosen(good, marks.followed(seen, output.amax), seen)}
     metrics |= {
+      "weights": {name: weight for name, (_, weight) in sums.items()},
       "weight": output.weight,
       "learning_rate": self.learning_rate(state.step) * rate,
       "gradient_norm": norm,
@@ -159,7 +164,7 @@ class Program:
       found = taps.over_microbatches(found)
     if output.loads:  # Of all microbatches together.
       variables = rebalanced(combine(model, variables), variables, output.loads)
-    weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone moves nothing.
+    weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone has no gradient.
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), total)
     return gradient, dataclasses.replace(output, taps=taps.values(found), amax=seen), variables
 

@@ -290,3 +290,12 @@ def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
   ):
     assert cli.main(["diagnose", str(tmp_path / name)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_step_of_padding_alone_is_no_divergence(tmp_path):
+  rows = [{"step": s, "kind": "train", "loss": 2.0, "weight": 8.0} for s in range(1, 41)]
+  rows[7] = {"step": 8, "kind": "train", "weight": 0.0}
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  read = diagnose.read(tmp_path)
+  assert len(read.train["loss"]) == 39 and read.losses() is not None
+  assert "divergence" not in [finding.kind for finding in diagnose.diagnose(read)]

@@ -70,7 +70,10 @@ def read(run_dir: str | os.PathLike) -> Records:
     Refused: there is no such directory, or nothing is recorded in it yet.
   """
   directory = RunDirectory(run_dir, writes=False)
-  train, evaluations, layers = (columns(directory.rows(k)) for k in ("train", "eval", "layers"))
+  rows, evaluations, layers = (directory.rows(k) for k in ("train", "eval", "layers"))
+  # A step whose batch was padding alone has learned nothing and has no loss.
+  train = columns([row for row in rows if row.get("weight") != 0])
+  evaluations, layers = columns(evaluations), columns(layers)
   if not train:
     if not directory.path.exists():
       raise Refused(f"there is no directory {run_dir}; `bigtrain train` says where a run is")
