@@ -118,17 +118,19 @@ class RunDirectory:
     self._append("events.jsonl", {"time": round(time.time(), 3), "event": name, **fields})
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
-    """Adds a row to metrics.jsonl; what is no finite number becomes null."""
+    """Adds a row to metrics.jsonl, with the time; what is no finite number becomes null."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    self._append("metrics.jsonl", {"step": step, "kind": kind, **finite})
+    head = {"step": step, "kind": kind, "time": round(time.time(), 3)}
+    self._append("metrics.jsonl", head | finite)
 
-  def drop_rows_after(self, step: int) -> None:
-    """Forgets the metrics of steps that a restored run will do again."""
+  def drop_rows_after(self, step: int) -> list[dict[str, Any]]:
+    """Forgets the metrics of steps that a restored run will do again; returns them."""
     path = self.path / "metrics.jsonl"
     if not self.writes or not path.exists():
-      return
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    _replace(path, "".join(kept))
+      return []
+    rows = read_rows(path)
+    _replace(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return [row for row in rows if row["step"] > step]
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""

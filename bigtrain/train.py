@@ -9,12 +9,13 @@ import copy
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from bigtrain import console, processes, sharding, weights
+from bigtrain import console, goodput, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Experiment
@@ -55,11 +56,12 @@ def train(
   Raises:
     Refused: the experiment cannot run, here or in this directory.
   """
-  experiment = copy.deepcopy(experiment)
+  began, experiment = time.perf_counter(), copy.deepcopy(experiment)
   processes.initialize()
   validate(experiment, jax.device_count())
   directory = RunDirectory(run_dir, writes=processes.is_first())
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
+  run.began = began
   with run.in_mesh():
     check_fit(experiment, run.data)
   if experiment.epochs is not None:
@@ -103,7 +105,7 @@ def loop(run: Run) -> None:
     run.say(found)
   processes.agree(data=digest, step=step)
   run.state = begin(run, program)
-  run.directory.drop_rows_after(step)
+  goodput.resume(run.directory, step)
   example = int(run.state.example)
   feed = Feed(
     data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
