@@ -1,9 +1,9 @@
 """Goodput: where the time of a run went, over all its starts, and how much of it was kept.
 
-An account is a pure function of events.jsonl and metrics.jsonl. Time inside a timed event is of that
-event's kind. What is left of an attempt is start-up until its first step was compiled, and steps
-from then on; steps whose outcome a later start did not go on from are lost work. Between the last
-sign of life of one attempt and the beginning of the next the run is idle.
+An account is a pure function of events.jsonl and metrics.jsonl. Time inside a timed event is of
+that event's kind. What is left of an attempt is start-up until its first step was compiled, and
+steps from then on; steps whose outcome a later start did not go on from are lost work. Between the
+last sign of life of one attempt and the beginning of the next the run is idle.
 
 Of the steps that were kept, input wait is what the host waited for batches. The devices may still
 have been busy with the step before, so it is the most that the input can have cost, and compute,
@@ -12,6 +12,7 @@ the rest, is the least that was computed.
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 # What time goes to, in the order in which it is told.
 KINDS = (
-  "compute", "input wait", "compile", "checkpoint", "evaluation", "restore", "start-up", "lost work",
-  "idle", "other",
+  "compute", "input wait", "compile", "checkpoint", "evaluation", "restore", "start-up",
+  "lost work", "idle", "other",
 )  # fmt: skip
 PHASES = {
   "start": "start-up",
@@ -209,7 +210,7 @@ def _without(stretch: Stretch, lost: list[tuple[float, float]]) -> Iterator[Stre
     return
   edges = {edge for window in lost for edge in window if stretch.began < edge < stretch.ended}
   cuts = [stretch.began, *sorted(edges), stretch.ended]
-  for began, ended in zip(cuts[:-1], cuts[1:], strict=True):
+  for began, ended in itertools.pairwise(cuts):
     within = any(first <= began and ended <= last for first, last in lost)
     yield Stretch("lost work" if within else stretch.kind, began, ended)
 

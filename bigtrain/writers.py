@@ -125,8 +125,9 @@ class Console(Writer):
     self.rich.print(f"[bold]{_plain(path)}[/]")
     self._fact("done", f"{done:,} step{'s' * (done != 1)} in {duration(seconds)}")
     self._fact("of which", ", ".join(aside))
-    share, wall = self.run.account.goodput, duration(self.run.account.wall)
-    self._fact("goodput", f"{share:.1%} of {wall} in all trained what was kept")
+    if len((spent := self.run.account).attempts) > 1:
+      whole = f"{duration(spent.wall)} over {len(spent.attempts)} starts"
+      self._fact("goodput", f"{spent.goodput:.1%} of {whole} trained what was kept")
     self._fact("loss", f"{self.last['train']['loss']:.4f} at the last step")
     self._fact("held out", "  ".join(_metrics(self.last.get("eval", {}))))
     self._fact("next", command(f"evaluate {shlex.quote(path)}"))

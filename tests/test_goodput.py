@@ -29,8 +29,8 @@ def spent(events, rows=()) -> dict[str, float]:
 
 
 # 2 seconds before the start was written, 5 + 1 of data, 3 of initialising, 10 of compiling; then 10
-# steps of a second, an evaluation of 4 and a save of 1; 10 more steps, a save of 1, which is durable
-# 2 seconds later.
+# steps of a second, an evaluation of 4 and a save of 1; 10 more steps, and a save of 1 that is
+# durable 2 seconds later.
 WHOLE = [
   event("start", 100, seconds=2),
   event("data", 106, seconds=5),
