@@ -26,6 +26,7 @@ from bigtrain import config, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
+from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
 PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -114,8 +115,9 @@ class RunDirectory:
       _replace(self.tokenizer, text)
 
   def event(self, name: str, **fields) -> None:
-    """Adds a line to events.jsonl, with the time."""
-    self._append("events.jsonl", {"time": round(time.time(), 3), "event": name, **fields})
+    """Adds a line to events.jsonl, with the time and without secrets."""
+    head = {"time": round(time.time(), 3), "event": name}
+    self._append("events.jsonl", head | redacted(fields))
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Adds a row to metrics.jsonl, with the time; what is no finite number becomes null."""
@@ -208,12 +210,12 @@ def read_rows(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-  """Versions, devices, code revision and command of this process."""
+  """Versions, devices, code revision and command of this process; without secrets."""
   import jax
 
   devices = jax.devices()
   return {
-    "command": sys.argv,
+    "command": redacted(sys.argv),
     "python": platform.python_version(),
     "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
     "devices": [len(devices), devices[0].platform, devices[0].device_kind],
