@@ -43,6 +43,7 @@ COMMANDS = {
   "plan": Command("bigtrain.plan.command", "command", "will it fit, and how fast: by the compiler"),
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
+  "report": Command("bigtrain.report.command", "command", "what runs recorded, as one HTML file"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
   "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what a device does"),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
