@@ -13,7 +13,6 @@ SPEED = {
   "tokens_per_second": ("Tokens a second", Look(zero=True)),
   "examples_per_second": ("Examples a second", Look(zero=True)),
   "mfu": ("MFU", Look(percent=True, zero=True)),
-  "model_flops_per_second": ("Model FLOP/s", Look(zero=True)),
   "step_seconds": ("Seconds a step", Look(zero=True)),
   "input_wait_seconds": ("Seconds a step waits for its batch", Look(zero=True)),
   "goodput": ("Goodput so far", Look(percent=True, zero=True)),
@@ -23,11 +22,13 @@ OPTIMIZER = {
   "gradient_norm": ("Gradient norm", Look(log=True)),
 }
 # Beside the loss itself, which has a chart, or of no use as a curve.
-NOT_DRAWN = {"step", "time", "loss", "loss_max", "weight", "data_digest", *SPEED, *OPTIMIZER}
+NOT_DRAWN = {
+  "step", "time", "loss", "loss_max", "weight", "data_digest", "skipped", "model_flops_per_second",
+  *SPEED, *OPTIMIZER,
+}  # fmt: skip
 STATISTICS = {
   "gradient": "Gradients by layer",
-  "update": "Updates by layer",
-  "parameter": "Parameters by layer",
+  "update": "Updates by layer, relative to their parameters",
   "output": "Activations by layer",
 }
 KINDS = {
@@ -69,7 +70,7 @@ def _metrics(runs: Sequence[Recorded]) -> list[str]:
   """Names of metrics but the loss, those that are evaluated first."""
   evaluated = {n.split("/", 2)[-1]: 0 for run in runs for n in run.evaluations if "/" in n}
   trained = {name: 0 for run in runs for name in run.train}
-  return [name for name in evaluated | trained if name not in NOT_DRAWN and name != "skipped"]
+  return [name for name in evaluated | trained if name not in NOT_DRAWN]
 
 
 def _metric(runs, names, metric: str, title: str, look: Look) -> Iterator[Html]:
@@ -86,11 +87,9 @@ def _metric(runs, names, metric: str, title: str, look: Look) -> Iterator[Html]:
       if column.split("/", 2)[-1] != metric or "/" not in column or not np.isfinite(values).any():
         continue
       split = column.split("/")[1]
-      j = 1 + len(curves) - 1 if alone else i
-      name = f"{prefix}{split}"
-      at = SERIES[j % len(SERIES)] if alone else color
-      curves.append(Curve(name, run.evaluations["step"], values, at, marks=True))
-      key.append((name, f"c{j % len(SERIES)}"))
+      name, j = f"{prefix}{split}", (1 if alone else i) % len(SERIES)
+      curves.append(Curve(name, run.evaluations["step"], values, SERIES[j], marks=True))
+      key.append((name, f"c{j}"))
   if curves:
     shown = key if alone else [(n, f"c{i % len(SERIES)}") for i, n in enumerate(names)]
     note = "" if alone else " (points: held out)" * any(c.marks for c in curves)
@@ -132,6 +131,9 @@ def layers(run: Recorded) -> Iterator[Html]:
   """Each statistic of all layers over the steps."""
   for statistic, title in STATISTICS.items():
     of = _of(run.layers, statistic)
+    if statistic == "update":
+      sizes = _of(run.layers, "parameter")
+      of = {name: v / np.maximum(sizes[name], 1e-30) for name, v in of.items() if name in sizes}
     if of and any((values > 0).any() for values in of.values()):
       values = np.stack(list(of.values()))
       yield card(title, heat(list(of), run.layers["step"], values, title))

@@ -37,14 +37,25 @@ def joined(pieces: Iterable[Any], between: str = "") -> Html:
   return Html(between.join(p if isinstance(p, Html) else html.escape(str(p)) for p in pieces))
 
 
-def table(head: list[Any], rows: Iterable[list[Any]], *, numbers: Iterable[int] = ()) -> Html:
-  """A table that scrolls by itself where it is too wide; `numbers` are columns on the right."""
-  right = set(numbers)
-  cell = lambda kind, i, inside: el(kind, inside, class_="n" if i in right else None)
-  line = lambda kind, cells: el("tr", *(cell(kind, i, c) for i, c in enumerate(cells)))
-  parts = [el("thead", line("th", head))] if head else []
-  parts.append(el("tbody", *(line("td", row) for row in rows)))
-  return el("div", el("table", *parts), class_="scroll")
+def table(
+  head: list[Any], rows: Iterable[list[Any]], *, numbers: Iterable[int] = (), kind: str = ""
+) -> Html:
+  """A table that scrolls by itself where it is too wide.
+
+  Args:
+    head: the titles of its columns; empty for none, as where each row is a name and a value.
+    rows: the cells.
+    numbers: columns to be set to the right.
+    kind: a class for the page's CSS.
+  """
+  class_ = lambda i: "n" if i in set(numbers) else None
+  title = lambda i: head[i] if head and head[i] else None  # Which a phone shows beside the cell.
+  cell = lambda i, inside: el("td", inside, class_=class_(i), data_title=title(i))
+  parts = [el("thead", el("tr", *(el("th", t, class_=class_(i)) for i, t in enumerate(head))))]
+  parts = parts if head else []
+  parts.append(el("tbody", *(el("tr", *(cell(i, c) for i, c in enumerate(row))) for row in rows)))
+  kind = kind if head else f"pairs {kind}".strip()
+  return el("div", el("table", *parts, class_=kind or None), class_="scroll")
 
 
 def number(value: Any) -> str:

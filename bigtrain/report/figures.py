@@ -182,7 +182,7 @@ def _format(axes, look: Look) -> None:
 def _short(value: float, largest: float) -> str:
   """For an axis: 3 digits, with a letter where it is large, all alike where they are tiny."""
   if value and (abs(largest) < 0.01 or abs(value) < 1e-3):
-    return re.sub(r"(\.\d*?)?0*e-0?", r"\1e-", f"{value:.2e}")
+    return re.sub(r"\.?0*e-0?", "e-", f"{value:.2e}")
   return human(value) if value >= 1000 else f"{value:.3g}"
 
 
@@ -266,7 +266,7 @@ def heat(names: Sequence[str], steps: np.ndarray, values: np.ndarray, label: str
   """Positive values of layers (rows) over steps (columns), by the logarithm of their size."""
   row = max(min(14.0, 420 / len(names)), 3.0)
   every = math.ceil(11 / row)  # Names that do not run into each other.
-  shown = [_tail(name, 26) for name in names]
+  shown = [_tail(name, 26) for name in _without_stack(names)]
   left = 14 + 5.6 * max(map(len, shown))
   top, right = 4, WIDTH - 64
   bottom = top + row * len(names)
@@ -285,7 +285,7 @@ def heat(names: Sequence[str], steps: np.ndarray, values: np.ndarray, label: str
     at = range(0, len(names), every)
     axes.set_yticks(at, [shown[i] for i in at], fontsize=9.5)
     bar = made.add_axes(_box(right + 10, top, right + 18, min(bottom, top + 160), WIDTH, height))
-    scale = made.colorbar(image, cax=bar, format=lambda v, _: f"{10**v:.0e}".replace("e-0", "e-"))
+    scale = made.colorbar(image, cax=bar, format=lambda v, _: _short(float(f"{10**v:.2g}"), 1.0))
     scale.outline.set_visible(False)
     scale.locator = _few()
     bar.grid(False)
@@ -307,6 +307,13 @@ def _few():
   from matplotlib.ticker import MaxNLocator
 
   return MaxNLocator(4)
+
+
+def _without_stack(names: Sequence[str]) -> list[str]:
+  """The layers' names without that of their stack, where there is one."""
+  stacks = {found[0] for name in names if (found := re.match(r".*?\b(?=\d+(\.|$))", name))}
+  alone = next(iter(stacks)) if len(stacks) == 1 else ""
+  return [name.removeprefix(alone) for name in names]
 
 
 def _tail(name: str, most: int) -> str:
@@ -354,7 +361,9 @@ def bands(
       size = {"width": f"{place(edges[i + 1]) - place(edges[i]) + 0.3:.2f}"}
       size["height"] = f"{(bottom - top) * share[i]:.2f}"
       style = f"fill:var(--{colors[name]})"
-      parts.append(el("rect", x=f"{place(edges[i]):.2f}", y=f"{y:.2f}", style=style, **size))
+      parts.append(
+        el("rect", class_="band", x=f"{place(edges[i]):.2f}", y=f"{y:.2f}", style=style, **size)
+      )
     floor = floor + share
   for i in range(len(edges) - 1):
     told = [f"{clock(edges[i])} to {clock(edges[i + 1])}"]

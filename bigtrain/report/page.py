@@ -165,7 +165,9 @@ def _beside(runs: Sequence[Recorded], names: Sequence[str]) -> Html:
     [joined([dot(i), names[i], _state(runs[i])]), *(of.get(column, "–") for column in columns)]
     for i, of in enumerate(found)
   ]
-  return el("section", table(["Run", *columns], rows, numbers=range(1, len(columns) + 1)))
+  return el(
+    "section", table(["Run", *columns], rows, numbers=range(1, len(columns) + 1), kind="stack")
+  )
 
 
 def _footer(runs: Sequence[Recorded]) -> str:

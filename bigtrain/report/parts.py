@@ -13,6 +13,7 @@ from bigtrain.report.elements import Html, el, joined, number, span, table
 from bigtrain.report.records import Incident, Recorded
 
 SAMPLES = 12  # Of one prompt.
+STARTS = 40  # That are shown at once.
 LAYERS = 8  # Of an incident.
 MEANING = {
   "compute": "steps that were kept, but for what they waited",
@@ -62,7 +63,7 @@ def differences(runs: Sequence[Recorded], names: Sequence[str]) -> Html:
       rows.append([name, *("–" if value is missing else _value(value) for value in values)])
   if not rows:
     return el("p", "Their configs are equal.", class_="note")
-  return table(["Field", *names], rows)
+  return table(["Field", *names], rows, kind="stack")
 
 
 def times(run: Recorded) -> Html:
@@ -84,19 +85,24 @@ def times(run: Recorded) -> Html:
   return joined([
     el("p", told),
     split_bar(spent.seconds),
-    table(["Time went to", "Time", "Share", ""], rows, numbers=(1, 2)),
+    table(["Time went to", "Time", "Share", ""], rows, numbers=(1, 2), kind="spent"),
     time_line(run),
-    el("h3", "Starts"),
-    table(
-      ["", "Began (UTC)", "Lasted", "From step", "Devices", "Ended"],
-      list(_starts(run)),
-      numbers=(0, 2, 3),
-    ),
+    _starts(run),
     _rescued(run),
   ])  # fmt: skip
 
 
-def _starts(run: Recorded) -> Iterator[list[Any]]:
+def _starts(run: Recorded) -> Html:
+  rows = list(_attempts(run))
+  head = ["Start", "Began (UTC)", "Lasted", "From step", "Devices", "Ended"]
+  show = lambda rows: table(head, rows, numbers=(2, 3), kind="stack starts")
+  pieces = [el("h3", "Starts"), show(rows[-STARTS:])]
+  if before := rows[:-STARTS]:
+    pieces.append(el("details", el("summary", f"{len(before):,} earlier ones"), show(before)))
+  return joined(pieces)
+
+
+def _attempts(run: Recorded) -> Iterator[list[Any]]:
   starts, errors = run.of("start"), run.of("error")
   resumes = run.of("resume")
   for i, a in enumerate(run.account.attempts, 1):
@@ -125,7 +131,8 @@ def _rescued(run: Recorded) -> Html:
     for e in run.events
     if e["event"] in told
   ]
-  pieces = [el("h3", "Events"), table(["Time (UTC)", "", ""], rows)] if rows else []
+  head = ["Time (UTC)", "Event", ""]
+  pieces = [el("h3", "Events"), table(head, rows, kind="stack events")] if rows else []
   for name, text in run.hangs.items():
     pieces.append(el("details", el("summary", f"Stacks of {name}"), el("pre", text)))
   return joined(pieces)
@@ -145,8 +152,9 @@ def _incident(found: Incident) -> Html:
   about = {k: v for k, v in found.about.items() if k not in ("layers", "kind", "step")}
   layers = found.about.get("layers")
   title = f"Step {_value(found.about.get('step'))}: {_value(found.about.get('kind'))}"
-  facts = [[k.replace("_", " ").capitalize(), _value(v)] for k, v in about.items()]
-  pieces = [el("h3", title), table([], facts)]
+  label = lambda name: el("small", name.replace("_", " ").capitalize())
+  facts = (el("div", label(name), _value(value)) for name, value in about.items())
+  pieces = [el("h3", title), el("div", *facts, class_="few")]
   if isinstance(layers, dict) and layers:
     rows = [[name, _value(value)] for name, value in list(layers.items())[:LAYERS]]
     more = f" of {len(layers):,}" if len(layers) > LAYERS else ""
@@ -187,7 +195,7 @@ def data(run: Recorded) -> Html:
   rows = [["Digest", el("code", str(run.data["digest"]))]] if run.data.get("digest") else []
   rows += [["Kept out", str(event.get("found"))] for event in run.of("kept_out")[-1:]]
   rows += [
-    [f"Field {name.removeprefix('data.')}", _value(value)]
+    [el("code", name), el("code", _value(value))]
     for name, value in run.config.items()
     if name == "data" or name.startswith("data.")
   ]
@@ -217,6 +225,8 @@ def environment(run: Recorded) -> Html:
   found = dict(run.environment)
   if isinstance(command := found.get("command"), list):
     found["command"] = shlex.join(map(str, command))
+  if isinstance(devices := found.get("devices"), list):
+    found["devices"] = " ".join(map(str, dict.fromkeys(devices)))
   if isinstance(packages := found.pop("packages", None), dict):
     found |= packages
   rows = [[name.capitalize() if name in run.environment else name, el("code", _value(value))]
@@ -228,7 +238,7 @@ def config(run: Recorded) -> Html:
   """Every field, by the first word of its path."""
   groups: dict[str, list[list[Any]]] = {}
   for name, value in run.config.items():
-    groups.setdefault(name.split(".")[0], []).append([name, el("code", _value(value))])
+    groups.setdefault(name.split(".")[0], []).append([el("code", name), el("code", _value(value))])
   single = [rows[0] for rows in groups.values() if len(rows) == 1]
   pieces = [table([], single)] if single else []
   for group, rows in groups.items():
