@@ -45,8 +45,8 @@ def report(runs: list[str], out: str | None = None) -> pathlib.Path | str:
   from bigtrain.report.page import page
   from bigtrain.report.records import names, read
 
-  check_library()
   found = [read(run) for run in runs]
+  check_library()
   path = epath.Path(os.path.expanduser(out) if out else f"{found[0].path}/report.html")
   aside = path.with_name(f"{path.name}.unfinished")
   try:

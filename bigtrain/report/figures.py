@@ -117,7 +117,8 @@ def _themed(svg: str, width: int, height: int, label: str) -> str:
   body = re.sub(r' id="([^"]*)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", body)
   body = re.sub(r'href="#', f'href="#{own}', body)
   body = re.sub(r"url\(#", f"url(#{own}", body)
-  body = re.sub(r"(font: (?:\w+ )?[\d.]+px) [^;\"]+", r"\1 var(--font)", body)
+  body = re.sub(r"font: (?:\w+ )*([\d.]+px) [^;\"]+", r"font-size: \1", body)
+  body = re.sub(r"font-family: [^;\"]+; ", "", body)
   for colour, name in THEME.items():
     body = body.replace(colour, f"var(--{name})")
   head = str(el("svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=label))
