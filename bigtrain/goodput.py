@@ -74,7 +74,7 @@ class Account:
   @functools.cached_property
   def seconds(self) -> dict[str, float]:
     """Seconds by kind, all of KINDS; their sum is the wall time."""
-    sums = dict.fromkeys(KINDS, 0.0)
+    sums: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for kind, began, ended in self.stretches:
       sums[kind] += ended - began
     sums["input wait"] = min(self.input_wait, sums["compute"])

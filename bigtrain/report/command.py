@@ -2,7 +2,8 @@
 
 import inspect
 import os
-import pathlib
+
+from etils import epath
 
 from bigtrain.config import Refused, config
 from bigtrain.flags import parse
@@ -33,14 +34,12 @@ def command(arguments: list[str]) -> None:
   print(report(runs, chosen.out))
 
 
-def report(runs: list[str], out: str | None = None) -> pathlib.Path | str:
+def report(runs: list[str], out: str | None = None) -> epath.Path:
   """Writes the report of runs; returns the file.
 
   Raises:
     Refused: a directory holds no run, matplotlib is not there, or the file cannot be written.
   """
-  from etils import epath
-
   from bigtrain.report.figures import check_library
   from bigtrain.report.page import page
   from bigtrain.report.records import names, read

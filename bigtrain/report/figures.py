@@ -29,7 +29,7 @@ BAD = "#0a0d01"
 THEME = {INK: "ink", GRID: "grid", FAINT: "faint", BAD: "bad"} | {
   c: f"c{i}" for i, c in enumerate(SERIES)
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
   "svg.fonttype": "none",
   "svg.hashsalt": "bigtrain",
   "text.parse_math": False,  # Names are no formulas.
@@ -190,17 +190,20 @@ def _short(value: float, largest: float) -> str:
 def _draw(axes, curve: Curve) -> None:
   keep = np.isfinite(curve.y)
   x, y = curve.x[keep], curve.y[keep]
+  whole = _thinned(x, y)
   if curve.smooth and len(y) >= 40:
-    axes.plot(*_thinned(x, y), color=curve.color, lw=1, alpha=0.3)
-    x, y = x, _running_median(y, max(len(y) // 40, 3))
-  x, y = _thinned(x, y)
+    axes.plot(*whole, color=curve.color, lw=1, alpha=0.3)
+    whole = _running_median(x, y, max(len(y) // 40, 3))
+  x, y = whole
   marks = curve.marks or len(x) == 1
   axes.plot(x, y, color=curve.color, marker="o" if marks else None, ms=3.5)
 
 
-def _running_median(y: np.ndarray, width: int) -> np.ndarray:
-  padded = np.pad(y, (width // 2, width - 1 - width // 2), mode="edge")
-  return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+def _running_median(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """At as many places as are drawn."""
+  at = np.unique(np.linspace(0, len(y) - 1, POINTS).astype(int))
+  windows = (y[max(i - width // 2, 0) : i + width // 2 + 1] for i in at)
+  return x[at], np.array([np.median(window) for window in windows])
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
