@@ -10,6 +10,7 @@ have been busy with the step before, so it is the most that the input can have c
 the rest, is the least that was computed.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -134,9 +135,9 @@ def _attempts(
   attempts: list[Attempt] = []
   for i, of_it in enumerate(own):
     following = starts[i + 1] if i + 1 < len(own) else float("inf")
-    lived = [t for t in signs if starts[i] <= t < following]
+    before = bisect.bisect_left(signs, following)
     ended = max(min(e["time"], following) for e in of_it)
-    ended = max([starts[i], ended, *lived[-1:]])
+    ended = max([starts[i], ended, *signs[max(before - 1, 0) : before]])
     began = starts[i] - of_it[0].get("seconds", 0.0)
     if attempts:
       began = min(max(began, attempts[-1].ended), starts[i])
@@ -147,8 +148,10 @@ def _attempts(
 
 
 def _begins(event: Record) -> bool:
-  """Whether the state to go on from was there with this event."""
-  return event["event"] == "initialise" or (event["event"] == "restore" and "step" in event)
+  """Whether this event tells from which step a start, or a rollback, went on."""
+  return event["event"] == "initialise" or (
+    event["event"] in ("restore", "resume") and event.get("step") is not None
+  )
 
 
 def _phases(events: list[Record]) -> list[Stretch]:
@@ -190,16 +193,19 @@ def _flat(phases: list[Stretch], attempt: Attempt) -> Iterator[Stretch]:
 def _lost(events: Sequence[Record]) -> list[tuple[float, float]]:
   """Times between which what was trained was not gone on from: from a save to a return to it."""
   saved: dict[int, float] = {0: float("-inf")}
-  lost = []
+  lost, told = [], None  # The step of a return that the events before have told already.
   for event in events:
     name = event["event"]
-    if name == "save" and "step" in event:
-      saved[event["step"]] = event["time"]
+    if name == "start":
+      told = None
+    elif name == "save" and "step" in event:
+      saved[event["step"]], told = event["time"], None
     elif _begins(event) or name == "rollback":
       to = 0 if name == "initialise" else event["to" if name == "rollback" else "step"]
-      if to in saved:
+      if to in saved and to != told:
         lost.append((saved[to], event["time"]))
       saved = {step: when for step, when in saved.items() if step <= to}
+      told = to
   return lost
 
 
@@ -220,10 +226,11 @@ def _waited(rows: list[Record], starts: list[int]) -> float:
 
   A row has the mean since the row before it. The first step of a start is not measured.
   """
-  firsts, waited, before = [step + 1 for step in starts], 0.0, 0
+  firsts, waited, before = sorted(step + 1 for step in starts), 0.0, 0
   for row in rows:
     if row["kind"] == "train":
-      since = max([before, *(first for first in firsts if before < first <= row["step"])])
+      begun = bisect.bisect_right(firsts, row["step"])
+      since = max([before, *firsts[max(begun - 1, 0) : begun]])
       waited += (row.get("input_wait_seconds") or 0.0) * (row["step"] - since)
       before = row["step"]
   return waited
@@ -249,19 +256,20 @@ def close(directory: "RunDirectory", ending: str) -> Account:
 def resume(directory: "RunDirectory", step: int) -> None:
   """Forgets the rows of steps that will be done again; an event says how much that is.
 
-  `lost_steps` counts up to the last row that had been logged.
+  `lost_steps` counts up to the last row that had been logged. The first start of a run resumes
+  nothing.
   """
   if not directory.writes:
     return
   events, before = directory.events(), directory.rows("train")
   dropped = directory.drop_rows_after(step)
-  if sum(event["event"] == "start" for event in events) < 2:
+  begun = [i for i, event in enumerate(events) if event["event"] in ("start", "rollback")]
+  if len(begun) < 2:
     return
   until = max((row["time"] for row in dropped if "time" in row), default=None)
-  start = max(i for i, event in enumerate(events) if event["event"] == "start")
   lost = lambda *more: account(more, before).seconds["lost work"]
-  seconds = lost(*events, {"event": "resume", "time": time.time(), "until": until})
-  seconds -= lost(*events[:start])
+  resumed = {"event": "resume", "time": time.time(), "step": step, "until": until}
+  seconds = lost(*events, resumed) - lost(*events[: begun[-1]])
   done = max((row["step"] for row in dropped), default=step)
   fields = {"lost_steps": done - step, "lost_seconds": round(max(seconds, 0.0), 3)}
   directory.event("resume", step=step, **fields, until=until)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigtrain.goodput import KINDS, account
+from bigtrain.goodput import KINDS, account, resume
 from bigtrain.run_directory import RunDirectory
 from tests import runs
 
@@ -121,6 +121,12 @@ def test_a_damaged_checkpoint_loses_what_an_earlier_start_had_gone_on_from():
   assert "evaluation" not in found
 
 
+def test_a_resume_tells_the_step_where_a_restore_does_not():
+  records = [{k: v for k, v in e.items() if (k, e["event"]) != ("step", "restore")} for e in KILLED]
+  assert spent(records, [row(10), row(20)]) == spent(KILLED, [row(10), row(20)])
+  assert account(records, []).attempts[1].step == 10
+
+
 def test_a_rollback_loses_the_steps_it_goes_back_over():
   records = [*WHOLE[:6], event("restore", 143, step=10, seconds=1)]
   records += [event("rollback", 143, step=17, to=10), event("save", 154, step=20, seconds=1)]
@@ -189,3 +195,16 @@ def test_a_run_that_was_killed_accounts_for_itself(prepared, tmp_path):
   # While it trains it is not known yet which steps will be lost; of this start none is.
   assert 0 < last["goodput"] < 1
   assert directory.events()[-1]["event"] == "end"
+
+
+def test_a_rollback_within_a_start_tells_what_it_lost(tmp_path):
+  directory = RunDirectory(tmp_path)
+  for e in [*WHOLE[:6], event("restore", 143, seconds=1), event("rollback", 143, step=17, to=10)]:
+    directory._append("events.jsonl", e)
+  for step in (10, 13, 16):
+    directory._append("metrics.jsonl", row(step, 125.0 + step))
+  resume(directory, 10)
+  directory.close()
+  (told,) = [e for e in directory.events() if e["event"] == "resume"]
+  assert (told["step"], told["lost_steps"], told["lost_seconds"], told["until"]) == (10, 6, 7, 141)
+  assert [r["step"] for r in directory.rows("train")] == [10]

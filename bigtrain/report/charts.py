@@ -5,16 +5,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from bigtrain.columns import Columns
+from bigtrain.report.bands import bands
 from bigtrain.report.elements import Html, el, joined, span
-from bigtrain.report.figures import SERIES, Curve, Look, bands, chart, heat
+from bigtrain.report.figures import Curve, Look, chart, heat
 from bigtrain.report.records import Recorded
+from bigtrain.report.svg import SERIES
 
 SPEED = {
   "tokens_per_second": ("Tokens a second", Look(zero=True)),
   "examples_per_second": ("Examples a second", Look(zero=True)),
   "mfu": ("MFU", Look(percent=True, zero=True)),
   "step_seconds": ("Seconds a step", Look(zero=True)),
-  "input_wait_seconds": ("Seconds a step waits for its batch", Look(zero=True)),
+  "input_wait_seconds": ("Seconds waited a step", Look(zero=True)),
   "goodput": ("Goodput so far", Look(percent=True, zero=True)),
 }
 OPTIMIZER = {

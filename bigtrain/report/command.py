@@ -40,9 +40,9 @@ def report(runs: list[str], out: str | None = None) -> epath.Path:
   Raises:
     Refused: a directory holds no run, matplotlib is not there, or the file cannot be written.
   """
-  from bigtrain.report.figures import check_library
   from bigtrain.report.page import page
   from bigtrain.report.records import names, read
+  from bigtrain.report.svg import check_library
 
   found = [read(run) for run in runs]
   check_library()

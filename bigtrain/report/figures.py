@@ -1,62 +1,20 @@
-"""Charts: drawn by matplotlib, as SVG that takes its colours and its font from the page.
-
-A figure is drawn in colours that stand for the page's (THEME), so that one picture serves a light
-and a dark page, and on paper. One unit of its coordinates is a CSS pixel at its natural size.
-"""
+"""Charts: curves over steps, and layers over steps."""
 
 import itertools
-import logging
 import math
 import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigtrain.config import Refused
 from bigtrain.console import human
-from bigtrain.hints import installed
-from bigtrain.report.elements import Html, el, joined, number
+from bigtrain.report.elements import Html, joined, number
+from bigtrain.report.svg import BAD, SERIES, box, figure, hit
 
 WIDTH, HEIGHT = 420, 220  # Of a chart, which the page scales to its column.
 POINTS = 600  # Of a curve; more are bucketed, each bucket kept by its least and its greatest.
 HITS = 60  # Stripes of a chart whose titles tell its values.
-
-INK, GRID, FAINT = "#0a0b01", "#0a0b02", "#0a0b03"
-SERIES = tuple(f"#0a0c0{i}" for i in range(8))
-BAD = "#0a0d01"
-THEME = {INK: "ink", GRID: "grid", FAINT: "faint", BAD: "bad"} | {
-  c: f"c{i}" for i, c in enumerate(SERIES)
-}
-STYLE: dict[Any, Any] = {
-  "svg.fonttype": "none",
-  "svg.hashsalt": "bigtrain",
-  "text.parse_math": False,  # Names are no formulas.
-  "font.family": "sans-serif",
-  "font.size": 11,
-  "text.color": FAINT,
-  "axes.edgecolor": GRID,
-  "axes.labelcolor": FAINT,
-  "axes.facecolor": "none",
-  "figure.facecolor": "none",
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.spines.left": False,
-  "axes.grid": True,
-  "axes.grid.axis": "y",
-  "axes.axisbelow": True,
-  "grid.color": GRID,
-  "grid.linewidth": 1,
-  "xtick.color": GRID,
-  "xtick.labelcolor": FAINT,
-  "ytick.color": GRID,
-  "ytick.labelcolor": FAINT,
-  "ytick.left": False,
-  "xtick.major.size": 3,
-  "lines.linewidth": 1.6,
-  "lines.solid_joinstyle": "round",
-}
 
 
 class Curve(NamedTuple):
@@ -76,54 +34,6 @@ class Look(NamedTuple):
   log: bool = False
   percent: bool = False
   zero: bool = False  # From zero on.
-
-
-def check_library() -> None:
-  """Refuses to go on without matplotlib, with how to install it."""
-  try:
-    import matplotlib  # noqa: F401
-  except ImportError as error:
-    raise Refused(f"reports need matplotlib: {installed('report')}") from error
-
-
-def figure(draw: Callable[[Any], None], width: int, height: int, label: str) -> str:
-  """The SVG of what `draw` makes of a figure, without its end tag: hits follow."""
-  import io
-
-  import matplotlib
-  from matplotlib.figure import Figure
-
-  logging.getLogger("matplotlib").setLevel(logging.ERROR)  # Of fonts, which the page brings.
-  file = io.StringIO()
-  with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    made = Figure(figsize=(width / 72, height / 72))
-    draw(made)
-    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    made.savefig(file, format="svg", metadata=none)
-  return _themed(file.getvalue(), width, height, label)
-
-
-_figures = itertools.count()
-
-
-def _themed(svg: str, width: int, height: int, label: str) -> str:
-  """Matplotlib's file as a part of a page."""
-  body = svg[svg.index("<svg") :]
-  body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
-  # Every figure numbers its parts from 1: those that are referred to become the page's own.
-  used, own = set(re.findall(r"#([\w-]+)\"|url\(#([\w-]+)\)", body)), f"f{next(_figures)}-"
-  used = {name for pair in used for name in pair if name}
-  body = re.sub(r' id="([^"]*)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", body)
-  body = re.sub(r'href="#', f'href="#{own}', body)
-  body = re.sub(r"url\(#", f"url(#{own}", body)
-  body = re.sub(r"font: (?:\w+ )*([\d.]+px) [^;\"]+", r"font-size: \1", body)
-  body = re.sub(r"font-family: [^;\"]+; ", "", body)
-  for colour, name in THEME.items():
-    body = body.replace(colour, f"var(--{name})")
-  head = str(el("svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=label))
-  body = re.sub(r"<svg[^>]*>", head.removesuffix("</svg>"), body, count=1)
-  return re.sub(r"\n\s*", " ", body).removesuffix(" ").removesuffix("</svg>")
 
 
 def chart(
@@ -147,7 +57,7 @@ def chart(
   scale: dict[str, Any] = {}
 
   def draw(made) -> None:
-    axes = made.add_axes(_box(left, top, right, bottom, WIDTH, HEIGHT))
+    axes = made.add_axes(box(left, top, right, bottom, WIDTH, HEIGHT))
     for step, _ in events:
       axes.axvline(step, color=BAD, lw=1, ls=(0, (2, 2)), alpha=0.6)
     for curve in curves:
@@ -232,14 +142,9 @@ def _limits(curves: Sequence[Curve], look: Look) -> tuple[float, float]:
   return (0.0 if look.zero and low >= 0 else low - room), high + room
 
 
-def _box(left: float, top: float, right: float, bottom: float, width: int, height: int):
-  """A rectangle in pixels from the top left as matplotlib has it."""
-  return left / width, 1 - bottom / height, (right - left) / width, (bottom - top) / height
-
-
-def _hits(curves: Sequence[Curve], look: Look, limits, box, events) -> Html:
+def _hits(curves: Sequence[Curve], look: Look, limits, frame, events) -> Html:
   """Stripes that show, under the pointer, where it is, and by their titles what is there."""
-  left, top, right, bottom = box
+  left, top, right, bottom = frame
   xs = np.unique(np.concatenate([c.x[np.isfinite(c.y)] for c in curves]))
   xs = xs[np.unique(np.linspace(0, len(xs) - 1, HITS).astype(int))] if len(xs) else xs
   place = lambda x: left + (x - limits[0]) / (limits[1] - limits[0]) * (right - left)
@@ -257,13 +162,8 @@ def _hits(curves: Sequence[Curve], look: Look, limits, box, events) -> Html:
         lines.append(f"{curve.name} {shown(float(curve.y[at]))}" if same else "")
     between = (xs[i - 1] if i else -math.inf, xs[i + 1] if i + 1 < len(xs) else math.inf)
     lines += [said for step, said in events if between[0] < step < between[1]]
-    out.append(_hit(edges[i], top, edges[i + 1], bottom, "\n".join(filter(None, lines))))
+    out.append(hit(edges[i], top, edges[i + 1], bottom, "\n".join(filter(None, lines))))
   return joined(out)
-
-
-def _hit(left: float, top: float, right: float, bottom: float, title: str) -> Html:
-  size = {"width": f"{max(right - left, 0):.1f}", "height": f"{bottom - top:.0f}"}
-  return el("rect", el("title", title), class_="hit", x=f"{left:.1f}", y=top, **size)
 
 
 def heat(names: Sequence[str], steps: np.ndarray, values: np.ndarray, label: str) -> Html:
@@ -280,7 +180,7 @@ def heat(names: Sequence[str], steps: np.ndarray, values: np.ndarray, label: str
   logs[~np.isfinite(logs)] = np.nan
 
   def draw(made) -> None:
-    axes = made.add_axes(_box(left, top, right, bottom, WIDTH, height))
+    axes = made.add_axes(box(left, top, right, bottom, WIDTH, height))
     image = axes.imshow(logs, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
@@ -288,7 +188,7 @@ def heat(names: Sequence[str], steps: np.ndarray, values: np.ndarray, label: str
     axes.set_xticks(ticks, [human(float(steps[i])) for i in ticks])
     at = range(0, len(names), every)
     axes.set_yticks(at, [shown[i] for i in at], fontsize=9.5)
-    bar = made.add_axes(_box(right + 10, top, right + 18, min(bottom, top + 160), WIDTH, height))
+    bar = made.add_axes(box(right + 10, top, right + 18, min(bottom, top + 160), WIDTH, height))
     scale = made.colorbar(image, cax=bar, format=lambda v, _: _short(float(f"{10**v:.2g}"), 1.0))
     scale.outline.set_visible(False)
     scale.locator = _few()
@@ -303,7 +203,7 @@ def heat(names: Sequence[str], steps: np.ndarray, values: np.ndarray, label: str
     range_ = f": {number(float(found[0]))} at first, {number(float(found[-1]))} at last" * bool(
       len(found)
     )
-    hits.append(_hit(left, top + i * row, right, top + (i + 1) * row, f"{name}{range_}"))
+    hits.append(hit(left, top + i * row, right, top + (i + 1) * row, f"{name}{range_}"))
   return Html(f"{svg}{joined(hits)}</svg>")
 
 
@@ -323,65 +223,3 @@ def _without_stack(names: Sequence[str]) -> list[str]:
 def _tail(name: str, most: int) -> str:
   """The end of a name, which says more than its beginning."""
   return name if len(name) <= most else f"…{name[1 - most :]}"
-
-
-def bands(
-  edges: np.ndarray, shares: dict[str, np.ndarray], colors: dict[str, str], width: int,
-  marks: Sequence[tuple[float, str, str]], clock: Callable[[float], str], label: str,
-) -> Html:  # fmt: skip
-  """What time went to: shares of each stretch of time, stacked, with marks above.
-
-  Args:
-    edges: (n + 1,) seconds, between the stretches.
-    shares: by name, (n,), which sum to 1.
-    colors: of the names, as the page's CSS has them.
-    width: in pixels.
-    marks: (second, what is written there, what it is).
-    clock: writes a time.
-    label: what it shows.
-  """
-  left, right, top, bottom, height = 6, width - 6, 22, 92, 114
-  end = float(edges[-1])
-
-  def draw(made) -> None:
-    axes = made.add_axes(_box(left, top, right, bottom, width, height))
-    axes.set_xlim(0, end)
-    axes.set_ylim(0, 1)
-    axes.set_yticks([])
-    axes.spines["bottom"].set_visible(False)
-    ticks = np.linspace(0, end, 7 if width > 600 else 4)
-    axes.set_xticks(ticks, [clock(t) for t in ticks])
-    for label_, side in zip(
-      axes.get_xticklabels()[:: len(ticks) - 1], ("left", "right"), strict=True
-    ):
-      label_.set_horizontalalignment(side)
-
-  svg = figure(draw, width, height, label)
-  place = lambda t: left + (right - left) * t / end
-  parts, floor = [], np.zeros(len(edges) - 1)
-  for name, share in shares.items():
-    for i in np.flatnonzero(share > 1e-4):
-      y = bottom - (bottom - top) * (floor[i] + share[i])
-      size = {"width": f"{place(edges[i + 1]) - place(edges[i]) + 0.3:.2f}"}
-      size["height"] = f"{(bottom - top) * share[i]:.2f}"
-      style = f"fill:var(--{colors[name]})"
-      parts.append(
-        el("rect", class_="band", x=f"{place(edges[i]):.2f}", y=f"{y:.2f}", style=style, **size)
-      )
-    floor = floor + share
-  for i in range(len(edges) - 1):
-    told = [f"{clock(edges[i])} to {clock(edges[i + 1])}"]
-    told += [f"{n} {s[i]:.0%}" for n, s in shares.items() if s[i] >= 0.005]
-    box = place(edges[i]), top, place(edges[i + 1]), bottom
-    parts.append(_hit(*box, "\n".join(told)))
-  last = -math.inf
-  for t, said, title in marks:
-    x = place(t)
-    line = {"x1": f"{x:.1f}", "x2": f"{x:.1f}", "y1": 16, "y2": bottom, "class_": "mark"}
-    parts.append(el("line", el("title", title), **line))
-    if x - last > 9 * len(said):  # Else it would run into the one before.
-      anchor = "start" if x < 20 else "end" if x > width - 20 else "middle"
-      text = {"x": f"{x:.1f}", "y": 12, "text_anchor": anchor, "class_": "said"}
-      parts.append(el("text", said, el("title", title), **text))
-      last = x
-  return Html(f"{svg}{joined(parts)}</svg>")

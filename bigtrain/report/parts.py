@@ -25,7 +25,7 @@ MEANING = {
   "start-up": "data, initialisation, and all else before the first step",
   "lost work": "steps and evaluations that a later start had to do again",
   "idle": "nothing ran between a start's last sign of life and the next start",
-  "other": "phases of the run's own",
+  "other": "incidents that were examined, and phases of the run's own",
 }
 ENDS = {"end": "done", "left": "left on a signal", "error": "failed", "killed": "no end recorded"}
 

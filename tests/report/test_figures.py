@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from bigtrain.report.figures import BAD, POINTS, THEME, Curve, Look, _thinned, chart, heat
+from bigtrain.report.figures import POINTS, Curve, Look, _thinned, chart, heat
+from bigtrain.report.svg import BAD, THEME
 
 pytest.importorskip("matplotlib")
 
