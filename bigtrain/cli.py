@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -22,6 +21,7 @@ from bigtrain.failures import explained, unraisable
 from bigtrain.flags import parse
 from bigtrain.hints import command as spelt
 from bigtrain.hints import of_command
+from bigtrain.secrets import excepthook, redacted
 
 if TYPE_CHECKING:
   from bigtrain.experiment import Experiment
@@ -43,6 +43,7 @@ COMMANDS = {
   "plan": Command("bigtrain.plan.command", "command", "will it fit, and how fast: by the compiler"),
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
+  "report": Command("bigtrain.report.command", "command", "what runs recorded, as one HTML file"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
   "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what a device does"),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = signal.SIG_DFL if name == "plan" else _stop
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, handler)
-    sys.unraisablehook = unraisable
+    sys.unraisablehook, sys.excepthook = unraisable, excepthook
   try:
     with of_command():
       return _run(name, arguments)
@@ -83,9 +84,9 @@ def _run(name: str, arguments: list[str]) -> int:
     if (found := explained(error)) is None:
       raise
     if os.environ.get("BIGTRAIN_TRACEBACK") == "1":
-      traceback.print_exception(error)
+      sys.excepthook(type(error), error, error.__traceback__)
     message, code = found
-    print(f"bigtrain: {message}", file=sys.stderr)
+    print(f"bigtrain: {redacted(message)}", file=sys.stderr)
     return code
 
 

@@ -130,9 +130,9 @@ def read(run_dir: str | os.PathLike, kind: type[T] = Experiment) -> tuple[T, Pat
   except json.JSONDecodeError as error:
     raise Refused(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
   file = _local(epath.Path(run_dir) / config.FILE)
-  needs_file = file is not None and f'"class": "{config.FILE}:' in text
+  module = _module(file) if file is not None and config.needs_file(text) else None
   try:
-    experiment = config.restore(tree, _module(file) if file is not None and needs_file else None)
+    experiment = config.restore(tree, module)
   except Refused as error:
     raise Refused(f"{path}: {error}") from error
   if not isinstance(experiment, kind):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from bigtrain import goodput
 from bigtrain.parts import Part
 from bigtrain.statistics import by_layer
 
@@ -59,6 +60,7 @@ class Recorder(Part):
     self.losses: list[jax.Array] = []  # Of the steps since the last row.
     self.peak = peak_flops()
     self.in_tokens = bool(run.experiment.data.row_length())
+    self.meter = goodput.Meter(run.directory)
     self._begin_interval(None)  # Later: the first step of a start, which warms up, is not timed.
 
   def after_step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -106,6 +108,7 @@ class Recorder(Part):
     speed = {
       "step_seconds": seconds / self.steps,
       "input_wait_seconds": self.waited / self.steps,
+      "goodput": self.meter.add(seconds, self.waited),
       f"{'tokens' if self.in_tokens else 'examples'}_per_second": self.amount / seconds,
     }
     if self.flops:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from bigtrain import checkpoint, console, load, marks, processes
+from bigtrain import checkpoint, console, goodput, load, marks, processes
 from bigtrain.checkpoint import Store
 from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused, nearest
@@ -55,11 +55,13 @@ class Run:
   back_to: tuple[int, int] | None = None
   started: bool = False  # Its parts have been.
   left: bool = False  # A signal asked it to leave; its state is one step past what it saved.
+  account: goodput.Account  # Of its time; once it has ended or left.
 
   def __init__(
     self, experiment: Experiment, directory: RunDirectory, mesh: jax.sharding.Mesh | None
   ):
     self.experiment, self.directory, self.mesh = experiment, directory, mesh
+    self.began = time.perf_counter()
     self.parts: list[Part] = []
     self.leaves: list[jax.Array] = []  # Of the state, as the compiled step takes them.
     self.writers: list[Writer] = []  # Where records go besides the run directory.
@@ -216,12 +218,17 @@ class Run:
     Also when training fails, which it records.
     """
     try:
-      self.directory.event("start", processes=jax.process_count(), devices=jax.device_count())
+      self.directory.event(
+        "start",
+        processes=jax.process_count(),
+        devices=jax.device_count(),
+        seconds=round(time.perf_counter() - self.began, 3),
+      )
       with Store(self.directory.checkpoints, self.experiment.checkpoints) as self.store:
         yield
         self.store.wait()
         self.tell_saves()
-      self.directory.event("left" if self.left else "end")
+      self.account = goodput.close(self.directory, "left" if self.left else "end")
       for writer in () if self.left else self.writers:
         writer.end()
     except BaseException as error:

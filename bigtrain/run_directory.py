@@ -26,6 +26,7 @@ from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
+from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
 SKIPS = "skips.json"  # Data that were left out after a fault, by the step of the checkpoint.
@@ -125,21 +126,24 @@ class RunDirectory:
       files.replace(self.tokenizer, text)
 
   def event(self, name: str, **fields) -> None:
-    """Adds a line to events.jsonl, with the time."""
-    self._append("events.jsonl", {"time": round(time.time(), 3), "event": name, **fields})
+    """Adds a line to events.jsonl, with the time and without secrets."""
+    head = {"time": round(time.time(), 3), "event": name}
+    self._append("events.jsonl", head | redacted(fields))
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
-    """Adds a row to metrics.jsonl; what is no finite number becomes null."""
+    """Adds a row to metrics.jsonl, with the time; what is no finite number becomes null."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    self._append("metrics.jsonl", {"step": step, "kind": kind, **finite})
+    head = {"step": step, "kind": kind, "time": round(time.time(), 3)}
+    self._append("metrics.jsonl", head | finite)
 
-  def drop_rows_after(self, step: int) -> None:
-    """Forgets the metrics of steps that a restored run will do again."""
+  def drop_rows_after(self, step: int) -> list[dict[str, Any]]:
+    """Forgets the metrics of steps that a restored run will do again; returns them."""
     path = self.path / "metrics.jsonl"
     if not self.writes or not path.exists():
-      return
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    files.replace(path, "".join(kept))
+      return []
+    rows = read_rows(path)
+    files.replace(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return [row for row in rows if row["step"] > step]
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
@@ -210,12 +214,12 @@ def read_rows(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-  """Versions, devices, code revision and command of this process."""
+  """Versions, devices, code revision and command of this process; without secrets."""
   import jax
 
   devices = jax.devices()
   return {
-    "command": sys.argv,
+    "command": redacted(sys.argv),
     "python": platform.python_version(),
     "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
     "devices": [len(devices), devices[0].platform, devices[0].device_kind],

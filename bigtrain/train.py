@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigtrain import console, processes, sharding, weights
+from bigtrain import console, goodput, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Experiment
@@ -60,11 +61,12 @@ def train(
     Refused: the experiment cannot run, here or in this directory.
     CheckFailed: what a checkpoint goes on with is not what it was (replay.py).
   """
-  experiment = copy.deepcopy(experiment)
+  began, experiment = time.perf_counter(), copy.deepcopy(experiment)
   processes.initialize()
   validate(experiment, jax.device_count())
   directory = RunDirectory(run_dir, writes=processes.is_first())
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
+  run.began = began
   with run.in_mesh():
     check_fit(experiment, run.data)
   if experiment.epochs is not None:
@@ -99,7 +101,7 @@ def loop(run: Run, *, restart: bool = False) -> bool:
   for writer in run.writers:
     writer.start(step)
   check_data(run, step)
-  run.directory.drop_rows_after(step)
+  goodput.resume(run.directory, step)
   sizes, example = Sizes(experiment.batch, experiment.batch_stages), int(run.state.example)
   feed = Feed(
     run.data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps

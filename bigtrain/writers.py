@@ -125,6 +125,9 @@ class Console(Writer):
     self.rich.print(f"[bold]{_plain(path)}[/]")
     self._fact("done", f"{done:,} step{'s' * (done != 1)} in {duration(seconds)}")
     self._fact("of which", ", ".join(aside))
+    if len((spent := self.run.account).attempts) > 1:
+      whole = f"{duration(spent.wall)} over {len(spent.attempts)} starts"
+      self._fact("goodput", f"{spent.goodput:.1%} of {whole} trained what was kept")
     self._fact("loss", f"{_loss(self.last['train'])} at the last step")
     self._fact("held out", "  ".join(_metrics(self.last.get("eval", {}))))
     self._fact("next", command(f"evaluate {shlex.quote(path)}"))

@@ -18,7 +18,10 @@ from bigtrain.optim.schedule import Cosine
 from tests.bigram import Bigram
 
 ROOT = Path(__file__).parent.parent
-SPEED = ("step_seconds", "input_wait_seconds", "tokens_per_second", "model_flops_per_second")
+SPEED = (
+  "time", "goodput", "step_seconds", "input_wait_seconds", "tokens_per_second",
+  "model_flops_per_second",
+)  # fmt: skip
 
 
 def base() -> Experiment:

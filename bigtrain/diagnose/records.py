@@ -104,7 +104,10 @@ class Course(NamedTuple):
 def course(loss: np.ndarray) -> Course:
   """The median of the first and of the last tenth, and such medians in between."""
   width = max(len(loss) // 10, 3)
-  medians = np.median(np.lib.stride_tricks.sliding_window_view(loss, width), axis=1)
+  windows = np.lib.stride_tricks.sliding_window_view(loss, width)
+  # Of a long run some 500 of them: neighbours hold nearly the same rows.
+  at = np.r_[0 : len(windows) - 1 : max(width // 50, 1), len(windows) - 1]
+  medians = np.median(windows[at], axis=1)
   differences = np.diff(loss)
   spread = np.median(np.abs(differences - np.median(differences)))
   return Course(medians[0], medians.max(), medians.min(), medians[-1], 1.4826 * spread / np.sqrt(2))

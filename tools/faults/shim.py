@@ -25,7 +25,9 @@ class Kind(enum.IntEnum):
 
 def build() -> Path:
   """Compiles the library, once for each version of its source."""
-  made = Path(tempfile.gettempdir()) / f"bigtrain-faults-{os.getuid()}-{SOURCE.stat().st_mtime_ns}.so"
+  made = (
+    Path(tempfile.gettempdir()) / f"bigtrain-faults-{os.getuid()}-{SOURCE.stat().st_mtime_ns}.so"
+  )
   if not made.exists():
     aside = made.with_suffix(f".{os.getpid()}")
     command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(aside), str(SOURCE), "-ldl"]
