@@ -51,10 +51,10 @@ def trial(folder: Path, kind: Kind, at: int, out: int) -> None:
     ):
       tell("wrong", step)
     tell("restored", step, f"{time.perf_counter() - started:.3f}")
-    for step in range(step + 1, step + 1 + SAVES):
-      store.save(step, tree(step), toys.experiment())
+    for new in range(step + 1, step + 1 + SAVES):
+      store.save(new, tree(new), toys.experiment())
       store.wait()
-      tell("verified", step)
+      tell("verified", new)
     store.wait()
     tell("calls", shim.seen())
   except SaveFailed:
