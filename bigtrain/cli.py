@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from bigtrain import supervise, watchdog
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, config, nearest
 from bigtrain.exit_codes import Exit
@@ -22,6 +23,8 @@ from bigtrain.failures import explained, unraisable
 from bigtrain.flags import parse
 from bigtrain.hints import command as spelt
 from bigtrain.hints import of_command
+from bigtrain.supervise import Restarts
+from bigtrain.watchdog import Deadlines
 
 if TYPE_CHECKING:
   from bigtrain.experiment import Experiment
@@ -60,12 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, handler)
     sys.unraisablehook = unraisable
+  code = Exit.FAILED
   try:
     with of_command():
-      return _run(name, arguments)
+      code = _run(name, arguments)
+  except Exception:
+    if not own:
+      raise
+    traceback.print_exc()
   finally:
     if own:  # The exit code is known: a Ctrl-C while Python ends would give another.
       signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watchdog.over(code if own else None)
+  return code
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -95,6 +105,7 @@ def _stop(number: int, frame) -> None:
   Nothing is closed: that may take minutes, and what is on disk survives a kill at any moment.
   """
   os.write(2, b"bigtrain: stopped at once; what was saved before is whole\n")
+  watchdog.stop_at_once()
   os._exit(Exit.LEFT)
 
 
@@ -133,14 +144,21 @@ class RunFlags:
   quiet: bool = False  # No progress on the console.
   allow_changes: bool = False  # Go on with a run whose config was another.
   profile: Profile = Profile()
+  elastic: bool = False  # Go on with a run also on other devices than it began on.
+  deadlines: Deadlines = Deadlines()
+  supervise: bool = False  # Start it again when it fails, hangs or is killed; implies `elastic`.
+  restarts: Restarts = Restarts()
 
 
 # No field of an experiment may have these names: they are flags now or later.
-RESERVED = (*(field.name for field in dataclasses.fields(RunFlags)), "supervise", "help")
+RESERVED = (*(field.name for field in dataclasses.fields(RunFlags)), "help")
 
 
 def train(arguments: list[str]) -> int | None:
   """bigtrain train EXPERIMENT [flags] [overrides]."""
+  if "--supervise" in arguments and not {"--help", "-h"}.intersection(arguments):
+    return supervise.command(arguments)
+  line = supervise.tie()
   name = target(arguments, "train", "EXPERIMENT", "experiments/quickstart.py:base")
   if name is None:
     about = (
@@ -161,14 +179,16 @@ def train(arguments: list[str]) -> int | None:
   from bigtrain.train import train as train_experiment
 
   profile = flags.profile
-  run = train_experiment(
-    experiment,
-    run_dir,
-    source=source.file,
-    quiet=flags.quiet,
-    allow_changes=flags.allow_changes,
-    parts=[] if profile.start is None else [Profiler(profile.start, profile.steps)],
-  )
+  with watchdog.watch(flags.deadlines, run_dir, line):
+    run = train_experiment(
+      experiment,
+      run_dir,
+      source=source.file,
+      quiet=flags.quiet,
+      allow_changes=flags.allow_changes,
+      elastic=flags.elastic or line is not None,
+      parts=[] if profile.start is None else [Profiler(profile.start, profile.steps)],
+    )
   return Exit.LEFT if run.left else Exit.DONE
 
 

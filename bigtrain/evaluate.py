@@ -14,6 +14,7 @@ from bigtrain.config import Refused
 from bigtrain.data.feed import put
 from bigtrain.objectives.experts import with_experts
 from bigtrain.parts import Part
+from bigtrain.phases import got_on
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
@@ -51,6 +52,7 @@ class Evaluator:
       batch = put(rows, size, place)
       jax.block_until_ready(sums)  # One batch ahead: more take memory, and on CPU may deadlock.
       sums = self._add(sums, weights, batch)
+      got_on()
     values = {
       k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()
     }

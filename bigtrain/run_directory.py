@@ -1,7 +1,7 @@
 """The run directory: what a run writes about itself, and how that is read back.
 
     RUN/  config.json  experiment.py  environment.json  data.json  tokenizer.json  metrics.jsonl
-          events.jsonl  checkpoints/  tensorboard/  profile/
+          events.jsonl  checkpoints/  hangs/  tensorboard/  profile/
 
 Only the first process writes. Rows of metrics.jsonl are unique by (step, kind): when a run resumes,
 rows past the restored step are dropped before new ones are written.
@@ -26,6 +26,7 @@ from bigtrain import config, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
+from bigtrain.lines import open_lines, read_rows, replace
 
 LOCK = "run.lock"
 PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -102,7 +103,7 @@ class RunDirectory:
           f"take another directory with {_dir()}, or go on with the new ones: {_changes()}"
         )
     elif self.writes:
-      _replace(path, found)
+      replace(path, found)
 
   @property
   def tokenizer(self) -> epath.Path:
@@ -111,7 +112,7 @@ class RunDirectory:
   def keep_tokenizer(self, text: str | None) -> None:
     """Keeps what turns text into tokens, so that sampling needs no corpus."""
     if self.writes and text is not None:
-      _replace(self.tokenizer, text)
+      replace(self.tokenizer, text)
 
   def event(self, name: str, **fields) -> None:
     """Adds a line to events.jsonl, with the time."""
@@ -128,7 +129,7 @@ class RunDirectory:
     if not self.writes or not path.exists():
       return
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    _replace(path, "".join(kept))
+    replace(path, "".join(kept))
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
@@ -165,7 +166,7 @@ class RunDirectory:
     if not self.writes:
       return
     if name not in self._files:
-      self._files[name] = _open_lines(self.path / name)
+      self._files[name] = open_lines(self.path / name)
     try:
       self._files[name].write(json.dumps(record) + "\n")
       self._files[name].flush()
@@ -178,31 +179,6 @@ class RunDirectory:
   def _saved(self) -> list[int]:
     """The steps of the checkpoints, by the names of their directories."""
     return [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
-
-
-def _open_lines(path: epath.Path):
-  """A JSON-lines file to add to; a last line that a kill cut short is dropped first."""
-  if path.exists() and not (text := path.read_text()).endswith("\n"):
-    _replace(path, text[: text.rfind("\n") + 1])
-  return path.open("a")
-
-
-def _replace(path: epath.Path, text: str) -> None:
-  """Writes a file anew, whole or not at all."""
-  aside = path.with_name(f"{path.name}.unfinished")
-  aside.write_text(text)
-  aside.replace(path)
-
-
-def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of a JSON-lines file; a last line that a kill cut short is not one."""
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return rows
 
 
 def environment() -> dict[str, Any]:
@@ -229,8 +205,9 @@ def _changes() -> str:
 
 
 def _foreign(name: str) -> bool:
-  """Whether this is more than a start leaves that was killed before it wrote config.json."""
-  return name not in (config.FILE, LOCK) and not name.endswith(".unfinished")
+  """Whether this is more than a start leaves that ended before it wrote config.json."""
+  left = (config.FILE, LOCK, "events.jsonl", "hangs")
+  return name not in left and not name.endswith(".unfinished")
 
 
 def _installed(name: str) -> bool:

@@ -17,9 +17,11 @@ import jax
 from bigtrain import console, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
+from bigtrain.elastic import fitted
 from bigtrain.experiment import Experiment
 from bigtrain.fit import check_fit
 from bigtrain.parts import Part, default_parts
+from bigtrain.phases import stepped, within
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
@@ -36,6 +38,7 @@ def train(
   source: Path | None = None,
   quiet: bool = False,
   allow_changes: bool = False,
+  elastic: bool = False,
   parts: Sequence[Part] = (),
 ) -> Run:
   """Trains, or goes on with what `run_dir` holds, until `experiment.steps` updates are done.
@@ -47,6 +50,7 @@ def train(
     source: the experiment's file, of which the run directory keeps a copy.
     quiet: no progress on the console.
     allow_changes: go on in `run_dir` also if it holds a run of another config.
+    elastic: go on also with other devices than the run began on (elastic.py).
     parts: called around each step, after the default ones.
 
   Returns:
@@ -57,8 +61,10 @@ def train(
   """
   experiment = copy.deepcopy(experiment)
   processes.initialize()
+  directory, asked = RunDirectory(run_dir, writes=processes.is_first()), experiment
+  if elastic:
+    experiment = fitted(experiment, directory.events())
   validate(experiment, jax.device_count())
-  directory = RunDirectory(run_dir, writes=processes.is_first())
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
   with run.in_mesh():
     check_fit(experiment, run.data)
@@ -69,7 +75,8 @@ def train(
   processes.agree(config=dump(experiment))
   enable_compilation_cache()
   with contextlib.closing(directory):
-    directory.begin(experiment, source, allow_changes=allow_changes)
+    as_asked = dataclasses.replace(experiment, mesh=asked.mesh, microbatches=asked.microbatches)
+    directory.begin(as_asked, source, allow_changes=allow_changes)
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     with console.bars(not quiet), run.in_mesh(), run.open():
@@ -108,7 +115,8 @@ def loop(run: Run) -> None:
   feed = Feed(
     data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
   )
-  with feed:
+  stepped(step)
+  with feed, within("loop"):
     run.feed = feed
     compiled, layers_every = {}, experiment.logging.layers_every
     for part in run.parts:
@@ -123,8 +131,9 @@ def loop(run: Run) -> None:
         with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
           spec = data.stage(step).spec(sizes.at(step))
           compiled[key] = program.compile_step(spec, statistics=statistics)
-      run.leaves, metrics = compiled[key](run.leaves, batch)
-      step += 1
+      with within("step"):
+        run.leaves, metrics = compiled[key](run.leaves, batch)
+      stepped(step := step + 1)
       for part in run.parts:
         part.after_step(step, metrics)
 
