@@ -23,6 +23,7 @@ from bigtrain.phases import Late, within
 
 SETTINGS = ("BIGTRAIN_COORDINATOR", "BIGTRAIN_PROCESSES", "BIGTRAIN_PROCESS")
 TIMEOUT = 300  # Seconds; jax's own default.
+_met = threading.Event()  # Set when the processes have come together.
 
 
 def initialize() -> None:
@@ -32,7 +33,10 @@ def initialize() -> None:
     Refused: wrong or partial settings, or the launcher's are not what jax needs.
     Late: the others could not be reached in time.
   """
-  if jax.distributed.is_initialized() or os.environ.get("BIGTRAIN_PROCESSES") == "1":
+  if jax.distributed.is_initialized():
+    _met.set()
+    return
+  if os.environ.get("BIGTRAIN_PROCESSES") == "1":
     return
   if any(map(os.environ.get, SETTINGS)):
     # Unless deactivated, jax asks the launcher which local devices this process may use.
@@ -49,10 +53,11 @@ def is_first() -> bool:
 def coordination() -> tuple[Any, int, int] | None:
   """The client of jax's coordination service, which process this is, and of how many.
 
-  None where there is one process, or before the processes have met. It touches no device.
+  None where there is one process, or before the processes have met: whoever calls a client that is
+  about to connect is ended by it. It touches no device.
   """
   state = distributed.global_state  # No public name leads there; orbax goes the same way.
-  if state.client is None or state.num_processes == 1:
+  if not _met.is_set() or state.client is None or state.num_processes == 1:
     return None
   return state.client, state.process_id, state.num_processes
 
@@ -168,6 +173,7 @@ def _join(announced: str, **settings) -> None:
   elif errors:
     cause = str(errors[0]).strip().split("\n")[0]
   else:
+    _met.set()
     return
   kind = Late if late else Refused  # Who comes too late may be there when all are started again.
   raise kind(

@@ -1,0 +1,50 @@
+"""The run of tests/runs.py with a trouble in its data, for the command line.
+
+$TROUBLE says which, as in "hang 1 40": in process 1 at the first example from 40 on, "hang" waits
+for ever, "hold" does so with Python's lock, "fail" raises, "slow" takes half a second each time.
+"""
+
+import ctypes
+import os
+import time
+
+from bigtrain import Experiment, processes
+from bigtrain.config import config
+from bigtrain.data.text import TextData
+from tests import runs
+
+
+@config
+class Troubled(TextData):
+  def make(self, seed):
+    data = TextData.make(self, seed)
+    kind, process, first = os.environ.get("TROUBLE", "none 0 0").split()
+    batch = data.batch
+
+    def troubled(example, size, rows=None):
+      found = processes.coordination()
+      if example >= int(first) and int(process) == (found[1] if found else 0):
+        trouble(kind)
+      return batch(example, size, rows)
+
+    data.batch = troubled
+    return data
+
+
+def trouble(kind: str) -> None:
+  match kind:
+    case "hang":
+      time.sleep(1000)
+    case "hold":
+      ctypes.PyDLL(None).sleep(1000)  # A call by which ctypes does not let go of the lock.
+    case "fail":
+      raise RuntimeError("a troubled row")
+    case "slow":
+      time.sleep(0.5)
+
+
+def base() -> Experiment:
+  e = runs.base()
+  fields = {name: getattr(e.data, name) for name in TextData.__dataclass_fields__}
+  e.data = Troubled(**fields)
+  return e
