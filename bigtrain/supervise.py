@@ -143,7 +143,7 @@ class Supervisor:
         say(f"no sign of life for {self.restarts.silence:.0f} s: the run is ended")
         child.send_signal(signal.SIGABRT)  # At which it writes its stacks, if it can.
         with contextlib.suppress(subprocess.TimeoutExpired):
-          child.wait(10)
+          child.wait(min(10.0, self.restarts.silence))
         child.kill()
         return True
     return False
