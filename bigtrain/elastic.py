@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from bigtrain import console, processes
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
@@ -45,7 +46,14 @@ def fitted(experiment: Experiment, events: Iterable[dict[str, Any]]) -> Experime
   if (meant := begun_on(experiment, events)) is None or meant == len(here):
     return experiment
   slices = {getattr(device, "slice_index", None) for device in here}
-  return fit(experiment, len(here), meant, len(slices) if len(slices) > 1 else None)
+  found = fit(experiment, len(here), meant, len(slices) if len(slices) > 1 else None)
+  if processes.is_first():
+    axes = " ".join(f"{a}={n}" for a, n in found.mesh.shape(len(here)).items() if n > 1)
+    console.say(
+      f"{len(here)} devices instead of {meant}: {axes or 'no mesh'}, microbatches "
+      f"{found.microbatches}; the batch stays {found.batch}"
+    )
+  return found
 
 
 def fit(experiment: Experiment, devices: int, meant: int, slices: int | None = None) -> Experiment:
