@@ -31,6 +31,7 @@ TICK = 0.25  # Seconds between looks.
 PATIENCE = 20.0  # Seconds that writing a report may take, then the process leaves without it.
 GRACE = 10.0  # Seconds to end by itself for a process that hears that another one failed.
 AGAIN = 600.0  # Seconds before a straggler is named again.
+STDERR = 2  # Whatever stands for sys.stderr.
 WINDOW = 20  # Steps over which processes are compared.
 Line = Callable[[dict[str, Any]], None]
 
@@ -83,7 +84,8 @@ class Watchdog:
     self._stopped = threading.Event()
     self._named: dict[int, float] = {}  # Stragglers, and when they were named.
     self._compared: dict[int, Beat] = {}
-    faulthandler.enable()  # Stacks also where a library ends the process by a signal.
+    if not faulthandler.is_enabled():
+      faulthandler.enable(STDERR)  # Stacks also where a library ends the process by a signal.
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
     self._thread.start()
 
@@ -217,7 +219,7 @@ class Watchdog:
   def _tell(self) -> None:
     """Sends a sign of life to the supervisor, if there is one, and holds off what ends it."""
     if self.deadlines.silence and (self.line is not None or self.heart is not None):
-      faulthandler.dump_traceback_later(self.deadlines.silence, exit=True)
+      faulthandler.dump_traceback_later(self.deadlines.silence, exit=True, file=STDERR)
     if self.line is not None:
       about = {"step": doing.step, "first": doing.first, "phase": doing.name}
       self.line(about | {"process": self._number(), "dir": os.fspath(self.run_dir)})
