@@ -48,6 +48,9 @@ class Ending(NamedTuple):
   code: int
   text: str
 
+  def __str__(self) -> str:
+    return f"process {self.process} ended: {self.text}"
+
 
 class Straggler(NamedTuple):
   process: int
@@ -158,10 +161,13 @@ class Heart(threading.Thread):
       found[p] = Beat(*told, silent=now - at)
     return found
 
-  def announce(self, ending: Ending) -> None:
-    """Tells all that the job is to end; the first one who does is believed."""
+  def announce(self, ending: Ending) -> Ending:
+    """Tells all that the job is to end; returns what is believed, which is who said so first."""
     with contextlib.suppress(Exception):  # Another one did, or the store is gone.
       self.client.key_value_set(f"{END}/0", json.dumps(ending))
+    with contextlib.suppress(Exception):
+      ending = Ending(*json.loads(dict(self.client.key_value_dir_get(END))[f"{END}/0"]))
+    return ending
 
   def goodbye(self, patience: float) -> None:
     """Before a process ends in trouble; process 0 waits for that of the others, in seconds.

@@ -81,7 +81,7 @@ class Watchdog:
     self.code: int | None = None  # With which the process ends, when that is known.
     self._heard: float | None = None  # When it heard that another one ended.
     self._excused = (0.0, 0.0)  # Since when, and the seconds of that in which nothing ran here.
-    self._stopped = threading.Event()
+    self._stopped, self._ends = threading.Event(), threading.Lock()
     self._named: dict[int, float] = {}  # Stragglers, and when they were named.
     self._compared: dict[int, Beat] = {}
     if not faulthandler.is_enabled():
@@ -100,13 +100,17 @@ class Watchdog:
     """Limits what follows until this process has ended.
 
     In trouble jax would wait for the others, and they for this process: then it tells them and
-    ends here.
+    ends here. What ended it may be that another one is gone, whose trouble then is that of all.
     """
-    self.code = code
-    if self.heart is not None and code not in (Exit.DONE, Exit.LEFT):
-      self.heart.announce(Ending(self.heart.process, code, self.text))
+    if self.heart is None or code in (Exit.DONE, Exit.LEFT):
+      self.code = code
+      return
+    ending = self.heart.announce(Ending(self.heart.process, code, self.text))
+    if ending.process == self.heart.process:
+      self._ends.acquire(timeout=PATIENCE)
       self.heart.goodbye(GRACE + PATIENCE)
       hangs.leave(code)
+    self._end(ending.code, f"{ending}; here {self.text}")
 
   def _watch(self) -> None:
     last, told = time.monotonic(), 0.0
@@ -140,7 +144,7 @@ class Watchdog:
     if (ending := self.heart.ending) is not None:
       self._heard = self._heard or now
       if ending.code == Exit.DEADLINE or now - self._heard > GRACE:
-        return ending.code, f"process {ending.process} ended: {ending.text}"
+        return ending.code, str(ending)
       return None
     if most := self.deadlines.silence:
       if self.heart.process and now - self.heart.heard > most:
@@ -153,6 +157,7 @@ class Watchdog:
 
   def _end(self, code: int, text: str) -> None:
     """Reports what is wrong and ends the process, also where nothing can be written."""
+    self._ends.acquire(timeout=PATIENCE)  # One thread of this process ends it.
     _bounded(PATIENCE, self._report, code, text)
     if self.heart is not None and self.heart.hears():
       _bounded(GRACE + 1, self.heart.goodbye, GRACE)
@@ -160,7 +165,7 @@ class Watchdog:
 
   def _report(self, code: int, text: str) -> None:
     hangs.say(self._number(), text)
-    if doing.name == "end":
+    if self.code is not None:
       return
     heart, beats, lost = self.heart, {}, []
     if heart is not None:
@@ -225,7 +230,7 @@ class Watchdog:
       self.line(about | {"process": self._number(), "dir": os.fspath(self.run_dir)})
 
 
-def _bounded(seconds: float, function: Callable[..., None], *args) -> None:
+def _bounded(seconds: float, function: Callable[..., object], *args) -> None:
   """Calls a function that may never return, and waits for it so long."""
   thread = threading.Thread(target=function, args=args, daemon=True)
   thread.start()
