@@ -173,6 +173,7 @@ def train(arguments: list[str]) -> int | None:
   flags, experiment = override(experiment, arguments[1:], spelt(f"train {name}"))
   from bigtrain.validate import validate
 
+  flags.deadlines.check()
   validate(experiment)
   run_dir = flags.dir or source.run_dir(smoke=flags.smoke)
   from bigtrain.parts import Profiler

@@ -157,8 +157,8 @@ class Heart(threading.Thread):
     """What every process last told; on process 0 alone."""
     now, found = time.monotonic(), {}
     for p, (value, at) in self._seen.items():
-      told = json.loads(value)[1:] if value else ("start", 0, 0.0, 0.0)
-      found[p] = Beat(*told, silent=now - at)
+      beat = Beat(*json.loads(value)[1:]) if value else Beat("start", 0, 0.0)
+      found[p] = beat._replace(silent=now - at)
     return found
 
   def announce(self, ending: Ending) -> Ending:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bigtrain.config import config
+from bigtrain.config import at_least_0, config
 from bigtrain.exit_codes import Exit
 
 VARIABLE = "BIGTRAIN_SUPERVISOR"  # Of a child: the parent's process, and the pipe to it.
@@ -40,6 +40,9 @@ class Restarts:
   wait: float = 5.0  # Seconds before the first one; each later one waits twice as long.
   longest: float = 300.0  # Seconds that it waits at most.
   silence: float = 180.0  # Seconds without a sign of life, after which the run is ended.
+
+  def check(self) -> None:
+    at_least_0(self, "restarts")
 
 
 @dataclasses.dataclass
@@ -193,6 +196,7 @@ def command(arguments: Sequence[str]) -> int:
   from bigtrain.flags import parse
 
   [flags] = parse([_Flags()], own, "bigtrain train --supervise", "")
+  flags.restarts.check()
   rest = [word for word in arguments if word != "--supervise"]
   child = [sys.executable, "-m", "bigtrain.cli", "train", *rest]
   return Supervisor(child, flags.restarts).run()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigtrain import hangs
-from bigtrain.config import config
+from bigtrain.config import at_least_0, config
 from bigtrain.exit_codes import Exit
 from bigtrain.heartbeats import Beat, Ending, Heart, latecomers, missing, stragglers
 from bigtrain.lines import add_event
@@ -54,6 +54,9 @@ class Deadlines:
   end: float = 300.0  # From the last word to the end of the process.
   other: float = 1800.0  # Any other phase.
   silence: float = 80.0  # Without a heartbeat; after 100 s jax itself ends all processes.
+
+  def check(self) -> None:
+    at_least_0(self, "deadlines")
 
 
 def limit(deadlines: Deadlines, phase: str, median: float) -> float:

@@ -1,14 +1,18 @@
 """Every hang ends within its limit, on all processes, and says who was missing and where."""
 
 import contextlib
+import dataclasses
+import re
 import signal
 import time
 
 import pytest
 
 from bigtrain import phases, watchdog
+from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
 from bigtrain.heartbeats import Beat, latecomers, missing, stragglers
+from bigtrain.supervise import Restarts
 from bigtrain.watchdog import Deadlines, limit
 from tests import runs
 
@@ -53,6 +57,20 @@ def test_the_limit_of_a_step_follows_the_usual_step_and_has_a_floor():
   assert limit(d, "step", 1.0) == d.step and limit(d, "loop", 100.0) == 100 * d.step_times
   assert limit(d, "compile", 100.0) == d.compile and limit(d, "verify", 1.0) == d.other
   assert limit(Deadlines(step=0), "step", 100.0) == 0 and limit(d, "join", 1.0) == 0
+
+
+def test_the_docs_have_every_limit():
+  text = (runs.ROOT / "docs/long_runs.md").read_text()
+  found = {name: float(n) for name, n in re.findall(r"^\| `(\w+)` \| (\d+) \|", text, re.M)}
+  limits = {f.name: getattr(Deadlines(), f.name) for f in dataclasses.fields(Deadlines)}
+  assert limits.pop("step_times") == 20 and found == limits
+
+
+def test_a_negative_limit_is_refused():
+  with pytest.raises(Refused, match=r"deadlines.save is -1.*at least 0"):
+    Deadlines(save=-1.0).check()
+  with pytest.raises(Refused, match="restarts.limit is -2"):
+    Restarts(limit=-2).check()
 
 
 def test_who_is_missing_is_silent_or_does_something_else_while_others_wait():
