@@ -69,7 +69,7 @@ def test_the_docs_have_every_limit():
 def test_a_negative_limit_is_refused():
   with pytest.raises(Refused, match=r"deadlines.save is -1.*at least 0"):
     Deadlines(save=-1.0).check()
-  with pytest.raises(Refused, match="restarts.limit is -2"):
+  with pytest.raises(Refused, match=r"restarts.limit is -2"):
     Restarts(limit=-2).check()
 
 
