@@ -29,6 +29,7 @@ from bigtrain.exit_codes import Exit
 
 VARIABLE = "BIGTRAIN_SUPERVISOR"  # Of a child: the parent's process, and the pipe to it.
 FINAL = (Exit.DONE, Exit.REFUSED, Exit.CHECK)  # After these no restart helps.
+FIRST = 600.0  # Seconds to the first sign of life: to import jax from a network file system.
 PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
 
@@ -119,7 +120,7 @@ class Supervisor:
       status = self._child.wait()
     self._child = None
     if silent:
-      return Exit.DEADLINE, f"ended after {self.restarts.silence:.0f} s without a sign of life"
+      return Exit.DEADLINE, "ended without a sign of life"
     if status == -signal.SIGTERM and self.asked is not None:  # Before it could have saved anything.
       return Exit.LEFT, "left"
     if status < 0:
@@ -129,7 +130,7 @@ class Supervisor:
 
   def _follow(self, child: subprocess.Popen, pipe) -> bool:
     """Listens until the child has ended; whether that was for its silence."""
-    heard, rest = time.monotonic(), b""
+    heard, rest, limit = time.monotonic(), b"", max(self.restarts.silence, FIRST)
     while child.poll() is None:
       ready, _, _ = select.select([pipe, self._wake_read], [], [], 0.2)
       if self._wake_read in ready:
@@ -138,12 +139,12 @@ class Supervisor:
         if not (data := pipe.read(65536)):
           time.sleep(0.1)  # Its end is closed: it is about to end.
           continue
-        heard = time.monotonic()
+        heard, limit = time.monotonic(), self.restarts.silence
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
           self.told = dataclasses.replace(self.told, **json.loads(line))
-      if time.monotonic() - heard > self.restarts.silence:
-        say(f"no sign of life for {self.restarts.silence:.0f} s: the run is ended")
+      if time.monotonic() - heard > limit:
+        say(f"no sign of life for {limit:.0f} s: the run is ended")
         child.send_signal(signal.SIGABRT)  # At which it writes its stacks, if it can.
         with contextlib.suppress(subprocess.TimeoutExpired):
           child.wait(min(10.0, self.restarts.silence))

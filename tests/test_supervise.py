@@ -78,7 +78,8 @@ def test_only_the_supervisor_of_the_first_process_records(tmp_path):
 def test_a_child_without_a_sign_of_life_is_ended(tmp_path, silent, capfd):
   code = f"tell(step=3)\nif start == 1: {silent}"
   assert supervise(tmp_path, code, silence=0.7) == (Exit.DONE, 2)
-  assert "ended after 1 s without a sign of life at step 3" in capfd.readouterr().err
+  err = capfd.readouterr().err
+  assert "no sign of life for 1 s" in err and "ended without a sign of life at step 3" in err
 
 
 SUPERVISOR = """
