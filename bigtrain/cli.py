@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from bigtrain import supervise, watchdog
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, config, nearest
+from bigtrain.deadlines import Deadlines
 from bigtrain.exit_codes import Exit
 from bigtrain.failures import explained, unraisable
 from bigtrain.flags import parse
 from bigtrain.hints import command as spelt
 from bigtrain.hints import of_command
 from bigtrain.supervise import Restarts
-from bigtrain.watchdog import Deadlines
 
 if TYPE_CHECKING:
   from bigtrain.experiment import Experiment

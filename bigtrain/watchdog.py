@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigtrain import hangs
-from bigtrain.config import at_least_0, config
+from bigtrain.deadlines import Deadlines, limit
 from bigtrain.exit_codes import Exit
 from bigtrain.heartbeats import Beat, Ending, Heart, latecomers, missing, stragglers
 from bigtrain.lines import add_event
@@ -34,38 +34,6 @@ AGAIN = 600.0  # Seconds before a straggler is named again.
 STDERR = 2  # Whatever stands for sys.stderr.
 WINDOW = 20  # Steps over which processes are compared.
 Line = Callable[[dict[str, Any]], None]
-
-
-@config
-class Deadlines:
-  """Seconds that a phase may last before the run ends with code 5; 0 for no limit."""
-
-  start: float = 600.0  # Before there is data: imports, devices, a trace of the model.
-  data: float = 21_600.0  # Preparing the data.
-  initialise: float = 1800.0  # Making the first weights, with their compilation.
-  restore: float = 1800.0  # Reading a checkpoint.
-  compile: float = 3600.0  # Compiling a step.
-  input: float = 600.0  # Waiting for the next batch.
-  step: float = 300.0  # A step; or `step_times` of the usual step, if that is longer.
-  step_times: float = 20.0  # As many times the median step.
-  agree: float = 600.0  # Meeting the other processes.
-  save: float = 1800.0  # Saving a checkpoint, and at the end waiting for it to be durable.
-  evaluate: float = 1800.0  # Between two batches of an evaluation.
-  end: float = 300.0  # From the last word to the end of the process.
-  other: float = 1800.0  # Any other phase.
-  silence: float = 80.0  # Without a heartbeat; after 100 s jax itself ends all processes.
-
-  def check(self) -> None:
-    at_least_0(self, "deadlines")
-
-
-def limit(deadlines: Deadlines, phase: str, median: float) -> float:
-  """The seconds that a phase may last; `median` are those of a step."""
-  if phase == "join":  # BIGTRAIN_TIMEOUT limits it.
-    return 0
-  if phase in ("step", "loop"):
-    return deadlines.step and max(deadlines.step, deadlines.step_times * median)
-  return getattr(deadlines, phase, deadlines.other)
 
 
 class Watchdog:
@@ -184,6 +152,8 @@ class Watchdog:
         seconds, where = time.monotonic() - doing.since, {str(p): str(beats[p]) for p in lost}
         about = {"phase": doing.name, "seconds": round(seconds, 1), "missing": lost, "where": where}
         self._event("hang", **about, cause=text)
+      elif code == Exit.LEFT:
+        self._event("left", cause=text)
       else:
         self._event("error", error=text)
 

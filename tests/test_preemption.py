@@ -1,5 +1,7 @@
 """SIGTERM to any process in any phase: all save at one step and leave, and no row is lost."""
 
+import signal
+
 import pytest
 
 from bigtrain.exit_codes import Exit
@@ -66,3 +68,13 @@ def test_before_the_first_step_one_process_stops_at_once(tmp_path, alone, phase)
   assert not before or runs.keys(tmp_path) == before
   train(runs.base(), tmp_path, quiet=True, allow_changes=True)
   compare(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_ends_all_processes(tmp_path):
+  both = [runs.start(tmp_path, **each) for each in runs.joined(2)]
+  runs.wait_until(both[1], lambda: runs.lines(tmp_path / "events.jsonl") > 2)  # It compiles.
+  both[1].send_signal(signal.SIGINT)
+  ended = [runs.finish(process) for process in both]
+  assert [code for code, _ in ended] == [Exit.LEFT] * 2, ended
+  assert runs.events(tmp_path, "left")[-1]["cause"] == "process 1 ended: stopped at once"

@@ -10,10 +10,10 @@ import pytest
 
 from bigtrain import phases, watchdog
 from bigtrain.config import Refused
+from bigtrain.deadlines import Deadlines, limit
 from bigtrain.exit_codes import Exit
 from bigtrain.heartbeats import Beat, latecomers, missing, stragglers
 from bigtrain.supervise import Restarts
-from bigtrain.watchdog import Deadlines, limit
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("prepared")
