@@ -68,6 +68,13 @@ def _set(node: Any, name: str, value: Any) -> None:
     raise NoField(f"{type(node).__name__} has no field {name!r}{near}") from None
 
 
+def at_least_0(node: Any, path: str) -> None:
+  """Refuses a config, which stands at that path, any of whose numbers is negative."""
+  for field in dataclasses.fields(node):
+    if (value := getattr(node, field.name)) < 0:
+      raise Refused(f"{join(path, field.name)} is {value}; it must be at least 0")
+
+
 def is_config(value: object) -> bool:
   """Whether `value` is an instance of a config class."""
   return dataclasses.is_dataclass(value) and not isinstance(value, type)

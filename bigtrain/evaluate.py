@@ -14,6 +14,7 @@ from bigtrain.config import Refused
 from bigtrain.data.feed import put
 from bigtrain.objectives.experts import with_experts
 from bigtrain.parts import Part
+from bigtrain.phases import got_on
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
@@ -54,6 +55,7 @@ class Evaluator:
       batch = put(rows, size, place)
       jax.block_until_ready(sums)  # One batch ahead: more take memory, and on CPU may deadlock.
       sums = self._add(sums, weights, batch)
+      got_on()
     pairs, weight = jax.device_get(sums)
     values = {name: float(total) / float(w) for name, (total, w) in pairs.items() if w}
     return values | (self.run.experiment.objective.derived(values) if weight else {})

@@ -14,6 +14,7 @@ import numpy as np
 
 from bigtrain import goodput
 from bigtrain.parts import Part
+from bigtrain.phases import within
 from bigtrain.statistics import by_layer
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Recorder(Part):
     if self.pending is None:
       return
     (step, metrics), self.pending = self.pending, None
-    next(iter(metrics.values())).block_until_ready()  # A program's outputs are ready together.
+    with within("step"):
+      next(iter(metrics.values())).block_until_ready()  # A program's outputs are ready together.
     now = time.perf_counter() - self.run.seconds_away()  # A clock that runs while it trains.
     c = self.run.experiment
     due = step % c.logging.every == 0 or step == c.steps

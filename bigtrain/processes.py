@@ -11,25 +11,33 @@ import pathlib
 import threading
 import urllib.request
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from bigtrain.config import Refused
+from bigtrain.phases import Late, within
 
 SETTINGS = ("BIGTRAIN_COORDINATOR", "BIGTRAIN_PROCESSES", "BIGTRAIN_PROCESS")
 TIMEOUT = 300  # Seconds; jax's own default.
 SAID = 300  # Bytes of what a process says to the others.
+_met = threading.Event()  # Set when the processes have come together.
 
 
 def initialize() -> None:
   """Joins the other processes, if there are any. Called before jax touches a device; twice is fine.
 
   Raises:
-    Refused: wrong or partial settings, or the others could not be reached in time.
+    Refused: wrong or partial settings, or the launcher's are not what jax needs.
+    Late: the others could not be reached in time.
   """
-  if jax.distributed.is_initialized() or os.environ.get("BIGTRAIN_PROCESSES") == "1":
+  if jax.distributed.is_initialized():
+    _met.set()
+    return
+  if os.environ.get("BIGTRAIN_PROCESSES") == "1":
     return
   if any(map(os.environ.get, SETTINGS)):
     # Unless deactivated, jax asks the launcher which local devices this process may use.
@@ -43,6 +51,18 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def coordination() -> tuple[Any, int, int] | None:
+  """The client of jax's coordination service, which process this is, and of how many.
+
+  None where there is one process, or before the processes have met: whoever calls a client that is
+  about to connect is ended by it. It touches no device.
+  """
+  state = distributed.global_state  # No public name leads there; orbax goes the same way.
+  if not _met.is_set() or state.client is None or state.num_processes == 1:
+    return None
+  return state.client, state.process_id, state.num_processes
+
+
 def agree(**facts) -> None:
   """Meets all processes, and goes on only if they were told the same.
 
@@ -52,7 +72,8 @@ def agree(**facts) -> None:
   if jax.process_count() == 1:
     return
   own_F = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()], np.uint32)
-  all_PF = multihost_utils.process_allgather(own_F)
+  with within("agree"):
+    all_PF = multihost_utils.process_allgather(own_F)
   if differ := [name for i, name in enumerate(facts) if len(set(all_PF[:, i].tolist())) > 1]:
     raise Refused(
       f"the processes differ in {', '.join(differ)}: start all by the same command, with the same "
@@ -159,14 +180,17 @@ def _join(announced: str, **settings) -> None:
 
   thread = threading.Thread(target=connect, name="join the other processes", daemon=True)
   thread.start()
-  thread.join(timeout)
-  if thread.is_alive():
+  with within("join"):
+    thread.join(timeout)
+  if late := thread.is_alive():
     cause = f"not all of them were there within {timeout} s (BIGTRAIN_TIMEOUT)"
   elif errors:
     cause = str(errors[0]).strip().split("\n")[0]
   else:
+    _met.set()
     return
-  raise Refused(
+  kind = Late if late else Refused  # Who comes too late may be there when all are started again.
+  raise kind(
     f"{announced} announces several processes, but they did not come together: {cause}; check that "
     f"all run and that process 0 is reachable, set {', '.join(SETTINGS)} yourself, or only "
     "BIGTRAIN_PROCESSES=1 to run alone"

@@ -149,16 +149,17 @@ class Program:
         sizes = (x.shape[0] // n, n, *x.shape[1:])
         return jnp.swapaxes(jax.lax.reshape(x, sizes, out_sharding=sharding.act("B")), 0, 1)
 
-      parts = (jax.tree.map(split, batch), jax.random.split(key, n))
+      parts = (jax.tree.map(split, batch), jnp.arange(n))
 
       def add(carry, part):
-        sums, seen, variables = carry
-        gradient, more, (output, variables, found) = grad(variables, *part)
+        (sums, seen, variables), (rows, m) = carry, part
+        with sharding.every(n, m):
+          gradient, more, (output, variables, found) = grad(variables, rows, key)
         sums = jax.tree.map(jnp.add, sums, (gradient, output))
         return (sums, jax.tree.map(jnp.maximum, seen, more), variables), found
 
-      first = jax.tree.map(lambda x: x[0], parts)
-      gradient, seen, (output, _, _) = jax.eval_shape(grad, variables, *first)
+      first = jax.tree.map(lambda x: x[0], parts[0])
+      gradient, seen, (output, _, _) = jax.eval_shape(grad, variables, first, key)
       sums, seen = jax.tree.map(jnp.zeros_like, ((gradient, output), seen))
       ((total, output), seen, variables), found = jax.lax.scan(add, (sums, seen, variables), parts)
       found = taps.over_microbatches(found)

@@ -1,7 +1,7 @@
 """The run directory: what a run writes about itself, and how that is read back.
 
     RUN/  config.json  experiment.py  environment.json  data.json  tokenizer.json  metrics.jsonl
-          events.jsonl  checkpoints/  tensorboard/  profile/
+          events.jsonl  checkpoints/  hangs/  tensorboard/  profile/
 
 Only the first process writes. Rows of metrics.jsonl are unique by (step, kind): when a run resumes,
 rows past the restored step are dropped before new ones are written.
@@ -26,6 +26,7 @@ from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
+from bigtrain.lines import open_lines, read_rows
 from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
@@ -180,7 +181,7 @@ class RunDirectory:
     if not self.writes:
       return
     if name not in self._files:
-      self._files[name] = _open_lines(self.path / name)
+      self._files[name] = open_lines(self.path / name)
     try:
       self._files[name].write(json.dumps(record) + "\n")
       self._files[name].flush()
@@ -193,24 +194,6 @@ class RunDirectory:
   def _saved(self) -> list[int]:
     """The steps of the checkpoints, by the names of their directories."""
     return [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
-
-
-def _open_lines(path: epath.Path):
-  """A JSON-lines file to add to; a last line that a kill cut short is dropped first."""
-  if path.exists() and not (text := path.read_text()).endswith("\n"):
-    files.replace(path, text[: text.rfind("\n") + 1])
-  return path.open("a")
-
-
-def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of a JSON-lines file; a last line that a kill cut short is not one."""
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return rows
 
 
 def environment() -> dict[str, Any]:
@@ -237,8 +220,9 @@ def _changes() -> str:
 
 
 def _foreign(name: str) -> bool:
-  """Whether this is more than a start leaves that was killed before it wrote config.json."""
-  return name not in (config.FILE, LOCK) and not name.endswith(".unfinished")
+  """Whether this is more than a start leaves that ended before it wrote config.json."""
+  left = (config.FILE, LOCK, "events.jsonl", "hangs")
+  return name not in left and not name.endswith(".unfinished")
 
 
 def _installed(name: str) -> bool:

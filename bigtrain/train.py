@@ -20,9 +20,11 @@ import numpy as np
 from bigtrain import console, goodput, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
+from bigtrain.elastic import fitted
 from bigtrain.experiment import Experiment
 from bigtrain.fit import check_fit
 from bigtrain.parts import Part, default_parts
+from bigtrain.phases import stepped, within
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
@@ -40,6 +42,7 @@ def train(
   quiet: bool = False,
   allow_changes: bool = False,
   restart: bool = False,
+  elastic: bool = False,
   parts: Sequence[Part] = (),
 ) -> Run:
   """Trains, or goes on with what `run_dir` holds, until `experiment.steps` updates are done.
@@ -52,6 +55,7 @@ def train(
     quiet: no progress on the console.
     allow_changes: go on in `run_dir` also if it holds a run of another config.
     restart: begin again at step 0 if no checkpoint in `run_dir` is whole.
+    elastic: go on also with other devices than the run began on (elastic.py).
     parts: called around each step, after the default ones.
 
   Returns:
@@ -63,8 +67,10 @@ def train(
   """
   began, experiment = time.perf_counter(), copy.deepcopy(experiment)
   processes.initialize()
+  directory, asked = RunDirectory(run_dir, writes=processes.is_first()), experiment
+  if elastic:
+    experiment = fitted(experiment, directory.events())
   validate(experiment, jax.device_count())
-  directory = RunDirectory(run_dir, writes=processes.is_first())
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
   run.began = began
   with run.in_mesh():
@@ -76,7 +82,8 @@ def train(
   processes.agree(config=dump(experiment))
   enable_compilation_cache()
   with contextlib.closing(directory):
-    directory.begin(experiment, source, allow_changes=allow_changes)
+    as_asked = dataclasses.replace(experiment, mesh=asked.mesh, microbatches=asked.microbatches)
+    directory.begin(as_asked, source, allow_changes=allow_changes)
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     with console.bars(not quiet), run.in_mesh(), run.open():
@@ -106,7 +113,8 @@ def loop(run: Run, *, restart: bool = False) -> bool:
   feed = Feed(
     run.data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
   )
-  with feed:
+  stepped(step)
+  with feed, within("loop"):
     run.feed = feed
     update = Update(run, program)
     for part in run.parts:
@@ -116,7 +124,7 @@ def loop(run: Run, *, restart: bool = False) -> bool:
       for part in run.parts:
         part.before_step(step)
       metrics = update(step)
-      step += 1
+      stepped(step := step + 1)
       for part in run.parts:
         part.after_step(step, metrics)
     if run.left:
@@ -202,5 +210,6 @@ class Update:
       with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
         spec = run.data.stage(step).spec(shapes[0][0])
         self.compiled[key] = self.program.compile_step(spec, statistics=statistics)
-    run.leaves, metrics = self.compiled[key](run.leaves, batch)
+    with within("step"):
+      run.leaves, metrics = self.compiled[key](run.leaves, batch)
     return metrics

@@ -4,6 +4,7 @@ start it as a command of its own. $RUNS_TEXT names the folder of its text, which
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -51,9 +52,11 @@ def prepare(folder: Path, environment) -> None:
   environment.setenv("BIGTRAIN_CACHE", str(folder / "cache"))
 
 
-def start(run_dir: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+def start(
+  run_dir: Path, *arguments: str, file: str = "tests/runs.py", **environment: str
+) -> subprocess.Popen:
   """`bigtrain train` of `base`, on one CPU device unless the environment says otherwise."""
-  command = [sys.executable, "-m", "bigtrain.cli", "train", "tests/runs.py", "--dir", str(run_dir)]
+  command = [sys.executable, "-m", "bigtrain.cli", "train", file, "--dir", str(run_dir)]
   return subprocess.Popen(
     [*command, "--quiet", *arguments],
     cwd=ROOT,
@@ -62,6 +65,19 @@ def start(run_dir: Path, *arguments: str, **environment: str) -> subprocess.Pope
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def joined(processes: int) -> list[dict[str, str]]:
+  """The environment of each of so many processes with eight devices together."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+  shared = {
+    "BIGTRAIN_COORDINATOR": coordinator,
+    "BIGTRAIN_PROCESSES": str(processes),
+    "JAX_NUM_CPU_DEVICES": str(8 // processes),
+  }
+  return [shared | {"BIGTRAIN_PROCESS": str(i)} for i in range(processes)]
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
