@@ -45,6 +45,9 @@ COMMANDS = {
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
   "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what a device does"),
+  "launch": Command(
+    "bigtrain.launch.command", "command", "train on other machines: SLURM, GKE, ..."
+  ),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 

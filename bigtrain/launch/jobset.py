@@ -1,0 +1,158 @@
+"""GKE and other Kubernetes: a JobSet, which recreates all pods when one of them fails.
+
+A job of the set is a slice. Google's webhook tells TPU hosts of each other, and jax listens to it;
+for all others the set's own network names the first host.
+"""
+
+import re
+from typing import Any
+
+from bigtrain.config import Refused, config
+from bigtrain.launch.job import Command, Engine, Job, Rendered
+from bigtrain.launch.script import FINAL, command, numbered, prepared
+from bigtrain.launch.text import as_yaml
+
+PORT = 8476
+LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+# By kind of chip: of Google's node labels, the one that names it; and the resource.
+NODES = {
+  "v5e": ("cloud.google.com/gke-tpu-accelerator", "tpu-v5-lite-podslice", "google.com/tpu"),
+  "v5p": ("cloud.google.com/gke-tpu-accelerator", "tpu-v5p-slice", "google.com/tpu"),
+  "v6e": ("cloud.google.com/gke-tpu-accelerator", "tpu-v6e-slice", "google.com/tpu"),
+  "h100": ("cloud.google.com/gke-accelerator", "nvidia-h100-80gb", "nvidia.com/gpu"),
+}
+
+
+@config
+class JobSet(Engine):
+  """A JobSet of Kubernetes, made by kubectl. Needs the JobSet controller, 0.6 or newer."""
+
+  image: str = ""  # The container, with the code in it.
+  namespace: str = "default"
+  queue: str | None = None  # Of Kueue.
+  account: str | None = None  # Kubernetes' service account, as for access to a bucket.
+  secret: str | None = None  # The Secret that holds `secrets` under their names.
+  claim: str | None = None  # A persistent volume claim that all hosts can write.
+  mount: str = "/shared"  # Where that volume is.
+  spot: bool = False  # On nodes that may be taken away.
+  cpus: str | None = None  # Of a host, as "8" or "500m".
+  memory: str | None = None  # Of a host, as "64Gi".
+  restarts: int = 100  # How often all pods are made anew.
+
+  def check(self, job: Job) -> None:
+    if not self.image:
+      raise Refused("--engine.image: a JobSet needs the image of a container")
+    if job.secrets and self.secret is None:
+      raise Refused(
+        "--engine.secret: name the Secret that holds "
+        f"{', '.join(job.secrets)}, as made by kubectl create secret generic"
+      )
+    names = (self.namespace, self.queue, self.account, self.secret, self.claim)
+    if wrong := [name for name in names if name is not None and not re.fullmatch(LABEL, name)]:
+      raise Refused(f"{wrong[0]!r} is no name of Kubernetes: letters, digits, dashes and dots")
+    inside = self.claim is not None and str(job.dir).startswith(f"{self.mount.rstrip('/')}/")
+    if "://" not in str(job.dir) and not inside:
+      raise Refused(
+        f"--dir {job.dir}: what a pod writes goes with it; name a bucket, or a folder under "
+        f"{self.mount} with --engine.claim"
+      )
+
+  def render(self, job: Job, train: list[str], out: str, secrets: dict[str, str]) -> Rendered:
+    name = str(job.name)
+    hosts = job.hosts_of_slice()
+    labels = {} if self.queue is None else {"kueue.x-k8s.io/queue-name": self.queue}
+    refused = [int(code) for code in FINAL if code]
+    rule = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": refused}}
+    job_spec = {
+      "parallelism": hosts,
+      "completions": hosts,
+      "backoffLimit": 0,
+      "podFailurePolicy": {"rules": [rule]},
+      "template": {"spec": self._pod(job, train)},
+    }
+    tree = {
+      "apiVersion": "jobset.x-k8s.io/v1alpha2",
+      "kind": "JobSet",
+      "metadata": {
+        "name": name,
+        "namespace": self.namespace,
+        "labels": labels or None,
+        "annotations": _exclusive(job),
+      },
+      "spec": {
+        "failurePolicy": {
+          "maxRestarts": self.restarts,
+          # What was refused once is refused again; all else is restarted.
+          "rules": [
+            {
+              "name": "refused",
+              "action": "FailJobSet",
+              "onJobFailureReasons": ["PodFailurePolicy"],
+            }
+          ],
+        },
+        "replicatedJobs": [
+          {"name": "slice", "replicas": job.slices, "template": {"spec": job_spec}}
+        ],
+      },
+    }
+    path = f"{out}/{name}.jobset.yaml"
+    return Rendered({path: as_yaml(tree)}, (Command(("kubectl", "create", "-f", path)),))
+
+  def _pod(self, job: Job, train: list[str]) -> dict[str, Any]:
+    """The pod of a host."""
+    secrets = [
+      {"name": name, "valueFrom": {"secretKeyRef": {"name": self.secret, "key": name}}}
+      for name in job.secrets
+    ]
+    there = job.topology()
+    selector, resources = {}, {"cpu": self.cpus, "memory": self.memory}
+    if there is not None:
+      label, value, resource = NODES[there.name.partition(":")[0]]
+      selector[label] = value
+      resources[resource] = str(job.chips_of_host())
+    if job.platform() == "tpu":
+      selector["cloud.google.com/gke-tpu-topology"] = str(job.chips).partition(":")[2]
+      found = []
+    else:
+      index = "metadata.labels['jobset.sigs.k8s.io/job-index']"
+      secrets.append({"name": "JOB_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}})
+      hosts = job.hosts_of_slice()
+      found = numbered(
+        f"{job.name}-slice-0-0.{job.name}:{PORT}",
+        self.hosts(job),
+        f"$((JOB_INDEX * {hosts} + JOB_COMPLETION_INDEX))",
+      )
+    if self.spot:
+      selector["cloud.google.com/gke-spot"] = "true"
+    lines = [*prepared(job), *found, f"exec {command(train)}"]
+    given = {name: amount for name, amount in resources.items() if amount is not None}
+    container = {
+      "name": "train",
+      "image": self.image,
+      "command": ["bash", "-c", unexpanded("\n".join(lines) + "\n")],
+      "env": secrets or None,
+      "ports": None if job.platform() == "tpu" else [{"containerPort": PORT}],
+      "resources": {"requests": given, "limits": given} if given else None,
+      "volumeMounts": [{"name": "shared", "mountPath": self.mount}] if self.claim else None,
+    }
+    volume = {"name": "shared", "persistentVolumeClaim": {"claimName": self.claim}}
+    return {
+      "restartPolicy": "Never",
+      "terminationGracePeriodSeconds": job.grace,
+      "serviceAccountName": self.account,
+      "nodeSelector": selector or None,
+      "containers": [container],
+      "volumes": [volume] if self.claim else None,
+    }
+
+
+def _exclusive(job: Job) -> dict[str, str] | None:
+  """A slice has its node pool for itself."""
+  pool = "cloud.google.com/gke-nodepool"
+  return {"alpha.jobset.sigs.k8s.io/exclusive-topology": pool} if job.platform() == "tpu" else None
+
+
+def unexpanded(text: str) -> str:
+  """A text in which Kubernetes finds no $(NAME) to put a variable's value in."""
+  return re.sub(r"\$(?=[$(])", "$$$$", text)
