@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from bigtrain import console, processes, sharding, weights
+from bigtrain import console, preflight, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Experiment
@@ -60,6 +60,7 @@ def train(
   validate(experiment, jax.device_count())
   directory = RunDirectory(run_dir, writes=processes.is_first())
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
+  told = preflight.check(directory.path)
   with run.in_mesh():
     check_fit(experiment, run.data)
   if experiment.epochs is not None:
@@ -69,7 +70,11 @@ def train(
   processes.agree(config=dump(experiment))
   enable_compilation_cache()
   with contextlib.closing(directory):
-    directory.begin(experiment, source, allow_changes=allow_changes)
+    with preflight.together("the run directory"):
+      directory.begin(experiment, source, allow_changes=allow_changes)
+    for remark in told:
+      directory.event("preflight", told=remark)
+      run.say(remark)
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     with console.bars(not quiet), run.in_mesh(), run.open():
@@ -92,7 +97,7 @@ def loop(run: Run) -> None:
     run.say(remark)
   for writer in run.writers:
     writer.start(step)
-  with run.away("data"):
+  with run.away("data"), preflight.together("the data"):
     data = run.data
     digest = data.digest()
     data.stage(step).batch(0, 1)

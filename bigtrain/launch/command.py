@@ -161,7 +161,10 @@ def _run(job: Job, rendered: Rendered) -> int:
     pathlib.Path(path).write_text(text)
   if rendered.held:
     assert isinstance(job.engine, Held)
-    return hold(rendered.commands, restarts=job.engine.restarts, grace=job.grace)
+    engine = job.engine
+    return hold(
+      rendered.commands, restarts=engine.restarts, grace=job.grace, pause=engine.pause
+    )
   return max(map(_call, rendered.commands))
 
 

@@ -12,12 +12,12 @@ from bigtrain.exit_codes import Exit
 from bigtrain.launch.job import Command
 from bigtrain.launch.script import FINAL
 
-PAUSE, LONGEST = 5.0, 300.0  # Seconds before a restart: doubled each time, to so many at most.
+LONGEST = 300.0  # Seconds before a restart at most, however often it was doubled.
 LASTING = 600.0  # A start that lasted so many seconds was no failed one: the pause begins anew.
 LATE = 30.0  # Seconds that a host has to end its process by itself, after the grace.
 
 
-def hold(commands: Sequence[Command], *, restarts: int, grace: int, pause: float = PAUSE) -> int:
+def hold(commands: Sequence[Command], *, restarts: int, grace: int, pause: float) -> int:
   """Runs the processes until they are done, refused, or restarted too often.
 
   Args:

@@ -18,8 +18,7 @@ RECEIVE = f'exec bash -c \'IFS= read -r -d "" script || exit {UNREACHED}; eval "
 SCRIPT = """\
 set -m
 exec 3<&0 </dev/null
-{lines}
-{train} 3<&- &
+{lines}{train} 3<&- &
 child=$!
 (
   cat <&3 >/dev/null
@@ -40,10 +39,12 @@ class Held(Engine):
   """Processes that the launcher starts, watches and starts again."""
 
   restarts: int = 100  # How often all are started again.
+  pause: float = 5.0  # Seconds before the first restart; each later one waits twice as long.
 
   def check(self, job: Job) -> None:
-    if self.restarts < 0:
-      raise Refused(f"--engine.restarts {self.restarts}: give 0 or more")
+    for what, value in {"restarts": self.restarts, "pause": self.pause}.items():
+      if value < 0:
+        raise Refused(f"--engine.{what} {value}: give 0 or more")
 
   def rendered(
     self,
@@ -57,7 +58,7 @@ class Held(Engine):
     commands = []
     for (name, argv), own in zip(reach.items(), found, strict=True):
       lines = [*exports(secrets), *prepared(job), *own]
-      script = SCRIPT.format(lines="\n".join(lines), train=command(train), grace=job.grace)
+      script = SCRIPT.format(lines="".join(f"{line}\n" for line in lines), train=command(train), grace=job.grace)
       commands.append(Command((*argv, RECEIVE), f"{script}\0", name))
     return Rendered({}, tuple(commands), held=True)
 

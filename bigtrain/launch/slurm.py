@@ -10,9 +10,8 @@ SCRIPT = """\
 #!/bin/bash
 {options}
 
-# What each host runs. It outlives SIGTERM, which the step gets as a whole, to hear how bigtrain left.
+# What each host runs. SIGTERM comes to it and to bigtrain, of which it has to hear how it left.
 host() {{
-  trap : TERM
 {lines}
   {train}
   code=$?
@@ -78,7 +77,7 @@ class Slurm(Engine):
     given += ["--requeue", "--open-mode=append", "--export=ALL", *self.options]
     text = SCRIPT.format(
       options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
-      lines="\n".join(f"  {line}" for line in prepared(job)),
+      lines="\n".join(["  trap : TERM", *(f"  {line}" for line in prepared(job))]),
       train=command(train),
       unhelped="|".join(str(int(code)) for code in FINAL if code),
       final="|".join(str(int(code)) for code in FINAL),
