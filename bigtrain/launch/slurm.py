@@ -1,5 +1,6 @@
 """SLURM: a batch script that requeues itself."""
 
+import re
 import shlex
 
 from bigtrain.config import Refused, config
@@ -48,15 +49,15 @@ class Slurm(Engine):
   qos: str | None = None
   time: str | None = None  # Limit of one start, as "2-00:00:00"; SIGTERM comes `grace` before it.
   image: str | None = None  # A container, where the cluster has pyxis.
-  options: tuple[str, ...] = ()  # More of sbatch's own, as "--constraint=h100".
+  options: tuple[str, ...] = ()  # More of sbatch, without dashes: "constraint=h100".
   restarts: int = 100  # How often it requeues itself.
 
   def check(self, job: Job) -> None:
     for value in (self.partition, self.account, self.qos, self.time, self.image, *self.options):
       if value is not None and not value.isprintable():
         raise Refused(f"{value!r} holds a character that cannot be printed")
-    if wrong := [each for each in self.options if not each.startswith("--")]:
-      raise Refused(f"--engine.options {wrong[0]!r}: give options of sbatch, as --exclusive")
+    if wrong := [each for each in self.options if not re.match("[a-z]", each)]:
+      raise Refused(f"--engine.options {wrong[0]!r}: give options of sbatch, as constraint=h100")
     if self.restarts < 0:
       raise Refused(f"--engine.restarts {self.restarts}: give 0 or more")
 
@@ -74,7 +75,8 @@ class Slurm(Engine):
       "output": f"{out.replace('%', '%%')}/%j.log",
     }
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    given += ["--requeue", "--open-mode=append", "--export=ALL", *self.options]
+    given += ["--requeue", "--open-mode=append", "--export=ALL"]
+    given += [f"--{option}" for option in self.options]
     text = SCRIPT.format(
       options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
       lines="\n".join(["  trap : TERM", *(f"  {line}" for line in prepared(job))]),
