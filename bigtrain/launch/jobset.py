@@ -155,4 +155,4 @@ def _exclusive(job: Job) -> dict[str, str] | None:
 
 def unexpanded(text: str) -> str:
   """A text in which Kubernetes finds no $(NAME) to put a variable's value in."""
-  return re.sub(r"\$(?=[$(])", "$$$$", text)
+  return re.sub(r"\$(?=[$(])", "$$", text)

@@ -11,7 +11,7 @@ from tests.launch import stand_ins
 from tests.test_processes import free_port
 
 SECRET = "correct-horse-battery-staple"
-STEPS = ("--steps", "100", "--checkpoints.every", "20")
+STEPS = ("--steps", "200", "--checkpoints.every", "40")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,7 +23,7 @@ pytestmark = [
   pytest.mark.skipif(shutil.which("slurmctld") is None, reason="SLURM is not installed"),
 ]
 CLUSTER = runs.ROOT / "tools" / "slurm" / "cluster.sh"
-STEPS = ("--steps", "100", "--checkpoints.every", "20")
+STEPS = ("--steps", "300", "--checkpoints.every", "50")
 
 
 @pytest.fixture(scope="module", autouse=True)
