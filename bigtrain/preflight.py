@@ -63,10 +63,10 @@ def check(run_dir: epath.Path) -> list[str]:
     if processes.is_first():
       with contextlib.suppress(OSError):
         probe.unlink(missing_ok=True)
-  middle = statistics.median(times)
+  middle = statistics.median_low(times)
   return [
     f"the clock of {called(i, told[i]['host'])} is {abs(t - middle):.1f} s "
-    f"{'ahead of' if t > middle else 'behind'} those of the others"
+    f"{'ahead of' if t > middle else 'behind'} that of most"
     for i, t in enumerate(times)
     if abs(t - middle) > SKEW
   ]

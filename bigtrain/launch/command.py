@@ -162,9 +162,7 @@ def _run(job: Job, rendered: Rendered) -> int:
   if rendered.held:
     assert isinstance(job.engine, Held)
     engine = job.engine
-    return hold(
-      rendered.commands, restarts=engine.restarts, grace=job.grace, pause=engine.pause
-    )
+    return hold(rendered.commands, restarts=engine.restarts, grace=job.grace, pause=engine.pause)
   return max(map(_call, rendered.commands))
 
 

@@ -58,7 +58,9 @@ class Held(Engine):
     commands = []
     for (name, argv), own in zip(reach.items(), found, strict=True):
       lines = [*exports(secrets), *prepared(job), *own]
-      script = SCRIPT.format(lines="".join(f"{line}\n" for line in lines), train=command(train), grace=job.grace)
+      script = SCRIPT.format(
+        lines="".join(f"{line}\n" for line in lines), train=command(train), grace=job.grace
+      )
       commands.append(Command((*argv, RECEIVE), f"{script}\0", name))
     return Rendered({}, tuple(commands), held=True)
 

@@ -66,8 +66,8 @@ def process_of(run_dir: Path, number: int) -> int:
       variables = (path / "environ").read_bytes().split(b"\0")
     except OSError:
       continue
-    numbers = (f"BIGTRAIN_PROCESS={number}".encode(), f"SLURM_PROCID={number}".encode())
-    if b"train" in words and str(run_dir).encode() in words and set(numbers) & set(variables):
-      if b"python" in os.path.basename(words[0]):
-        return int(path.name)
+    numbers = {f"BIGTRAIN_PROCESS={number}".encode(), f"SLURM_PROCID={number}".encode()}
+    own = b"train" in words and str(run_dir).encode() in words and numbers & set(variables)
+    if own and b"python" in os.path.basename(words[0]):
+      return int(path.name)
   raise AssertionError(f"process {number} of {run_dir} does not run")

@@ -39,7 +39,7 @@ def quiet(tmp_path_factory):
   process = ssh(
     run_dir, "--secrets", "WANDB_API_KEY", "--setup", check, "--compiled", str(compiled)
   )
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=300)
   assert process.returncode == Exit.DONE, (out, err)
   assert "me@127.0.0.1 0, there 0" in err
   assert [e["processes"] for e in runs.events(run_dir, "start")] == [2]
@@ -60,9 +60,9 @@ def test_a_killed_process_on_a_tpu_vm_is_started_again_and_ends_with_the_same_lo
   process = stand_ins.launch(
     run_dir, *where, *chips, "--engine.pause", "0.1", train=(*STEPS, "--mesh.fsdp", "-1")
   )
-  runs.wait_until(process, lambda: runs.lines(run_dir / "metrics.jsonl") > 40)
+  runs.wait_until(process, lambda: runs.lines(run_dir / "metrics.jsonl") > 60)
   os.kill(stand_ins.process_of(run_dir, 1), signal.SIGKILL)
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=300)
   assert process.returncode == Exit.DONE, (out, err)
   assert "restart 1 of 100" in err and "pod/1 137" in err
   assert len(runs.events(run_dir, "start")) == 2 and runs.events(run_dir, "restore")
@@ -73,14 +73,14 @@ def test_a_launcher_that_is_interrupted_lets_its_hosts_save_and_the_same_command
   tmp_path, quiet
 ):
   process = ssh(tmp_path)
-  runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 40)
+  runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 60)
   process.send_signal(signal.SIGINT)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=300)
   assert process.returncode == Exit.LEFT, (out, err)
   assert "left; exit codes: me@127.0.0.1 3, there 3" in err
   assert len(runs.events(tmp_path, "signal")) == 1
   process = ssh(tmp_path)
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=300)
   assert process.returncode == Exit.DONE, (out, err)
   assert runs.values(tmp_path) == quiet
 
@@ -100,6 +100,6 @@ def test_hosts_save_and_leave_when_their_launcher_is_killed(tmp_path):
 
 def test_what_is_refused_is_not_started_again(tmp_path):
   process = ssh(tmp_path, train=("--data.source.pattern", "/nowhere/*.txt"))
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=300)
   assert process.returncode == Exit.REFUSED, (out, err)
   assert "restart" not in err and "[there] bigtrain: " in out

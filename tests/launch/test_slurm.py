@@ -43,7 +43,7 @@ def submit(run_dir: Path, *arguments: str, train=STEPS) -> str:
   out = run_dir.parent / "logs of 100%"
   where = ["--to", "slurm", "--hosts", "2", "--out", str(out), "--no_plan"]
   process = stand_ins.launch(run_dir, *where, *arguments, train=train)
-  told, err = process.communicate(timeout=60)
+  told, err = process.communicate(timeout=300)
   assert process.returncode == Exit.DONE, (told, err)
   return re.findall(r"Submitted batch job (\d+)", told)[0]
 
@@ -58,14 +58,14 @@ def log(run_dir: Path) -> str:
   return "\n".join(path.read_text() for path in (run_dir.parent / "logs of 100%").glob("*.log"))
 
 
-def wait(job: str, state: str, seconds: float = 240) -> None:
+def wait(job: str, state: str, seconds: float = 600) -> None:
   until = time.monotonic() + seconds
   while shown(job).get("JobState") != state:
     assert time.monotonic() < until, shown(job)
     time.sleep(0.2)
 
 
-def wait_for_rows(run_dir: Path, rows: int, seconds: float = 120) -> None:
+def wait_for_rows(run_dir: Path, rows: int, seconds: float = 300) -> None:
   until = time.monotonic() + seconds
   while runs.lines(run_dir / "metrics.jsonl") <= rows:
     assert time.monotonic() < until, log(run_dir)
@@ -76,7 +76,7 @@ def wait_for_rows(run_dir: Path, rows: int, seconds: float = 120) -> None:
 def quiet(tmp_path_factory, cluster):
   """The rows of a run that nothing disturbed."""
   run_dir = tmp_path_factory.mktemp("quiet") / "it's a run"
-  comment = "it's \"a\" $(false) `test`"
+  comment = 'it\'s "a" $(false) `test`'
   job = submit(run_dir, "--engine.options", f"comment={comment}", "--engine.partition", "all")
   wait(job, "COMPLETED")
   assert shown(job)["Comment"] == comment and shown(job)["Restarts"] == "0"
@@ -87,7 +87,7 @@ def quiet(tmp_path_factory, cluster):
 def test_a_job_whose_node_dies_is_requeued_and_ends_with_the_same_losses(tmp_path, quiet, cluster):
   run_dir = tmp_path / "run"
   job = submit(run_dir)
-  wait_for_rows(run_dir, 40)
+  wait_for_rows(run_dir, 120)
   daemon = int((cluster / "slurmd-127.0.0.2.pid").read_text())
   process = stand_ins.process_of(run_dir, 1)
   steps = subprocess.run(["pgrep", "-f", r"slurmstepd: \["], capture_output=True, text=True)
@@ -105,7 +105,7 @@ def test_a_job_whose_node_dies_is_requeued_and_ends_with_the_same_losses(tmp_pat
 def test_a_job_that_is_told_to_leave_saves_and_requeues_itself(tmp_path, quiet):
   run_dir = tmp_path / "run"
   job = submit(run_dir)
-  wait_for_rows(run_dir, 40)
+  wait_for_rows(run_dir, 120)
   subprocess.run(["scancel", "--signal=TERM", job], check=True)  # As before its time is up.
   wait(job, "PENDING")
   wait(job, "COMPLETED")

@@ -4,7 +4,7 @@
     v/bin/python tools/golden/make_launch_schemas.py
 
 Both packages are Apache-2.0. SkyPilot's are its own schemas, by which it checks a task file
-(sky/utils/schemas.py). JobSet's is that of the models which Kubeflow generated from JobSet's OpenAPI
+(sky/utils/schemas.py). JobSet's is that of the models which Kubeflow makes from JobSet's OpenAPI
 (v1alpha2), with all of Kubernetes' pods in it; as the API server does when it is strict, it refuses
 names that it does not know. Titles and descriptions are dropped.
 """
