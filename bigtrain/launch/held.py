@@ -77,9 +77,8 @@ def _attempt(commands: Sequence[Command], grace: int, asked: threading.Event) ->
       pass
     if not asked.is_set():
       _wait(processes, grace, asked)
-    for process in processes:  # Their lease runs out.
-      with contextlib.suppress(OSError):
-        process.stdin.close()
+    for process in processes:
+      _end_lease(process)
     _wait(processes, grace + LATE, threading.Event())
   finally:
     for process in processes:
@@ -99,11 +98,19 @@ def _started(command: Command) -> subprocess.Popen:
     stderr=subprocess.STDOUT,
     start_new_session=True,  # Ctrl-C is for the launcher, which tells the hosts.
   )
+  assert process.stdin is not None
   # A script fits a pipe's buffer, or is read; what cannot be reached says so by its exit code.
   with contextlib.suppress(OSError):
     process.stdin.write((command.stdin or "").encode())
     process.stdin.flush()
   return process
+
+
+def _end_lease(process: subprocess.Popen) -> None:
+  """Asks the host to end its process (remote.py)."""
+  assert process.stdin is not None
+  with contextlib.suppress(OSError):
+    process.stdin.close()
 
 
 def _wait(processes: Sequence[subprocess.Popen], seconds: float, asked: threading.Event) -> None:
@@ -117,7 +124,7 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float, asked: threadin
 
 def _pass_on(command: Command, process: subprocess.Popen) -> None:
   """Prints what a process prints, each line after its host."""
-  for line in process.stdout:
+  for line in process.stdout or ():
     sys.stdout.write(f"[{command.name}] {line.decode(errors='replace')}")
     sys.stdout.flush()
 

@@ -1,7 +1,7 @@
 """GKE and other Kubernetes: a JobSet, which recreates all pods when one of them fails.
 
-A job of the set is a slice. Google's webhook tells TPU hosts of each other, and jax listens to it;
-for all others the set's own network names the first host.
+A job of the set is a slice. GKE tells TPU hosts of a slice of each other, and jax listens to it.
+For slices, and for all other hosts, the set's own network names the first one.
 """
 
 import re
@@ -101,50 +101,72 @@ class JobSet(Engine):
 
   def _pod(self, job: Job, train: list[str]) -> dict[str, Any]:
     """The pod of a host."""
-    secrets = [
-      {"name": name, "valueFrom": {"secretKeyRef": {"name": self.secret, "key": name}}}
-      for name in job.secrets
-    ]
-    there = job.topology()
-    selector, resources = {}, {"cpu": self.cpus, "memory": self.memory}
-    if there is not None:
-      label, value, resource = NODES[there.name.partition(":")[0]]
-      selector[label] = value
-      resources[resource] = str(job.chips_of_host())
-    if job.platform() == "tpu":
-      selector["cloud.google.com/gke-tpu-topology"] = str(job.chips).partition(":")[2]
-      found = []
-    else:
-      index = "metadata.labels['jobset.sigs.k8s.io/job-index']"
-      secrets.append({"name": "JOB_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}})
-      hosts = job.hosts_of_slice()
-      found = numbered(
-        f"{job.name}-slice-0-0.{job.name}:{PORT}",
-        self.hosts(job),
-        f"$((JOB_INDEX * {hosts} + JOB_COMPLETION_INDEX))",
-      )
-    if self.spot:
-      selector["cloud.google.com/gke-spot"] = "true"
-    lines = [*prepared(job), *found, f"exec {command(train)}"]
+    lines = [*prepared(job), *self._found(job), f"exec {command(train)}"]
+    resources = {"cpu": self.cpus, "memory": self.memory, **_chips(job)}
     given = {name: amount for name, amount in resources.items() if amount is not None}
     container = {
       "name": "train",
       "image": self.image,
       "command": ["bash", "-c", unexpanded("\n".join(lines) + "\n")],
-      "env": secrets or None,
+      "env": self._variables(job),
       "ports": None if job.platform() == "tpu" else [{"containerPort": PORT}],
       "resources": {"requests": given, "limits": given} if given else None,
       "volumeMounts": [{"name": "shared", "mountPath": self.mount}] if self.claim else None,
     }
     volume = {"name": "shared", "persistentVolumeClaim": {"claimName": self.claim}}
+    spot = {"cloud.google.com/gke-spot": "true"} if self.spot else {}
     return {
       "restartPolicy": "Never",
       "terminationGracePeriodSeconds": job.grace,
       "serviceAccountName": self.account,
-      "nodeSelector": selector or None,
+      "nodeSelector": _nodes(job) | spot or None,
       "containers": [container],
       "volumes": [volume] if self.claim else None,
     }
+
+  def _variables(self, job: Job) -> list[dict[str, Any]]:
+    """What Kubernetes puts in the environment."""
+    index = "metadata.labels['jobset.sigs.k8s.io/job-index']"
+    return [
+      {"name": "JOB_INDEX", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+      *(
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": self.secret, "key": name}}}
+        for name in job.secrets
+      ),
+    ]
+
+  def _found(self, job: Job) -> list[str]:
+    """Lines by which processes find each other."""
+    first = f"{job.name}-slice-0-0.{job.name}"
+    if job.platform() != "tpu":
+      process = f"$((JOB_INDEX * {job.hosts_of_slice()} + JOB_COMPLETION_INDEX))"
+      return numbered(f"{first}:{PORT}", self.hosts(job), process)
+    if job.slices == 1:
+      return []
+    # Whatever the cluster does not set itself.
+    return [
+      f": ${{MEGASCALE_NUM_SLICES:={job.slices}}} ${{MEGASCALE_SLICE_ID:=$JOB_INDEX}}",
+      f": ${{MEGASCALE_COORDINATOR_ADDRESS:={first}}}",
+      "export MEGASCALE_NUM_SLICES MEGASCALE_SLICE_ID MEGASCALE_COORDINATOR_ADDRESS",
+    ]
+
+
+def _nodes(job: Job) -> dict[str, str]:
+  """Labels of the nodes that have the chips."""
+  if (there := job.topology()) is None:
+    return {}
+  kind, _, shape = there.name.partition(":")
+  label, value, _ = NODES[kind]
+  grid = {"cloud.google.com/gke-tpu-topology": shape} if job.platform() == "tpu" else {}
+  return {label: value, **grid}
+
+
+def _chips(job: Job) -> dict[str, str]:
+  """The chips of a host, as a resource."""
+  if (there := job.topology()) is None:
+    return {}
+  _, _, resource = NODES[there.name.partition(":")[0]]
+  return {resource: str(job.chips_of_host())}
 
 
 def _exclusive(job: Job) -> dict[str, str] | None:

@@ -183,7 +183,8 @@ def test_a_job_set_recreates_all_but_what_was_refused():
     "cloud.google.com/gke-tpu-topology": "2x2x4",
   }
   assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
-  assert "BIGTRAIN_" not in pod["containers"][0]["command"][2]  # jax knows of TPU hosts.
+  script = pod["containers"][0]["command"][2]
+  assert "BIGTRAIN_" not in script and "MEGASCALE_NUM_SLICES:=2" in script  # jax knows TPU hosts.
 
 
 def test_skypilot_goes_on_after_each_code_but_that_of_a_refusal():
