@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from bigtrain.exit_codes import Exit
 from bigtrain.launch.job import Command
-from bigtrain.launch.script import FINAL
+from bigtrain.launch.script import MISSING
 
 LONGEST = 300.0  # Seconds before a restart at most, however often it was doubled.
 LASTING = 600.0  # A start that lasted so many seconds was no failed one: the pause begins anew.
@@ -38,7 +38,7 @@ def hold(commands: Sequence[Command], *, restarts: int, grace: int, pause: float
       if asked.is_set():
         _say(f"left; exit codes: {told}")
         return Exit.LEFT
-      if (code := _verdict(codes)) in FINAL:
+      if (code := _verdict(codes)) in (Exit.DONE, Exit.REFUSED, Exit.CHECK):
         _say(f"ended; exit codes: {told}")
         return code
       if attempt == restarts:
@@ -54,9 +54,10 @@ def hold(commands: Sequence[Command], *, restarts: int, grace: int, pause: float
 
 def _verdict(codes: Sequence[int]) -> int:
   """What the codes of all processes say together: a refusal outweighs what it did to the others."""
-  for code in (Exit.REFUSED, Exit.CHECK):
-    if code in codes:
-      return code
+  if {Exit.REFUSED, *MISSING} & set(codes):
+    return Exit.REFUSED
+  if Exit.CHECK in codes:
+    return Exit.CHECK
   if all(code == Exit.DONE for code in codes):
     return Exit.DONE
   known = [code for code in (Exit.DEADLINE, Exit.LEFT) if code in codes]

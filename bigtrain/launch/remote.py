@@ -18,7 +18,8 @@ RECEIVE = f'exec bash -c \'IFS= read -r -d "" script || exit {UNREACHED}; eval "
 SCRIPT = """\
 set -m
 exec 3<&0 </dev/null
-{lines}{train} 3<&- &
+{lines}# Where nobody listens any more, tee reads on, so that no word of a process is its last.
+{train} 3<&- > >(exec tee -p /dev/null) 2>&1 &
 child=$!
 (
   cat <&3 >/dev/null

@@ -5,9 +5,10 @@ import shlex
 from bigtrain.exit_codes import Exit
 from bigtrain.launch.job import Job
 
-# Of `train`: these no restart helps. All others are those of a run that can go on.
-FINAL = (Exit.DONE, Exit.REFUSED, Exit.CHECK)
-FAULTS = (Exit.FAILED, Exit.LEFT, Exit.DEADLINE)
+MISSING = (126, 127)  # As a shell says it of a command that is not there.
+# After these codes no restart helps; all others are those of a run that can go on.
+UNHELPED = (int(Exit.REFUSED), int(Exit.CHECK), *MISSING)
+FAULTS = (int(Exit.FAILED), int(Exit.LEFT), int(Exit.DEADLINE))
 KILLED = (
   134,
   135,

@@ -60,7 +60,7 @@ class SkyPilot(Engine):
         "job_recovery": {
           "strategy": "FAILOVER",
           "max_restarts_on_errors": 0,
-          "recover_on_exit_codes": [*map(int, FAULTS), *KILLED],
+          "recover_on_exit_codes": [*FAULTS, *KILLED],
         },
       },
       "run": "\n".join(lines) + "\n",

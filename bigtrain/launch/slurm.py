@@ -5,7 +5,7 @@ import shlex
 
 from bigtrain.config import Refused, config
 from bigtrain.launch.job import Command, Engine, Job, Rendered
-from bigtrain.launch.script import FINAL, command, prepared
+from bigtrain.launch.script import UNHELPED, command, prepared
 
 SCRIPT = """\
 #!/bin/bash
@@ -13,17 +13,17 @@ SCRIPT = """\
 
 # What each host runs. SIGTERM comes to it and to bigtrain, of which it has to hear how it left.
 host() {{
-{lines}
-  {train}
-  code=$?
-  case $code in {unhelped}) scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ;; esac
-  exit $code
+trap : TERM
+{lines}{train}
+code=$?
+case $code in {unhelped}) scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ;; esac
+exit $code
 }}
 export -f host
 
-srun --kill-on-bad-exit=0 --wait={grace}{container} bash -c host
+srun --kill-on-bad-exit=0 --wait={grace}{more} bash -c host
 code=$?
-case $code in {final}) exit $code ;; esac
+case $code in 0|{unhelped}) exit $code ;; esac
 if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
   echo "bigtrain: ended with code $code, and was restarted {restarts} times already" >&2
   exit $code
@@ -48,6 +48,7 @@ class Slurm(Engine):
   account: str | None = None
   qos: str | None = None
   time: str | None = None  # Limit of one start, as "2-00:00:00"; SIGTERM comes `grace` before it.
+  cpus: int | None = None  # Of a host; those that the partition gives to a task unless given.
   image: str | None = None  # A container, where the cluster has pyxis.
   options: tuple[str, ...] = ()  # More of sbatch, without dashes: "constraint=h100".
   restarts: int = 100  # How often it requeues itself.
@@ -60,12 +61,15 @@ class Slurm(Engine):
       raise Refused(f"--engine.options {wrong[0]!r}: give options of sbatch, as constraint=h100")
     if self.restarts < 0:
       raise Refused(f"--engine.restarts {self.restarts}: give 0 or more")
+    if self.cpus is not None and self.cpus < 1:
+      raise Refused(f"--engine.cpus {self.cpus}: give 1 or more")
 
   def render(self, job: Job, train: list[str], out: str, secrets: dict[str, str]) -> Rendered:
     options = {
       "job-name": str(job.name),
       "nodes": str(self.hosts(job)),
       "ntasks-per-node": "1",
+      "cpus-per-task": str(self.cpus) if self.cpus else None,
       "partition": self.partition,
       "account": self.account,
       "qos": self.qos,
@@ -77,14 +81,15 @@ class Slurm(Engine):
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     given += ["--requeue", "--open-mode=append", "--export=ALL"]
     given += [f"--{option}" for option in self.options]
+    more = [f"--cpus-per-task={self.cpus}"] if self.cpus else []  # srun does not inherit it.
+    more += [f"--container-image={shlex.quote(self.image)}"] if self.image else []
     text = SCRIPT.format(
       options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
-      lines="\n".join(["  trap : TERM", *(f"  {line}" for line in prepared(job))]),
+      lines="".join(f"{line}\n" for line in prepared(job)),
       train=command(train),
-      unhelped="|".join(str(int(code)) for code in FINAL if code),
-      final="|".join(str(int(code)) for code in FINAL),
+      unhelped="|".join(map(str, UNHELPED)),
       grace=job.grace,
-      container=f" --container-image={shlex.quote(self.image)}" if self.image else "",
+      more="".join(f" {option}" for option in more),
       restarts=self.restarts,
     )
     script = f"{out}/{job.name}.sbatch"

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 
 from bigtrain.exit_codes import Exit
+from bigtrain.launch import held
+from bigtrain.launch.job import Command
 from tests import runs
 from tests.launch import stand_ins
 from tests.test_processes import free_port
@@ -58,7 +61,14 @@ def test_a_killed_process_on_a_tpu_vm_is_started_again_and_ends_with_the_same_lo
   chips = ["--chips", "v5e:2x4", "--hosts", "2", "--no_plan"]
   where = ["--to", "gcloud", "--engine.nodes", "pod", "--engine.zone", "us-east5-a"]
   process = stand_ins.launch(
-    run_dir, *where, *chips, "--engine.pause", "0.1", train=(*STEPS, "--mesh.fsdp", "-1")
+    run_dir,
+    *where,
+    *chips,
+    "--engine.pause",
+    "0.1",
+    "--grace",
+    "2",
+    train=(*STEPS, "--mesh.fsdp", "-1"),
   )
   runs.wait_until(process, lambda: runs.lines(run_dir / "metrics.jsonl") > 60)
   os.kill(stand_ins.process_of(run_dir, 1), signal.SIGKILL)
@@ -69,6 +79,7 @@ def test_a_killed_process_on_a_tpu_vm_is_started_again_and_ends_with_the_same_lo
   assert runs.values(run_dir) == quiet
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_interrupted_lets_its_hosts_save_and_the_same_command_goes_on(
   tmp_path, quiet
 ):
@@ -85,17 +96,18 @@ def test_a_launcher_that_is_interrupted_lets_its_hosts_save_and_the_same_command
   assert runs.values(tmp_path) == quiet
 
 
+@pytest.mark.slow
 def test_hosts_save_and_leave_when_their_launcher_is_killed(tmp_path):
   process = ssh(tmp_path)
   runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 20)
   left = stand_ins.process_of(tmp_path, 0)
   process.kill()
   process.communicate()
-  for _ in range(600):
-    if not os.path.exists(f"/proc/{left}"):
-      break
-    signal.sigtimedwait([], 0.1)
-  assert runs.events(tmp_path, "signal")
+  until = time.monotonic() + 60
+  while os.path.exists(f"/proc/{left}") and time.monotonic() < until:
+    time.sleep(0.1)
+  assert runs.events(tmp_path, "left") and not runs.events(tmp_path, "error")
+  assert runs.saved(tmp_path)[-1] == runs.keys(tmp_path)[-1][0]
 
 
 def test_what_is_refused_is_not_started_again(tmp_path):
@@ -103,3 +115,26 @@ def test_what_is_refused_is_not_started_again(tmp_path):
   out, err = process.communicate(timeout=300)
   assert process.returncode == Exit.REFUSED, (out, err)
   assert "restart" not in err and "[there] bigtrain: " in out
+
+
+@pytest.mark.parametrize(
+  "codes, expected",
+  [
+    ([0, 0], Exit.DONE),
+    ([137, 2], Exit.REFUSED),
+    ([1, 127], Exit.REFUSED),
+    ([134, 4], Exit.CHECK),
+    ([3, 3], Exit.LEFT),
+    ([3, 5], Exit.DEADLINE),
+    ([0, 137], Exit.FAILED),
+    ([255, 143], Exit.FAILED),
+  ],
+)
+def test_the_codes_of_all_processes_are_one(codes, expected):
+  assert held._verdict(codes) == expected
+
+
+def test_what_fails_each_time_is_started_so_often_and_no_more(capsys):
+  fails = Command(("bash", "-c", "exit 1"), name="here")
+  assert held.hold([fails, fails], restarts=2, grace=1, pause=0.01) == Exit.FAILED
+  assert capsys.readouterr().err.count("restart ") == 2

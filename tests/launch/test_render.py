@@ -42,7 +42,7 @@ def tree(made: Job) -> dict:
 
 
 ENGINES = [
-  Slurm(partition="long", time="1-0", image="image:1"),
+  Slurm(partition="long", time="1-0", image="image:1", cpus=16),
   JobSet(image="image:1", secret="tokens", claim="disk", queue="team", spot=True, cpus="500m"),
   SkyPilot(infra="gcp/us-east5", image="image:1", spot=True, cpus="8+", memory="64"),
   Ssh(machines=("me@a", "b"), options=("Port=2222",)),
@@ -176,7 +176,7 @@ def test_a_job_set_recreates_all_but_what_was_refused():
   of_job = slices["template"]["spec"]
   assert (slices["replicas"], of_job["parallelism"], of_job["completions"]) == (2, 4, 4)
   (rule,) = of_job["podFailurePolicy"]["rules"]
-  assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 4])
+  assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 4, 126, 127])
   pod = of_job["template"]["spec"]
   assert pod["nodeSelector"] == {
     "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
