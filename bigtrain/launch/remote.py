@@ -28,9 +28,11 @@ child=$!
   kill -KILL -- "-$child"
 ) >/dev/null 2>&1 &
 lease=$!
+disown "$lease"
+set +m
 wait "$child"
 code=$?
-kill -KILL -- "-$lease"
+kill -KILL -- "-$lease" 2>/dev/null
 exit "$code"
 """
 
