@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 
+from bigtrain import hints
 from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
 from bigtrain.launch.job import Job
@@ -28,19 +30,19 @@ def fits(experiment: str, overrides: list[str], job: Job, *, smoke: bool) -> str
   if smoke:
     return f"{not_checked}a run with --smoke is not planned"
   plan = ["plan", experiment, "--topology", str(job.chips), "--slices", str(job.slices), "--json"]
-  done = subprocess.run(
-    [sys.executable, "-m", "bigtrain.cli", *plan, *overrides],
-    capture_output=True,
-    text=True,
-    timeout=LONGEST,
-  )
+  words = [sys.executable, "-m", "bigtrain.cli", *plan, *overrides]
+  try:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST)
+  except subprocess.TimeoutExpired:
+    return f"{not_checked}the compiler took more than {LONGEST} s"
   if done.returncode not in (Exit.DONE, Exit.CHECK):
     return f"{not_checked}{_last(done.stderr)}"
   found = json.loads(done.stdout)
   if done.returncode == Exit.CHECK:
+    again = hints.command(shlex.join([*plan[:-1], *overrides]))
     raise Refused(
-      f"the step does not fit {job.chips}: {found['problem']}; bigtrain {' '.join(plan[:-1])} says "
-      "what would help, and --no_plan launches it all the same"
+      f"the step does not fit {job.chips}: {found['problem'].splitlines()[0]}; `{again}` says what "
+      "would help, and --no_plan launches it all the same"
     )
   memory = found["memory"]
   peak, chip = memory["peak"] / GiB, memory["chip"] / GiB
