@@ -58,6 +58,13 @@ def launch(run_dir: Path, *arguments: str, train: tuple[str, ...] = ()) -> subpr
   )
 
 
+def has_saved(run_dir: Path) -> bool:
+  """Whether there is something to go on from, and more was done since."""
+  folders = [path.name for path in (run_dir / "checkpoints").glob("*")]
+  steps = [int(name) for name in folders if name.isdecimal()]
+  return bool(steps) and runs.lines(run_dir / "metrics.jsonl") > 1.2 * min(steps)
+
+
 def process_of(run_dir: Path, number: int) -> int:
   """The id of the Python process that is so-and-so many of a run."""
   for path in Path("/proc").glob("[0-9]*"):

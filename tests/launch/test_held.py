@@ -70,7 +70,7 @@ def test_a_killed_process_on_a_tpu_vm_is_started_again_and_ends_with_the_same_lo
     "2",
     train=(*STEPS, "--mesh.fsdp", "-1"),
   )
-  runs.wait_until(process, lambda: runs.lines(run_dir / "metrics.jsonl") > 60)
+  runs.wait_until(process, lambda: stand_ins.has_saved(run_dir))
   os.kill(stand_ins.process_of(run_dir, 1), signal.SIGKILL)
   out, err = process.communicate(timeout=300)
   assert process.returncode == Exit.DONE, (out, err)

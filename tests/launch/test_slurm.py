@@ -65,9 +65,9 @@ def wait(job: str, state: str, seconds: float = 600) -> None:
     time.sleep(0.2)
 
 
-def wait_for_rows(run_dir: Path, rows: int, seconds: float = 300) -> None:
+def wait_for_work(run_dir: Path, seconds: float = 300) -> None:
   until = time.monotonic() + seconds
-  while runs.lines(run_dir / "metrics.jsonl") <= rows:
+  while not stand_ins.has_saved(run_dir):
     assert time.monotonic() < until, log(run_dir)
     time.sleep(0.01)
 
@@ -87,7 +87,7 @@ def quiet(tmp_path_factory, cluster):
 def test_a_job_whose_node_dies_is_requeued_and_ends_with_the_same_losses(tmp_path, quiet, cluster):
   run_dir = tmp_path / "run"
   job = submit(run_dir)
-  wait_for_rows(run_dir, 120)
+  wait_for_work(run_dir)
   daemon = int((cluster / "slurmd-127.0.0.2.pid").read_text())
   process = stand_ins.process_of(run_dir, 1)
   steps = subprocess.run(["pgrep", "-f", r"slurmstepd: \["], capture_output=True, text=True)
@@ -105,7 +105,7 @@ def test_a_job_whose_node_dies_is_requeued_and_ends_with_the_same_losses(tmp_pat
 def test_a_job_that_is_told_to_leave_saves_and_requeues_itself(tmp_path, quiet):
   run_dir = tmp_path / "run"
   job = submit(run_dir)
-  wait_for_rows(run_dir, 120)
+  wait_for_work(run_dir)
   subprocess.run(["scancel", "--signal=TERM", job], check=True)  # As before its time is up.
   wait(job, "PENDING")
   wait(job, "COMPLETED")
@@ -116,8 +116,8 @@ def test_a_job_that_is_told_to_leave_saves_and_requeues_itself(tmp_path, quiet):
 
 def test_a_cancelled_job_saves_and_stays_cancelled(tmp_path):
   run_dir = tmp_path / "run"
-  job = submit(run_dir, train=("--steps", "100000", "--logging.every", "10"))
-  wait_for_rows(run_dir, 4)
+  job = submit(run_dir, train=("--steps", "100000", "--checkpoints.every", "50"))
+  wait_for_work(run_dir)
   subprocess.run(["scancel", job], check=True)
   wait(job, "CANCELLED")
   time.sleep(10)
