@@ -49,6 +49,9 @@ COMMANDS = {
   "report": Command("bigtrain.report.command", "command", "what runs recorded, as one HTML file"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
   "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what a device does"),
+  "launch": Command(
+    "bigtrain.launch.command", "command", "train on other machines: SLURM, GKE, ..."
+  ),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 

@@ -6,11 +6,14 @@ BIGTRAIN_PROCESS (which one this is, from 0). BIGTRAIN_PROCESSES=1 alone says: n
 the launcher. BIGTRAIN_TIMEOUT is how many seconds a process waits for the others to start.
 """
 
+import json
 import os
 import pathlib
+import socket
 import threading
 import urllib.request
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +26,6 @@ from bigtrain.phases import Late, within
 
 SETTINGS = ("BIGTRAIN_COORDINATOR", "BIGTRAIN_PROCESSES", "BIGTRAIN_PROCESS")
 TIMEOUT = 300  # Seconds; jax's own default.
-SAID = 300  # Bytes of what a process says to the others.
 _met = threading.Event()  # Set when the processes have come together.
 
 
@@ -63,35 +65,52 @@ def coordination() -> tuple[Any, int, int] | None:
   return state.client, state.process_id, state.num_processes
 
 
+def gather(fact: Any) -> list[Any]:
+  """What each process says, in their order. All of them call this, with what JSON can hold."""
+  if jax.process_count() == 1:
+    return [fact]
+  own_N = np.frombuffer(json.dumps(fact).encode(), np.uint8)
+  with within("agree"):
+    lengths_P = multihost_utils.process_allgather(np.array([len(own_N)], np.int32))[:, 0]
+    padded_N = np.pad(own_N, (0, int(lengths_P.max()) - len(own_N)))
+    all_PN = multihost_utils.process_allgather(padded_N)
+  return [json.loads(row[:n].tobytes()) for row, n in zip(all_PN, lengths_P, strict=True)]
+
+
 def agree(**facts) -> None:
   """Meets all processes, and goes on only if they were told the same.
 
   Raises:
-    Refused: on all of them, with the names of the facts that differ.
+    Refused: on all of them, with the names of the facts that differ, and the hosts on which.
   """
-  if jax.process_count() == 1:
-    return
-  own_F = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()], np.uint32)
-  with within("agree"):
-    all_PF = multihost_utils.process_allgather(own_F)
-  if differ := [name for i, name in enumerate(facts) if len(set(all_PF[:, i].tolist())) > 1]:
+  own = {name: zlib.crc32(repr(fact).encode()) for name, fact in facts.items()}
+  if differ := differences(gather({"host": socket.gethostname(), "facts": own})):
+    where = "; ".join(f"{name} on {', '.join(hosts)}" for name, hosts in differ.items())
     raise Refused(
-      f"the processes differ in {', '.join(differ)}: start all by the same command, with the same "
-      "files and one run directory that all of them see"
+      f"the processes differ in {', '.join(differ)}: {where}, unlike the others; start all by the "
+      "same command, with the same files and one run directory that all of them see"
     )
 
 
 def any_said(text: str) -> str:
   """Meets all processes; what the first of them said that said anything, "" if none did."""
-  if jax.process_count() == 1:
-    return text
-  said = np.zeros(SAID, np.uint8)
-  own = text.encode()[:SAID]
-  said[: len(own)] = np.frombuffer(own, np.uint8)
-  for each in multihost_utils.process_allgather(said):
-    if each.any():
-      return bytes(each).rstrip(b"\0").decode(errors="replace")
-  return ""
+  return next(filter(None, gather(text)), "")
+
+
+def differences(told: Sequence[dict]) -> dict[str, list[str]]:
+  """By name of a fact, the processes with another than most: each told its host and its facts."""
+  found = {}
+  for name in dict.fromkeys(name for each in told for name in each["facts"]):
+    values = [each["facts"].get(name) for each in told]
+    usual = max(values, key=values.count)  # Of the first process, where it is as frequent.
+    odd = [called(i, each["host"]) for i, each in enumerate(told) if values[i] != usual]
+    if odd:
+      found[name] = odd
+  return found
+
+
+def called(number: int, host: str) -> str:
+  return f"{host} (process {number})"
 
 
 def _explicit() -> dict:

@@ -1,6 +1,7 @@
 """The program of an experiment: initialisation and the training step, pure and compiled."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from bigtrain.optim.on_host import HOST, is_sent, on_host
 from bigtrain.state import State, combine, partition
 from bigtrain.statistics import sizes
 from bigtrain.stored import narrowed, updated, widened
+from bigtrain.trusted import check_own
 
 
 class Program:
@@ -222,10 +224,14 @@ def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk, so that a restart does not compile again.
 
   The directory is this user's own: what lies in it is executed. JAX_COMPILATION_CACHE_DIR names
-  another one.
+  another one, which several hosts may share.
+
+  Raises:
+    Refused: others can write there.
   """
-  if jax.config.values["jax_compilation_cache_dir"] is None:
+  if (path := jax.config.values["jax_compilation_cache_dir"]) is None:
     path = cache.root() / "compiled"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(path))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  check_own(path, "set JAX_COMPILATION_CACHE_DIR to a folder of your own, with chmod 700")

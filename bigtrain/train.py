@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigtrain import console, goodput, processes, sharding, weights
+from bigtrain import console, goodput, preflight, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
 from bigtrain.elastic import fitted
@@ -73,6 +73,7 @@ def train(
   validate(experiment, jax.device_count())
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
   run.began = began
+  told = preflight.check(directory.path)
   with run.in_mesh():
     check_fit(experiment, run.data)
   if experiment.epochs is not None:
@@ -83,7 +84,11 @@ def train(
   enable_compilation_cache()
   with contextlib.closing(directory):
     as_asked = dataclasses.replace(experiment, mesh=asked.mesh, microbatches=asked.microbatches)
-    directory.begin(as_asked, source, allow_changes=allow_changes)
+    with preflight.together("the run directory"):
+      directory.begin(as_asked, source, allow_changes=allow_changes)
+    for remark in told:
+      directory.event("preflight", told=remark)
+      run.say(remark)
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     with console.bars(not quiet), run.in_mesh(), run.open():
@@ -182,7 +187,7 @@ def go_on(run: Run, step: int, state: State, back: tuple[int, int] | None) -> in
 
 def check_data(run: Run, step: int) -> None:
   """Reads a first row, and refuses data that are not those which the run began with."""
-  with run.away("data"):
+  with run.away("data"), preflight.together("the data"):
     digest = run.data.digest()
     run.data.stage(step).batch(0, 1)
   run.directory.check_data(digest)
