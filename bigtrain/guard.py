@@ -79,7 +79,8 @@ def guarded(transformation: optax.GradientTransformation) -> optax.GradientTrans
   """The same with an argument `good`; where it is False, updates are 0 and the state stays."""
   transformation = optax.with_extra_args_support(transformation)
 
-  def update(updates, state, params=None, *, good, **extra):
+  def update(updates, state, params=None, **extra):
+    good = extra.pop("good")
     updates, after = transformation.update(updates, state, params, **extra)
     nothing = jax.tree.map(jnp.zeros_like, updates)
     return chosen(good, updates, nothing), chosen(good, after, state)
