@@ -21,6 +21,7 @@ from bigtrain.phases import doing
 BEAT = "bigtrain/beat/"
 END = "bigtrain/end"  # The first process that ends in trouble says so here.
 GONE = "bigtrain/gone/"
+ALL = "all"
 WAITING = ("step", "agree")  # Phases in which a process waits for the others.
 OVER = "end"  # The phase of one that is done.
 LEAST = 0.02  # Seconds at each step that are worth a word.
@@ -170,18 +171,25 @@ class Heart(threading.Thread):
     return ending
 
   def goodbye(self, patience: float) -> None:
-    """Before a process ends in trouble; process 0 waits for that of the others, in seconds.
+    """Before a process ends in trouble: waits until all others are as far, in seconds at most.
 
-    With process 0 the store goes, and jax ends whoever still holds on to it by a signal.
+    Whoever ends earlier breaks connections, at which others fail before they could write what they
+    did; and with process 0 the store goes, at which jax ends them by a signal.
     """
+    until = time.monotonic() + patience
     with contextlib.suppress(Exception):
       self.client.key_value_set(f"{GONE}{self.process}", "", allow_overwrite=True)
-    until = time.monotonic() + patience
-    while self.process == 0 and time.monotonic() < until:
-      with contextlib.suppress(Exception):
-        gone = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get(GONE)}
-        silent = {p for p, beat in self.beats().items() if beat.silent > self.soon}
-        if len(gone | silent) == self.processes:
-          time.sleep(0.2)  # From saying goodbye to being gone.
-          return
-      time.sleep(0.1)
+      while time.monotonic() < until and not self._all_there():
+        time.sleep(0.1)
+    if self.process == 0:
+      time.sleep(0.5)  # The others look, and are gone.
+
+  def _all_there(self) -> bool:
+    """Whether all have said goodbye but those who are silent, of whom process 0 knows."""
+    found = {key.rpartition("/")[2] for key, _ in self.client.key_value_dir_get(GONE)}
+    if self.process == 0:
+      silent = {p for p, beat in self.beats().items() if beat.silent > self.soon}
+      if len(silent | {int(p) for p in found if p != ALL}) == self.processes:
+        self.client.key_value_set(f"{GONE}{ALL}", "", allow_overwrite=True)
+        return True
+    return ALL in found

@@ -29,7 +29,7 @@ from bigtrain.phases import doing, enter
 
 TICK = 0.25  # Seconds between looks.
 PATIENCE = 20.0  # Seconds that writing a report may take, then the process leaves without it.
-GRACE = 10.0  # Seconds to end by itself for a process that hears that another one failed.
+GRACE = 5.0  # Seconds to end by itself for a process that hears that another one failed.
 AGAIN = 600.0  # Seconds before a straggler is named again.
 STDERR = 2  # Whatever stands for sys.stderr.
 WINDOW = 20  # Steps over which processes are compared.
@@ -79,7 +79,7 @@ class Watchdog:
     ending = self.heart.announce(Ending(self.heart.process, code, self.text))
     if ending.process == self.heart.process:
       self._ends.acquire(timeout=PATIENCE)
-      self.heart.goodbye(GRACE + PATIENCE)
+      self.heart.goodbye(PATIENCE)
       hangs.leave(code)
     self._end(ending.code, f"{ending}; here {self.text}")
 
@@ -131,7 +131,7 @@ class Watchdog:
     self._ends.acquire(timeout=PATIENCE)  # One thread of this process ends it.
     _bounded(PATIENCE, self._report, code, text)
     if self.heart is not None and self.heart.hears():
-      _bounded(GRACE + 1, self.heart.goodbye, GRACE)
+      _bounded(PATIENCE, self.heart.goodbye, PATIENCE)
     hangs.leave(code)
 
   def _report(self, code: int, text: str) -> None:
