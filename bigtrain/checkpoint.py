@@ -166,22 +166,20 @@ class Store:
       Refused: a newer version wrote it.
       Damaged: it cannot be read.
     """
-    return {name: leaves.shown(leaf) for name, leaf in self._metadata(step).tree.items()}
+    return {name: leaves.shown(leaf) for name, leaf in self._metadata(step)[0].items()}
 
-  def config(self, step: int) -> Any:
-    """That of the run which saved, as `config.dump` gives it."""
-    return self._metadata(step).custom_metadata["config"]
-
-  def _metadata(self, step: int):
+  def _metadata(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the arrays by name, and what was saved beside them."""
     with self._reading(step):
       metadata = self._reader.metadata(self._item(step))
-      version = metadata.custom_metadata["format"]
+      about = metadata.custom_metadata or {}
+      version = about["format"]
     if version > FORMAT:
       raise Refused(
         f"checkpoint {self.path / str(step)} has format {version}, and this version of bigtrain "
         f"reads up to {FORMAT}: install a newer one"
       )
-    return metadata
+    return metadata.tree, about
 
   def _item(self, step: int) -> epath.Path:
     place = self.path / str(step)
@@ -202,8 +200,8 @@ class Store:
       Damaged: it cannot be read, or what is read is not what was saved.
     """
     with self._reading(step, together=True):
-      metadata = self._metadata(step)
-    have = {name: leaves.shown(leaf) for name, leaf in metadata.tree.items()}
+      arrays, about = self._metadata(step)
+    have = {name: leaves.shown(leaf) for name, leaf in arrays.items()}
     want = {name: leaves.placed(leaf) for name, leaf in leaves.flatten(like).items()}
     fresh = {n: want.pop(n) for n in list(want) if n.startswith(FRESH) and n not in have}
     leaves.check(self.path / str(step), want, have)
@@ -214,7 +212,7 @@ class Store:
     )
     with self._reading(step, together=True):
       found = self._reader.restore(self._item(step), args=args)
-    saved = metadata.custom_metadata.get("digests", {})  # Format 1 has none.
+    saved = about.get("digests", {})  # Format 1 has none.
     with self._reading(step, together=True):
       now = digest.of_arrays({name: found[name] for name in want if name in saved})
       if wrong := [name for name in now if now[name] != saved[name]]:

@@ -15,6 +15,7 @@ import numpy as np
 from bigtrain import compiler_options, guard, marks, sharding
 from bigtrain.experiment import SOURCE, Experiment
 from bigtrain.leaves import flatten
+from bigtrain.objectives.output import mean
 from bigtrain.optim.clip import global_norm
 from bigtrain.parity.report import by_layer
 from bigtrain.parity.steps import forward_order
@@ -115,7 +116,7 @@ class Check:
     odd = guard.out_of_range(self.program.experiment.model, batch)
     names = [f"loss/{name.removeprefix(SOURCE)}" for name in _groups(batch)]
     return {
-      "loss": jnp.where(odd, jnp.nan, loss / weight),
+      "loss": jnp.where(odd, jnp.nan, mean(loss, weight)),
       "norm": global_norm(gradient),
       "taps": output.taps,
       "parameter": largest(model),

@@ -11,17 +11,20 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from bigtrain import supervise, watchdog
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, config, nearest
+from bigtrain.deadlines import Deadlines
 from bigtrain.exit_codes import Exit
 from bigtrain.failures import explained, unraisable
 from bigtrain.flags import parse
 from bigtrain.hints import command as spelt
 from bigtrain.hints import of_command
+from bigtrain.secrets import excepthook, redacted
+from bigtrain.supervise import Restarts
 
 if TYPE_CHECKING:
   from bigtrain.experiment import Experiment
@@ -43,8 +46,12 @@ COMMANDS = {
   "plan": Command("bigtrain.plan.command", "command", "will it fit, and how fast: by the compiler"),
   "evaluate": Command("bigtrain.cli", "evaluate", "evaluate a run on its held-out split"),
   "diagnose": Command("bigtrain.cli", "diagnose", "what is wrong with a run, and what to do"),
+  "report": Command("bigtrain.report.command", "command", "what runs recorded, as one HTML file"),
   "sample": Command("bigtrain.cli", "sample", "continue a prompt with a run's model"),
   "parity": Command("bigtrain.parity.command", "parity", "does a mesh compute what a device does"),
+  "launch": Command(
+    "bigtrain.launch.command", "command", "train on other machines: SLURM, GKE, ..."
+  ),
   "data": Command("bigtrain.data.command", "data", "prepare text for training; fetch a dataset"),
 }
 
@@ -59,13 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = signal.SIG_DFL if name == "plan" else _stop
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, handler)
-    sys.unraisablehook = unraisable
+    sys.unraisablehook, sys.excepthook = unraisable, excepthook
+  code = Exit.FAILED
   try:
     with of_command():
-      return _run(name, arguments)
+      code = _run(name, arguments)
+  except Exception:
+    if not own:
+      raise
+    excepthook(*sys.exc_info())
   finally:
     if own:  # The exit code is known: a Ctrl-C while Python ends would give another.
       signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watchdog.over(code if own else None)
+  return code
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -83,9 +97,9 @@ def _run(name: str, arguments: list[str]) -> int:
     if (found := explained(error)) is None:
       raise
     if os.environ.get("BIGTRAIN_TRACEBACK") == "1":
-      traceback.print_exception(error)
+      sys.excepthook(type(error), error, error.__traceback__)
     message, code = found
-    print(f"bigtrain: {message}", file=sys.stderr)
+    print(f"bigtrain: {redacted(message)}", file=sys.stderr)
     return code
 
 
@@ -95,6 +109,7 @@ def _stop(number: int, frame) -> None:
   Nothing is closed: that may take minutes, and what is on disk survives a kill at any moment.
   """
   os.write(2, b"bigtrain: stopped at once; what was saved before is whole\n")
+  watchdog.stop_at_once()
   os._exit(Exit.LEFT)
 
 
@@ -134,14 +149,21 @@ class RunFlags:
   allow_changes: bool = False  # Go on with a run whose config was another.
   restart: bool = False  # Begin again at step 0 if none of the run's checkpoints is whole.
   profile: Profile = Profile()
+  elastic: bool = False  # Go on with a run also on other devices than it began on.
+  deadlines: Deadlines = Deadlines()
+  supervise: bool = False  # Start it again when it fails, hangs or is killed; implies `elastic`.
+  restarts: Restarts = Restarts()
 
 
 # No field of an experiment may have these names: they are flags now or later.
-RESERVED = (*(field.name for field in dataclasses.fields(RunFlags)), "supervise", "help")
+RESERVED = (*(field.name for field in dataclasses.fields(RunFlags)), "help")
 
 
 def train(arguments: list[str]) -> int | None:
   """bigtrain train EXPERIMENT [flags] [overrides]."""
+  if "--supervise" in arguments and not {"--help", "-h"}.intersection(arguments):
+    return supervise.command(arguments)
+  line = supervise.tie()
   name = target(arguments, "train", "EXPERIMENT", "experiments/quickstart.py:base")
   if name is None:
     about = (
@@ -156,21 +178,24 @@ def train(arguments: list[str]) -> int | None:
   flags, experiment = override(experiment, arguments[1:], spelt(f"train {name}"))
   from bigtrain.validate import validate
 
+  flags.deadlines.check()
   validate(experiment)
   run_dir = flags.dir or source.run_dir(smoke=flags.smoke)
   from bigtrain.parts import Profiler
   from bigtrain.train import train as train_experiment
 
   profile = flags.profile
-  run = train_experiment(
-    experiment,
-    run_dir,
-    source=source.file,
-    quiet=flags.quiet,
-    allow_changes=flags.allow_changes,
-    restart=flags.restart,
-    parts=[] if profile.start is None else [Profiler(profile.start, profile.steps)],
-  )
+  with watchdog.watch(flags.deadlines, run_dir, line):
+    run = train_experiment(
+      experiment,
+      run_dir,
+      source=source.file,
+      quiet=flags.quiet,
+      allow_changes=flags.allow_changes,
+      restart=flags.restart,
+      elastic=flags.elastic or line is not None,
+      parts=[] if profile.start is None else [Profiler(profile.start, profile.steps)],
+    )
   return Exit.LEFT if run.left else Exit.DONE
 
 

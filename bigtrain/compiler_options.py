@@ -31,9 +31,11 @@ SPARSE_CORES |= {
   "xla_sc_enable_instruction_fusion": "false",
 }
 
-# CPUs: collectives that do not depend on each other are started in one order on all devices. Else a
-# device may begin with one while its peers begin with another, and all wait for ever.
-ONE_ORDER: Options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+# CPUs: the schedule that starts little at a time, so that all devices meet in one collective after
+# another; where many are begun at once, threads that wait for their peers may be all there are.
+# The type has to be named: `xla_cpu_enable_concurrency_optimized_scheduler` is heeded in XLA_FLAGS,
+# but here, in jax 0.10 and 0.12, it does nothing.
+ONE_ORDER: Options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 BY_KIND: dict[str, tuple[Options, ...]] = {
   "cpu": (ONE_ORDER,),

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import re
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,13 @@ def _set(node: Any, name: str, value: Any) -> None:
   except AttributeError:
     near = nearest(name, [field.name for field in dataclasses.fields(node)])
     raise NoField(f"{type(node).__name__} has no field {name!r}{near}") from None
+
+
+def at_least_0(node: Any, path: str) -> None:
+  """Refuses a config, which stands at that path, any of whose numbers is negative."""
+  for field in dataclasses.fields(node):
+    if (value := getattr(node, field.name)) < 0:
+      raise Refused(f"{join(path, field.name)} is {value}; it must be at least 0")
 
 
 def is_config(value: object) -> bool:
@@ -125,7 +133,7 @@ def restore(tree: Any, file: types.ModuleType | None = None, path: str = "") -> 
   if not isinstance(tree, dict):
     return tree
   at = path or "the experiment"
-  if "class" not in tree:
+  if not isinstance(tree.get("class"), str):
     raise Refused(f'{at}: "class" is missing')
   cls = _find_class(tree["class"], file, at)
   fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -178,16 +186,27 @@ def _find_class(name: str, file: types.ModuleType | None, at: str) -> type:
   try:
     if module_name == FILE:
       found: Any = file
-    else:
-      found = sys.modules.get(module_name) or importlib.import_module(module_name)
+    elif module_name.partition(".")[0] == __name__.partition(".")[0]:
+      found = importlib.import_module(module_name)
+    elif (found := sys.modules.get(module_name)) is None:
+      # What a record names is not imported: that would run whatever lies on Python's path.
+      raise Refused(
+        f"{at}: the class {qualname!r} is in {module_name}, which is not loaded: import it before, "
+        f"or in the experiment's file"
+      )
     for part in qualname.split("."):
-      found = getattr(found, part)
-  except (ImportError, AttributeError, ValueError):
+      found = vars(found)[part]
+  except (ImportError, KeyError, TypeError, ValueError):
     where = Path(str(getattr(file, "__file__", FILE))).name if module_name == FILE else module_name
     raise Refused(f"{at}: there is no class {qualname!r} in {where}; was it moved?") from None
-  if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+  if not isinstance(found, type) or vars(found).get("__setattr__") is not _set:
     raise Refused(f"{at}: {name} is not a config class")
   return found
+
+
+def needs_file(text: str) -> bool:
+  """Whether the JSON of a config names a class that bigtrain does not have."""
+  return re.search(rf'"class": "(?!{__name__.partition(".")[0]}\.)', text) is not None
 
 
 def shortened(value: Any) -> str:

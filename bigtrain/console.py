@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from bigtrain.secrets import redacted
+
 MOMENT = 1.0  # Seconds; what takes no longer needs no word.
 
 _bars = True
@@ -14,7 +16,7 @@ _bars = True
 def say(text: str) -> None:
   """A line for people, also for those who want no progress."""
   if _is_first():
-    print(f"bigtrain: {text}", file=sys.stderr, flush=True)
+    print(f"bigtrain: {redacted(text)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

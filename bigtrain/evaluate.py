@@ -14,6 +14,7 @@ from bigtrain.config import Refused
 from bigtrain.data.feed import put
 from bigtrain.objectives.experts import with_experts
 from bigtrain.parts import Part
+from bigtrain.phases import got_on
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
@@ -28,13 +29,16 @@ class Evaluator:
 
     def add(sums, model, batch):
       output = objective(model, batch, None)
-      metrics = {k: jnp.stack(pair).astype(jnp.float32) for k, pair in output.metrics.items()}
-      return metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
+      pairs = {k: jnp.stack(pair).astype(jnp.float32) for k, pair in output.metrics.items()}
+      found = pairs, output.weight.astype(jnp.float32)
+      return found if sums is None else jax.tree.map(jnp.add, sums, found)
 
     self._add = jax.jit(add)
 
   def metrics(self) -> dict[str, float]:
     """Each metric's mean by weight, and what the objective derives from these.
+
+    Left out is what has no weight, such as the loss of a source of which nothing is held out.
 
     Raises:
       Refused: nothing is held out.
@@ -51,10 +55,10 @@ class Evaluator:
       batch = put(rows, size, place)
       jax.block_until_ready(sums)  # One batch ahead: more take memory, and on CPU may deadlock.
       sums = self._add(sums, weights, batch)
-    values = {
-      k: float(v[0]) / max(float(v[1]), 1e-9) for k, v in jax.device_get(sums or {}).items()
-    }
-    return values | (self.run.experiment.objective.derived(values) if values else {})
+      got_on()
+    pairs, weight = jax.device_get(sums)
+    values = {name: float(total) / float(w) for name, (total, w) in pairs.items() if w}
+    return values | (self.run.experiment.objective.derived(values) if weight else {})
 
 
 class Evaluating(Part):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
+from bigtrain.phases import Late
 
 if TYPE_CHECKING:
   import jax
@@ -30,6 +31,8 @@ def explained(error: Exception) -> tuple[str, Exit] | None:
     return text, Exit.REFUSED
   if isinstance(error, CheckFailed):
     return text, Exit.CHECK
+  if isinstance(error, Late):
+    return text, Exit.DEADLINE
   if OUT_OF_MEMORY in text:
     found = re.search(r"(\d{7,}) ?bytes", text)
     wanted = f" where {int(found[1]) / 1e9:.1f} GB more were wanted" if found else ""

@@ -4,6 +4,7 @@ function."""
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 _commanded = False
 
@@ -23,9 +24,17 @@ def either(flag: str, python: str) -> str:
   return f"--{flag}" if _commanded else python
 
 
+def flag(field: str, value: Any) -> list[str]:
+  """The words of the command line that set a field: `--steps 100`, or `--mesh.no_ulysses`."""
+  if isinstance(value, bool):
+    where, dot, name = field.rpartition(".")
+    return [f"--{where}{dot}{'' if value else 'no_'}{name}"]
+  return [f"--{field}", *map(str, value if isinstance(value, tuple) else (value,))]
+
+
 def to_set(field: str, value: object) -> str:
   """`--steps 100`, or `experiment.steps = 100`."""
-  return either(f"{field} {value}", f"experiment.{field} = {value}")
+  return " ".join(flag(field, value)) if _commanded else f"experiment.{field} = {value}"
 
 
 def command(arguments: str, extra: str = "") -> str:

@@ -85,6 +85,15 @@ def near_runs(target: str) -> str:
   return nearest(target, runs)
 
 
+def near_weights(target: str, suffix: str) -> str:
+  """The runs with checkpoints, or the files with that suffix, beside what is not there."""
+  folder = Path(target).parent
+  if target.endswith(suffix):
+    return nearest(target, map(str, folder.glob(f"*{suffix}")))
+  saved = {str(step.parent.parent) for step in folder.glob("*/checkpoints/[0-9]*")}
+  return nearest(target, saved)
+
+
 def functions(path: Path) -> dict[str, Callable[[], Experiment]]:
   """The public functions of an experiment file that return an Experiment, by name."""
   public = {name: f for name, f in vars(_module(path)).items() if name[0] != "_"}
@@ -121,9 +130,9 @@ def read(run_dir: str | os.PathLike, kind: type[T] = Experiment) -> tuple[T, Pat
   except json.JSONDecodeError as error:
     raise Refused(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
   file = _local(epath.Path(run_dir) / config.FILE)
-  needs_file = file is not None and f'"class": "{config.FILE}:' in text
+  module = _module(file) if file is not None and config.needs_file(text) else None
   try:
-    experiment = config.restore(tree, _module(file) if file is not None and needs_file else None)
+    experiment = config.restore(tree, module)
   except Refused as error:
     raise Refused(f"{path}: {error}") from error
   if not isinstance(experiment, kind):

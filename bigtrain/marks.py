@@ -90,9 +90,16 @@ def largest(histories: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def followed(histories: Mapping[str, jax.Array], seen: Amax) -> dict[str, jax.Array]:
-  """The histories with what an update has seen in the place of what is oldest."""
-  join = lambda old, new: jnp.concatenate([new[..., None], old[..., :-1]], axis=-1)
-  return {path: join(old, seen[path]) for path, old in histories.items()}
+  """The histories with what an update has seen in the place of what is oldest.
+
+  What is not finite is not remembered: it shows in the update that met it, and would make every
+  scale of the next ones no number either.
+  """
+
+  def join(old, new_1):
+    return jnp.where(jnp.isfinite(new_1), jnp.concatenate([new_1, old[..., :-1]], axis=-1), old)
+
+  return {path: join(old, seen[path][..., None]) for path, old in histories.items()}
 
 
 def _paths(c: Products, module: Any) -> dict[str, tuple[int, ...]]:

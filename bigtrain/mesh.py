@@ -42,8 +42,12 @@ class Mesh:
     sizes = {axis: 1 if axis in OTHER_NAMES else getattr(self, axis) for axis in AXES}
     said = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1 or axis in USUAL)
     free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-      raise Refused(f"mesh ({said}): sizes are positive, and one axis at most is -1 (what is left)")
+    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1] or free[1:]
+    if wrong:
+      raise Refused(
+        f"mesh ({said}): sizes are positive, and one axis at most is -1 (what is left); set "
+        f"{hints.to_set(f'mesh.{wrong[0]}', 1)} or more"
+      )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
       sizes[free[0]] = devices // fixed
@@ -62,8 +66,8 @@ class Mesh:
       if getattr(self, other):
         if sizes[axis] == 1:
           raise Refused(
-            f"mesh.{other} is a way to use mesh.{axis}, which spans one device; set --mesh.{axis} "
-            f"to more, or --mesh.{other} False"
+            f"mesh.{other} is a way to use mesh.{axis}, which spans one device; set "
+            f"{hints.to_set(f'mesh.{axis}', 2)} or more, or {hints.to_set(f'mesh.{other}', False)}"
           )
         sizes[axis], sizes[other] = 1, sizes[axis]
     return sizes

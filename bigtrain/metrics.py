@@ -5,13 +5,16 @@ costs 2 forward and 4 backward, attention its two products over the positions it
 them where it is causal). MFU is that over the chip's peak in bfloat16 (PaLM, arXiv:2204.02311).
 """
 
+import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from bigtrain import goodput
 from bigtrain.parts import Part
+from bigtrain.phases import within
 from bigtrain.statistics import by_layer
 
 if TYPE_CHECKING:
@@ -37,6 +40,14 @@ def peak_flops() -> float | None:
   return PEAK[max(known, key=len)] * jax.device_count() if known else None
 
 
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+  """The metrics of a step, but for means of nothing that show no fault."""
+  scalars = jax.device_get({name: x for name, x in metrics.items() if name != "layers"})
+  weights = scalars.pop("weights", {})
+  values = {name: float(value) for name, value in scalars.items()}
+  return {k: x for k, x in values.items() if weights.get(k, 1) or not math.isfinite(x)}
+
+
 class Recorder(Part):
   """Records a row at each logging interval and at the last step.
 
@@ -46,13 +57,14 @@ class Recorder(Part):
 
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
-    self.pending: tuple[int, dict[str, jax.Array]] | None = None
+    self.pending: tuple[int, dict[str, Any]] | None = None
     self.losses: list[jax.Array] = []  # Of the steps since the last row.
     self.peak = peak_flops()
     self.in_tokens = bool(run.experiment.data.row_length())
+    self.meter = goodput.Meter(run.directory)
     self._begin_interval(None)  # Later: the first step of a start, which warms up, is not timed.
 
-  def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+  def after_step(self, step: int, metrics: dict[str, Any]) -> None:
     self.flush()
     self.pending = step, metrics
     rows, lengths = self.run.feed.shape[0], self.run.feed.lengths if self.in_tokens else (1,)
@@ -70,14 +82,14 @@ class Recorder(Part):
     if self.pending is None:
       return
     (step, metrics), self.pending = self.pending, None
-    next(iter(metrics.values())).block_until_ready()  # A program's outputs are ready together.
+    with within("step"):
+      next(iter(metrics.values())).block_until_ready()  # A program's outputs are ready together.
     now = time.perf_counter() - self.run.seconds_away()  # A clock that runs while it trains.
     c = self.run.experiment
     due = step % c.logging.every == 0 or step == c.steps
     self.losses.append(metrics["loss"])
     if due:
-      scalars = {name: value for name, value in metrics.items() if name != "layers"}
-      values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+      values = _scalars(metrics)
       if len(self.losses) > 1:  # A spike of one step shows in no other row.
         values["loss_max"] = float(np.max([float(x) for x in jax.device_get(self.losses)]))
       self.losses.clear()
@@ -98,6 +110,7 @@ class Recorder(Part):
     speed = {
       "step_seconds": seconds / self.steps,
       "input_wait_seconds": self.waited / self.steps,
+      "goodput": self.meter.add(seconds, self.waited),
       f"{'tokens' if self.in_tokens else 'examples'}_per_second": self.amount / seconds,
     }
     if self.flops:

@@ -80,6 +80,7 @@ class Signals(Part):
 
   def start(self, run: Run, step: int) -> None:
     super().start(run, step)
+    self.first = step
     self.received: str | None = None
     self.before: dict[int, Any] = getattr(self, "before", {})
 
@@ -89,7 +90,9 @@ class Signals(Part):
       caught = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
       self.before = {number: signal.signal(number, self._handle) for number in caught}
     if jax.process_count() > 1:
-      if multihost_utils.reached_preemption_sync_point(step):
+      # Counted from this start: jax agrees on one more than the last count that it was told, which
+      # is 0 before the first step, and it asks for that very one.
+      if multihost_utils.reached_preemption_sync_point(step - self.first):
         self.received = self.received or "SIGTERM"
       else:
         return

@@ -6,30 +6,40 @@ BIGTRAIN_PROCESS (which one this is, from 0). BIGTRAIN_PROCESSES=1 alone says: n
 the launcher. BIGTRAIN_TIMEOUT is how many seconds a process waits for the others to start.
 """
 
+import json
 import os
 import pathlib
+import socket
 import threading
 import urllib.request
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from bigtrain.config import Refused
+from bigtrain.phases import Late, within
 
 SETTINGS = ("BIGTRAIN_COORDINATOR", "BIGTRAIN_PROCESSES", "BIGTRAIN_PROCESS")
 TIMEOUT = 300  # Seconds; jax's own default.
-SAID = 300  # Bytes of what a process says to the others.
+_met = threading.Event()  # Set when the processes have come together.
 
 
 def initialize() -> None:
   """Joins the other processes, if there are any. Called before jax touches a device; twice is fine.
 
   Raises:
-    Refused: wrong or partial settings, or the others could not be reached in time.
+    Refused: wrong or partial settings, or the launcher's are not what jax needs.
+    Late: the others could not be reached in time.
   """
-  if jax.distributed.is_initialized() or os.environ.get("BIGTRAIN_PROCESSES") == "1":
+  if jax.distributed.is_initialized():
+    _met.set()
+    return
+  if os.environ.get("BIGTRAIN_PROCESSES") == "1":
     return
   if any(map(os.environ.get, SETTINGS)):
     # Unless deactivated, jax asks the launcher which local devices this process may use.
@@ -43,34 +53,64 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def coordination() -> tuple[Any, int, int] | None:
+  """The client of jax's coordination service, which process this is, and of how many.
+
+  None where there is one process, or before the processes have met: whoever calls a client that is
+  about to connect is ended by it. It touches no device.
+  """
+  state = distributed.global_state  # No public name leads there; orbax goes the same way.
+  if not _met.is_set() or state.client is None or state.num_processes == 1:
+    return None
+  return state.client, state.process_id, state.num_processes
+
+
+def gather(fact: Any) -> list[Any]:
+  """What each process says, in their order. All of them call this, with what JSON can hold."""
+  if jax.process_count() == 1:
+    return [fact]
+  own_N = np.frombuffer(json.dumps(fact).encode(), np.uint8)
+  with within("agree"):
+    lengths_P = multihost_utils.process_allgather(np.array([len(own_N)], np.int32))[:, 0]
+    padded_N = np.pad(own_N, (0, int(lengths_P.max()) - len(own_N)))
+    all_PN = multihost_utils.process_allgather(padded_N)
+  return [json.loads(row[:n].tobytes()) for row, n in zip(all_PN, lengths_P, strict=True)]
+
+
 def agree(**facts) -> None:
   """Meets all processes, and goes on only if they were told the same.
 
   Raises:
-    Refused: on all of them, with the names of the facts that differ.
+    Refused: on all of them, with the names of the facts that differ, and the hosts on which.
   """
-  if jax.process_count() == 1:
-    return
-  own_F = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()], np.uint32)
-  all_PF = multihost_utils.process_allgather(own_F)
-  if differ := [name for i, name in enumerate(facts) if len(set(all_PF[:, i].tolist())) > 1]:
+  own = {name: zlib.crc32(repr(fact).encode()) for name, fact in facts.items()}
+  if differ := differences(gather({"host": socket.gethostname(), "facts": own})):
+    where = "; ".join(f"{name} on {', '.join(hosts)}" for name, hosts in differ.items())
     raise Refused(
-      f"the processes differ in {', '.join(differ)}: start all by the same command, with the same "
-      "files and one run directory that all of them see"
+      f"the processes differ in {', '.join(differ)}: {where}, unlike the others; start all by the "
+      "same command, with the same files and one run directory that all of them see"
     )
 
 
 def any_said(text: str) -> str:
   """Meets all processes; what the first of them said that said anything, "" if none did."""
-  if jax.process_count() == 1:
-    return text
-  said = np.zeros(SAID, np.uint8)
-  own = text.encode()[:SAID]
-  said[: len(own)] = np.frombuffer(own, np.uint8)
-  for each in multihost_utils.process_allgather(said):
-    if each.any():
-      return bytes(each).rstrip(b"\0").decode(errors="replace")
-  return ""
+  return next(filter(None, gather(text)), "")
+
+
+def differences(told: Sequence[dict]) -> dict[str, list[str]]:
+  """By name of a fact, the processes with another than most: each told its host and its facts."""
+  found = {}
+  for name in dict.fromkeys(name for each in told for name in each["facts"]):
+    values = [each["facts"].get(name) for each in told]
+    usual = max(values, key=values.count)  # Of the first process, where it is as frequent.
+    odd = [called(i, each["host"]) for i, each in enumerate(told) if values[i] != usual]
+    if odd:
+      found[name] = odd
+  return found
+
+
+def called(number: int, host: str) -> str:
+  return f"{host} (process {number})"
 
 
 def _explicit() -> dict:
@@ -159,14 +199,17 @@ def _join(announced: str, **settings) -> None:
 
   thread = threading.Thread(target=connect, name="join the other processes", daemon=True)
   thread.start()
-  thread.join(timeout)
-  if thread.is_alive():
+  with within("join"):
+    thread.join(timeout)
+  if late := thread.is_alive():
     cause = f"not all of them were there within {timeout} s (BIGTRAIN_TIMEOUT)"
   elif errors:
     cause = str(errors[0]).strip().split("\n")[0]
   else:
+    _met.set()
     return
-  raise Refused(
+  kind = Late if late else Refused  # Who comes too late may be there when all are started again.
+  raise kind(
     f"{announced} announces several processes, but they did not come together: {cause}; check that "
     f"all run and that process 0 is reachable, set {', '.join(SETTINGS)} yourself, or only "
     "BIGTRAIN_PROCESSES=1 to run alone"

@@ -1,6 +1,7 @@
 """The program of an experiment: initialisation and the training step, pure and compiled."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -12,11 +13,13 @@ from bigtrain.experiment import Experiment
 from bigtrain.mesh import platform
 from bigtrain.objectives import Output
 from bigtrain.objectives.experts import load_max, rebalanced, with_experts
+from bigtrain.objectives.output import mean
 from bigtrain.optim.clip import global_norm
 from bigtrain.optim.on_host import HOST, is_sent, on_host
 from bigtrain.state import State, combine, partition
 from bigtrain.statistics import sizes
 from bigtrain.stored import narrowed, updated, widened
+from bigtrain.trusted import check_own
 
 
 class Program:
@@ -52,15 +55,18 @@ class Program:
   def step(
     self, state: State, batch: dict[str, jax.Array], *, statistics: bool = False
   ) -> tuple[State, dict[str, Any]]:
-    """One update, and its metrics as scalars; with `statistics`, a dict of these by layer
-    is among them as "layers"."""
+    """One update, and its metrics as scalars.
+
+    Two dicts are among them: "weights" has what each mean is of, by its name, and with `statistics`
+    "layers" has the statistics of each layer. The mean of nothing is 0, and its weight says so.
+    """
     key, kept = self.key(state.step), state.statistics
     seen = kept.get("amax", {})
     gradient, output, variables = self.gradient(
       state.model, state.variables, batch, key, marks.largest(seen), statistics=statistics
     )
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
-    metrics: dict[str, Any] = {name: value / weight for name, (value, weight) in sums.items()}
+    metrics: dict[str, Any] = {name: mean(*pair) for name, pair in sums.items()}
     # Of ids that stand for nothing there is no loss.
     wrong = guard.out_of_range(self.experiment.model, batch)
     metrics["loss"] = jnp.where(wrong, jnp.nan, metrics["loss"])
@@ -77,6 +83,7 @@ class Program:
     if seen:
       kept |= {"amax": guard.chosen(good, marks.followed(seen, output.amax), seen)}
     metrics |= {
+      "weights": {name: weight for name, (_, weight) in sums.items()},
       "weight": output.weight,
       "learning_rate": self.learning_rate(state.step) * rate,
       "gradient_norm": norm,
@@ -147,22 +154,23 @@ class Program:
         sizes = (x.shape[0] // n, n, *x.shape[1:])
         return jnp.swapaxes(jax.lax.reshape(x, sizes, out_sharding=sharding.act("B")), 0, 1)
 
-      parts = (jax.tree.map(split, batch), jax.random.split(key, n))
+      parts = (jax.tree.map(split, batch), jnp.arange(n))
 
       def add(carry, part):
-        sums, seen, variables = carry
-        gradient, more, (output, variables, found) = grad(variables, *part)
+        (sums, seen, variables), (rows, m) = carry, part
+        with sharding.every(n, m):
+          gradient, more, (output, variables, found) = grad(variables, rows, key)
         sums = jax.tree.map(jnp.add, sums, (gradient, output))
         return (sums, jax.tree.map(jnp.maximum, seen, more), variables), found
 
-      first = jax.tree.map(lambda x: x[0], parts)
-      gradient, seen, (output, _, _) = jax.eval_shape(grad, variables, *first)
+      first = jax.tree.map(lambda x: x[0], parts[0])
+      gradient, seen, (output, _, _) = jax.eval_shape(grad, variables, first, key)
       sums, seen = jax.tree.map(jnp.zeros_like, ((gradient, output), seen))
       ((total, output), seen, variables), found = jax.lax.scan(add, (sums, seen, variables), parts)
       found = taps.over_microbatches(found)
     if output.loads:  # Of all microbatches together.
       variables = rebalanced(combine(model, variables), variables, output.loads)
-    weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone moves nothing.
+    weight = jnp.maximum(output.weight, 1e-9)  # A batch of padding alone has no gradient.
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), total)
     return gradient, dataclasses.replace(output, taps=taps.values(found), amax=seen), variables
 
@@ -219,10 +227,14 @@ def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk, so that a restart does not compile again.
 
   The directory is this user's own: what lies in it is executed. JAX_COMPILATION_CACHE_DIR names
-  another one.
+  another one, which several hosts may share.
+
+  Raises:
+    Refused: others can write there.
   """
-  if jax.config.values["jax_compilation_cache_dir"] is None:
+  if (path := jax.config.values["jax_compilation_cache_dir"]) is None:
     path = cache.root() / "compiled"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(path))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  check_own(path, "set JAX_COMPILATION_CACHE_DIR to a folder of your own, with chmod 700")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from bigtrain import checkpoint, console, load, marks, processes
+from bigtrain import checkpoint, console, goodput, load, marks, processes
 from bigtrain.checkpoint import Store
 from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused, nearest
@@ -18,6 +18,7 @@ from bigtrain.data.feed import Feed, Sizes
 from bigtrain.experiment import Data, Experiment
 from bigtrain.mesh import Mesh
 from bigtrain.optim.average import averaged
+from bigtrain.phases import enter, within
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run_directory import RunDirectory
 from bigtrain.state import State, combine
@@ -62,11 +63,13 @@ class Run:
   back_to: Back | None = None
   started: bool = False  # Its parts have been.
   left: bool = False  # A signal asked it to leave; its state is one step past what it saved.
+  account: goodput.Account  # Of its time; once it has ended or left.
 
   def __init__(
     self, experiment: Experiment, directory: RunDirectory, mesh: jax.sharding.Mesh | None
   ):
     self.experiment, self.directory, self.mesh = experiment, directory, mesh
+    self.began = time.perf_counter()
     self.parts: list[Part] = []
     self.leaves: list[jax.Array] = []  # Of the state, as the compiled step takes them.
     self.writers: list[Writer] = []  # Where records go besides the run directory.
@@ -204,13 +207,15 @@ class Run:
   def away(self, phase: str, **fields) -> Iterator[None]:
     """Marks time that is not training: counted by phase, and an event says how long it was."""
     if self.started:
-      jax.block_until_ready(self.leaves[0])  # What was dispatched before is training.
+      with within("step"):
+        jax.block_until_ready(self.leaves[0])  # What was dispatched before is training.
       for part in self.parts:
         part.on_away(phase)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
       for writer in self.writers:
         stack.enter_context(writer.phase(phase))
+      stack.enter_context(within(phase))
       yield
     seconds = time.perf_counter() - started
     self.phases[phase] = self.phases.get(phase, 0.0) + seconds
@@ -223,12 +228,21 @@ class Run:
     Also when training fails, which it records.
     """
     try:
-      self.directory.event("start", processes=jax.process_count(), devices=jax.device_count())
+      mesh = {} if self.mesh is None else {a: n for a, n in self.mesh.shape.items() if n > 1}
+      self.directory.event(
+        "start",
+        processes=jax.process_count(),
+        devices=jax.device_count(),
+        mesh=mesh,
+        microbatches=self.experiment.microbatches,
+        seconds=round(time.perf_counter() - self.began, 3),
+      )
       with Store(self.directory.checkpoints, self.experiment.checkpoints) as self.store:
         yield
+        enter("save")  # Until all that was saved is verified.
         self.store.wait()
         self.tell_saves()
-      self.directory.event("left" if self.left else "end")
+      self.account = goodput.close(self.directory, "left" if self.left else "end")
       for writer in () if self.left else self.writers:
         writer.end()
     except BaseException as error:

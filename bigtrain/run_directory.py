@@ -1,7 +1,7 @@
 """The run directory: what a run writes about itself, and how that is read back.
 
     RUN/  config.json  experiment.py  environment.json  data.json  tokenizer.json  metrics.jsonl
-          events.jsonl  checkpoints/  tensorboard/  profile/
+          events.jsonl  checkpoints/  hangs/  tensorboard/  profile/
 
 Only the first process writes. Rows of metrics.jsonl are unique by (step, kind): when a run resumes,
 rows past the restored step are dropped before new ones are written.
@@ -26,6 +26,8 @@ from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
+from bigtrain.lines import open_lines, read_rows
+from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
 SKIPS = "skips.json"  # Data that were left out after a fault, by the step of the checkpoint.
@@ -126,29 +128,32 @@ class RunDirectory:
       files.replace(self.tokenizer, text)
 
   def event(self, name: str, **fields) -> None:
-    """Adds a line to events.jsonl, with the time."""
-    self._append("events.jsonl", {"time": round(time.time(), 3), "event": name, **fields})
+    """Adds a line to events.jsonl, with the time and without secrets."""
+    head = {"time": round(time.time(), 3), "event": name}
+    self._append("events.jsonl", head | redacted(fields))
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
-    """Adds a row to metrics.jsonl; what is no finite number becomes null."""
+    """Adds a row to metrics.jsonl, with the time; what is no finite number becomes null."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    self._append("metrics.jsonl", {"step": step, "kind": kind, **finite})
+    head = {"step": step, "kind": kind, "time": round(time.time(), 3)}
+    self._append("metrics.jsonl", head | finite)
 
-  def drop_after(self, step: int) -> None:
-    """Forgets what was recorded of steps that a restored run will do again."""
-    path = self.path / "metrics.jsonl"
+  def drop_rows_after(self, step: int) -> list[dict[str, Any]]:
+    """Forgets what was recorded of steps that a restored run will do again; returns the metrics."""
     if not self.writes:
-      return
+      return []
     skips = files.read_json(self.path / SKIPS) or {}
     if any(int(at) > step for at in skips):
       left = {at: to for at, to in skips.items() if int(at) <= step}
       files.replace_json(self.path / SKIPS, left)
+    path = self.path / "metrics.jsonl"
     if not path.exists():
-      return
+      return []
     if (file := self._files.pop(path.name, None)) is not None:  # It is of the old rows.
       file.close()
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    files.replace(path, "".join(kept))
+    rows = read_rows(path)
+    files.replace(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return [row for row in rows if row["step"] > step]
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
@@ -185,7 +190,7 @@ class RunDirectory:
     if not self.writes:
       return
     if name not in self._files:
-      self._files[name] = _open_lines(self.path / name)
+      self._files[name] = open_lines(self.path / name)
     try:
       self._files[name].write(json.dumps(record) + "\n")
       self._files[name].flush()
@@ -200,31 +205,13 @@ class RunDirectory:
     return [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
 
 
-def _open_lines(path: epath.Path):
-  """A JSON-lines file to add to; a last line that a kill cut short is dropped first."""
-  if path.exists() and not (text := path.read_text()).endswith("\n"):
-    files.replace(path, text[: text.rfind("\n") + 1])
-  return path.open("a")
-
-
-def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of a JSON-lines file; a last line that a kill cut short is not one."""
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return rows
-
-
 def environment() -> dict[str, Any]:
-  """Versions, devices, code revision and command of this process."""
+  """Versions, devices, code revision and command of this process; without secrets."""
   import jax
 
   devices = jax.devices()
   return {
-    "command": sys.argv,
+    "command": redacted(sys.argv),
     "python": platform.python_version(),
     "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
     "devices": [len(devices), devices[0].platform, devices[0].device_kind],
@@ -242,8 +229,9 @@ def _changes() -> str:
 
 
 def _foreign(name: str) -> bool:
-  """Whether this is more than a start leaves that was killed before it wrote config.json."""
-  return name not in (config.FILE, LOCK) and not name.endswith(".unfinished")
+  """Whether this is more than a start leaves that ended before it wrote config.json."""
+  left = (config.FILE, LOCK, "events.jsonl", "hangs")
+  return name not in left and not name.endswith(".unfinished")
 
 
 def _installed(name: str) -> bool:

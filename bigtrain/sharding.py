@@ -358,8 +358,28 @@ def _free(axes: Iterable[str]) -> set[str]:
   return set(axes) - (set(STAGES) if _rows.get() is not None else set())
 
 
+_every: contextvars.ContextVar[tuple[int, Any]] = contextvars.ContextVar("every", default=(1, 0))
+
+
+@contextlib.contextmanager
+def every(n: int, m) -> Iterator[None]:
+  """Within, there is a microbatch: the rows m, m + n, m + 2n, ... of the batch."""
+  token = _every.set((n, m))
+  try:
+    yield
+  finally:
+    _every.reset(token)
+
+
+def of_microbatch(key: jax.Array) -> jax.Array:
+  """A key that the other microbatches of the batch do not have, for what is not drawn by rows."""
+  n, m = _every.get()
+  return key if n == 1 else jax.random.fold_in(key, m)
+
+
 def row_ids(x) -> jax.Array:
   """Where in the batch each row of an activation (B, ...) is: a stage has a microbatch alone."""
   if (ids_B := _rows.get()) is None:
-    ids_B = jnp.arange(len(x), out_sharding=act("B") and P(_spec(x)[0]))
+    n, m = _every.get()
+    ids_B = jnp.arange(len(x), out_sharding=act("B") and P(_spec(x)[0])) * n + m
   return ids_B

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigtrain import console, processes, sharding, weights
+from bigtrain import console, goodput, preflight, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed, Sizes
+from bigtrain.elastic import fitted
 from bigtrain.experiment import Experiment
 from bigtrain.fit import check_fit
 from bigtrain.parts import Part, default_parts
+from bigtrain.phases import stepped, within
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run import Run
 from bigtrain.run_directory import RunDirectory
@@ -39,6 +42,7 @@ def train(
   quiet: bool = False,
   allow_changes: bool = False,
   restart: bool = False,
+  elastic: bool = False,
   parts: Sequence[Part] = (),
 ) -> Run:
   """Trains, or goes on with what `run_dir` holds, until `experiment.steps` updates are done.
@@ -51,6 +55,7 @@ def train(
     quiet: no progress on the console.
     allow_changes: go on in `run_dir` also if it holds a run of another config.
     restart: begin again at step 0 if no checkpoint in `run_dir` is whole.
+    elastic: go on also with other devices than the run began on (elastic.py).
     parts: called around each step, after the default ones.
 
   Returns:
@@ -60,11 +65,15 @@ def train(
     Refused: the experiment cannot run, here or in this directory.
     CheckFailed: what a checkpoint goes on with is not what it was (replay.py).
   """
-  experiment = copy.deepcopy(experiment)
+  began, experiment = time.perf_counter(), copy.deepcopy(experiment)
   processes.initialize()
+  directory, asked = RunDirectory(run_dir, writes=processes.is_first()), experiment
+  if elastic:
+    experiment = fitted(experiment, directory.events())
   validate(experiment, jax.device_count())
-  directory = RunDirectory(run_dir, writes=processes.is_first())
   run = Run(experiment, directory, experiment.mesh.make() if jax.device_count() > 1 else None)
+  run.began = began
+  told = preflight.check(directory.path)
   with run.in_mesh():
     check_fit(experiment, run.data)
   if experiment.epochs is not None:
@@ -74,7 +83,12 @@ def train(
   processes.agree(config=dump(experiment))
   enable_compilation_cache()
   with contextlib.closing(directory):
-    directory.begin(experiment, source, allow_changes=allow_changes)
+    as_asked = dataclasses.replace(experiment, mesh=asked.mesh, microbatches=asked.microbatches)
+    with preflight.together("the run directory"):
+      directory.begin(as_asked, source, allow_changes=allow_changes)
+    for remark in told:
+      directory.event("preflight", told=remark)
+      run.say(remark)
     run.parts = [*default_parts(), *parts]
     run.writers = default_writers(run, quiet=quiet)
     with console.bars(not quiet), run.in_mesh(), run.open():
@@ -101,12 +115,13 @@ def loop(run: Run, *, restart: bool = False) -> bool:
   for writer in run.writers:
     writer.start(step)
   check_data(run, step)
-  run.directory.drop_after(step)
+  goodput.resume(run.directory, step)
   sizes, example = Sizes(experiment.batch, experiment.batch_stages), int(run.state.example)
   feed = Feed(
     run.data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
   )
-  with feed:
+  stepped(step)
+  with feed, within("loop"):
     run.feed = feed
     update = Update(run, program)
     for part in run.parts:
@@ -116,7 +131,7 @@ def loop(run: Run, *, restart: bool = False) -> bool:
       for part in run.parts:
         part.before_step(step)
       metrics = update(step)
-      step += 1
+      stepped(step := step + 1)
       for part in run.parts:
         part.after_step(step, metrics)
     if run.left and run.back_to is None:
@@ -175,7 +190,7 @@ def go_on(run: Run, step: int, state: State) -> int:
 
 def check_data(run: Run, step: int) -> None:
   """Reads a first row, and refuses data that are not those which the run began with."""
-  with run.away("data"):
+  with run.away("data"), preflight.together("the data"):
     digest = run.data.digest()
     run.data.stage(step).batch(0, 1)
   run.directory.check_data(digest)
@@ -203,5 +218,6 @@ class Update:
       with run.away("compile", shapes=dict(zip(batch, shapes, strict=True))):
         spec = run.data.stage(step).spec(shapes[0][0])
         self.compiled[key] = self.program.compile_step(spec, statistics=statistics)
-    run.leaves, metrics = self.compiled[key](run.leaves, batch)
+    with within("step"):
+      run.leaves, metrics = self.compiled[key](run.leaves, batch)
     return metrics

@@ -275,17 +275,39 @@ def _check_batches(e: Experiment, shape: dict[str, int]) -> None:
 
 
 def _check_dims(e: Experiment, shape: dict[str, int]) -> None:
+  problems: dict[str, str] = {}
+  for field, letter, size, axes in _sharded(e, shape):
+    shards = math.prod(shape[axis] for axis in axes)
+    if size % shards and field not in problems:
+      # A vocabulary can only grow: the tokenizer's tokens are all needed.
+      near = padded(size) if letter == "V" else _multiples_near(size, shards)
+      problems[field] = (
+        f"model.{field} {size} is not divisible by {shards}, the mesh's {_axes(axes, shape)}; "
+        f"use {near}, or {_smaller(e, shape, axes[-1])}"
+      )
+  if problems:
+    raise Refused("\n".join(problems.values()))
+
+
+def _sharded(e: Experiment, shape: dict[str, int]) -> Iterator[tuple[str, str, int, list[str]]]:
+  """(field, letter, size, axes) of every dim of the model, for each way in which it is laid."""
   for field, (letter, size) in e.model.dims().items():
     for table in (WEIGHT, ACTIVATION, EXCHANGED):
-      axes = [axis for axis in table.get(letter, ()) if shape[axis] > 1]
-      shards = math.prod(shape[axis] for axis in axes)
-      if size % shards:
-        # A vocabulary can only grow: the tokenizer's tokens are all needed.
-        near = padded(size) if letter == "V" else _multiples_near(size, shards)
-        raise Refused(
-          f"model.{field} {size} is not divisible by {shards}, the mesh's {_axes(axes, shape)}; "
-          f"use {near}, or a smaller mesh.{_field(axes[-1])}"
-        )
+      if axes := [axis for axis in table.get(letter, ()) if shape[axis] > 1]:
+        yield field, letter, size, axes
+
+
+def _smaller(e: Experiment, shape: dict[str, int], axis: str) -> str:
+  """The largest smaller size of an axis that divides all that it shards, as a thing to do."""
+  batches = [e.evaluation.batch, *(n // e.microbatches for _, n in _batches(e))]
+  least = 2 if axis in OTHER_NAMES else 1
+  for n in range(shape[axis] - 1, least - 1, -1):
+    smaller = shape | {axis: n}
+    sizes = [(size, axes) for _, _, size, axes in _sharded(e, smaller)]
+    sizes += [(batch, ACTIVATION["B"]) for batch in batches]
+    if not any(size % math.prod(smaller[axis] for axis in axes) for size, axes in sizes):
+      return f"set {to_set(f'mesh.{_field(axis)}', n)}"
+  return f"a smaller mesh.{_field(axis)}"
 
 
 def _check_cuts(e: Experiment, shape: dict[str, int]) -> None:
@@ -298,7 +320,7 @@ def _check_cuts(e: Experiment, shape: dict[str, int]) -> None:
     why = "the data has none" if length is None else f"a {model} takes them whole"
     raise Refused(
       f"the mesh ({_axes(wide, shape)}) cuts rows of tokens ({', '.join(wide)}), but {why}; set "
-      "--mesh.context 1 and --mesh.no_sequence"
+      f"{' and '.join(dict.fromkeys(_without(axis) for axis in wide))}"
     )
   from bigtrain.parallel import context
 
@@ -315,12 +337,13 @@ def _check_pipeline(e: Experiment, shape: dict[str, int]) -> None:
   if not pipelined:
     raise Refused(
       f"the mesh has {stages} stages but {type(e.model).__name__} has no stack of layers to deal "
-      f"to them; set --mesh.pipeline 1"
+      f"to them; set {to_set('mesh.pipeline', 1)}"
     )
   if e.products is not None and isinstance(e.products.scaling, Delayed):
     raise Refused(
       f"products: scaling is Delayed, which cannot be within the {stages} stages of a pipeline: "
-      "what its microbatches have seen would be added up; take Current, or set --mesh.pipeline 1"
+      "what its microbatches have seen would be added up; take Current, or set "
+      f"{to_set('mesh.pipeline', 1)}"
     )
   for path, node in pipelined:
     for _, batch in _batches(e):
@@ -354,6 +377,11 @@ def _axes(axes: Iterable[str], shape: dict[str, int]) -> str:
 def _field(axis: str) -> str:
   """The field of Mesh that sets an axis."""
   return OTHER_NAMES.get(axis, axis)
+
+
+def _without(axis: str) -> str:
+  """How rows are no longer cut over an axis."""
+  return to_set("mesh.sequence", False) if axis == "sequence" else to_set("mesh.context", 1)
 
 
 def _multiples_near(value: int, unit: int) -> str:

@@ -9,7 +9,7 @@ import jax
 from bigtrain import checkpoint, leaves
 from bigtrain.config import Refused, nearest
 from bigtrain.interop import huggingface
-from bigtrain.load import near_runs
+from bigtrain.load import near_weights
 from bigtrain.run_directory import RunDirectory
 from bigtrain.state import State
 
@@ -23,8 +23,7 @@ def check_source(source: str) -> None:
   place = RunDirectory(source, writes=False)
   if not place.path.exists():
     kind = "file" if source.endswith(SUFFIX) else "directory"
-    near = near_runs(source) if kind == "directory" else ""
-    raise Refused(f"weights_from: there is no {kind} {source}{near}")
+    raise Refused(f"weights_from: there is no {kind} {source}{near_weights(source, SUFFIX)}")
   if not source.endswith(SUFFIX):
     with checkpoint.newest_of(place.checkpoints):
       pass

@@ -90,7 +90,7 @@ class Console(Writer):
       return
     parts = [
       f"step [bold]{step:>{width}}[/]/{self.steps}",
-      f"loss [bold]{values['loss']:.4f}[/]",
+      f"loss [bold]{_loss(values)}[/]",
       f"grad {values['gradient_norm']:.2f}",
       f"lr {values['learning_rate']:.2e}",
     ]
@@ -125,7 +125,10 @@ class Console(Writer):
     self.rich.print(f"[bold]{_plain(path)}[/]")
     self._fact("done", f"{done:,} step{'s' * (done != 1)} in {duration(seconds)}")
     self._fact("of which", ", ".join(aside))
-    self._fact("loss", f"{self.last['train']['loss']:.4f} at the last step")
+    if len((spent := self.run.account).attempts) > 1:
+      whole = f"{duration(spent.wall)} over {len(spent.attempts)} starts"
+      self._fact("goodput", f"{spent.goodput:.1%} of {whole} trained what was kept")
+    self._fact("loss", f"{_loss(self.last['train'])} at the last step")
     self._fact("held out", "  ".join(_metrics(self.last.get("eval", {}))))
     self._fact("next", command(f"evaluate {shlex.quote(path)}"))
     self._fact("", self._sampling(path))
@@ -160,7 +163,7 @@ class TensorBoard(Writer):
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
     assert self.writer is not None
     for name, value in values.items():
-      if math.isfinite(value):  # Not of a source that no row of the step was from.
+      if math.isfinite(value):
         self.writer.add_scalar(name if kind == "eval" else f"{kind}/{name}", value, step)
 
   def text(self, step: int, prompt: str, text: str) -> None:
@@ -204,6 +207,10 @@ def _amount(run: "Run") -> str:
   if length is None or length != last:
     return f"{factors} = {human(examples)} {unit}"
   return f"{factors} x {length:,} tokens = {human(examples * length)} tokens"
+
+
+def _loss(values: dict[str, float]) -> str:
+  return f"{values['loss']:.4f}" if "loss" in values else "of no token"
 
 
 def _metrics(values: dict[str, float]) -> list[str]:

@@ -11,13 +11,17 @@ os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # See compiler_options.py.
+    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",  # See compiler_options.py.
+    # A busy machine is no deadlock: what jax ends after 40 s may only be slow.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     "--xla_cpu_use_fusion_emitters=false"
     if importlib.metadata.version("jaxlib").startswith("0.10.")  # Later ones do not know it.
     else "",
   ]
 )
 
+# Threads of XLA's pool, by default one a device: those that wait in collectives leave some to work.
+os.environ.setdefault("NPROC", "32")
 os.environ.pop("UV", None)  # Commands are spelt as without it (hints.py).
 
 import jax

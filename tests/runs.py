@@ -4,6 +4,7 @@ start it as a command of its own. $RUNS_TEXT names the folder of its text, which
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -19,12 +20,9 @@ from tests.bigram import Bigram
 
 ROOT = Path(__file__).parent.parent
 SPEED = (
-  "step_seconds",
-  "input_wait_seconds",
-  "tokens_per_second",
-  "examples_per_second",
-  "model_flops_per_second",
-)
+  "time", "goodput", "step_seconds", "input_wait_seconds", "tokens_per_second",
+  "examples_per_second", "model_flops_per_second",
+)  # fmt: skip
 
 
 def base() -> Experiment:
@@ -55,10 +53,10 @@ def prepare(folder: Path, environment) -> None:
 
 
 def start(
-  run_dir: Path, *arguments: str, experiment: str = "tests/runs.py", **environment: str
+  run_dir: Path, *arguments: str, file: str = "tests/runs.py", **environment: str
 ) -> subprocess.Popen:
   """`bigtrain train` of `base`, on one CPU device unless the environment says otherwise."""
-  command = [sys.executable, "-m", "bigtrain.cli", "train", experiment, "--dir", str(run_dir)]
+  command = [sys.executable, "-m", "bigtrain.cli", "train", file, "--dir", str(run_dir)]
   return subprocess.Popen(
     [*command, "--quiet", *arguments],
     cwd=ROOT,
@@ -67,6 +65,19 @@ def start(
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def joined(processes: int) -> list[dict[str, str]]:
+  """The environment of each of so many processes with eight devices together."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+  shared = {
+    "BIGTRAIN_COORDINATOR": coordinator,
+    "BIGTRAIN_PROCESSES": str(processes),
+    "JAX_NUM_CPU_DEVICES": str(8 // processes),
+  }
+  return [shared | {"BIGTRAIN_PROCESS": str(i)} for i in range(processes)]
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:

@@ -154,7 +154,7 @@ def test_a_field_added_later_takes_its_default_on_restore():
     (lambda t: t["model"]["pattern"][1].update(x=3), "model.pattern.1: Attention has no field 'x'"),
     (lambda t: t.pop("batch"), "the field 'batch' of Experiment is missing"),
     (lambda t: t["model"].update({"class": "tests.toys:Modl"}), "no class 'Modl' in tests.toys"),
-    (lambda t: t["model"].update({"class": "nowhere:X"}), "no class 'X' in nowhere"),
+    (lambda t: t["model"].update({"class": "nowhere:X"}), "'X' is in nowhere, which is not"),
     (lambda t: t["model"].update({"class": "os:path.join"}), "not a config class"),
     (lambda t: t["model"].pop("class"), 'model: "class" is missing'),
   ],

@@ -14,6 +14,7 @@ import pytest
 from bigtrain import cli, diagnose, load
 from bigtrain.columns import Columns, columns
 from bigtrain.diagnose import Records
+from bigtrain.diagnose.records import course
 from bigtrain.run_directory import RunDirectory
 from bigtrain.train import train
 
@@ -290,3 +291,26 @@ def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
   ):
     assert cli.main(["diagnose", str(tmp_path / name)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_step_of_padding_alone_is_no_divergence(tmp_path):
+  rows = [{"step": s, "kind": "train", "loss": 2.0, "weight": 8.0} for s in range(1, 41)]
+  rows[7] = {"step": 8, "kind": "train", "weight": 0.0}
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  read = diagnose.read(tmp_path)
+  assert len(read.train["loss"]) == 39 and read.losses() is not None
+  assert "divergence" not in [finding.kind for finding in diagnose.diagnose(read)]
+
+
+def test_the_course_of_a_long_run_is_found_quickly_and_is_that_of_all_its_rows():
+  noise = np.random.default_rng(0).normal(0, 0.05, 20_000)
+  loss = 2 + 8 / np.arange(1, 20_001) ** 0.4 + noise
+  loss[9_000:13_000] += 1  # It rises for a while.
+  windows = np.lib.stride_tricks.sliding_window_view(loss, 2_000)[::7]
+  every = np.median(windows, axis=1)
+  found = course(loss)
+  assert found.highest == pytest.approx(every.max(), abs=0.01)
+  assert found.best == pytest.approx(every.min(), abs=0.01)
+  assert (found.start, found.end) == (np.median(loss[:2_000]), np.median(loss[-2_000:]))
+  # Medians around each of a million rows would take hours.
+  assert course(np.tile(loss, 50)).noise == pytest.approx(found.noise, rel=0.01)

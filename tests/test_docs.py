@@ -28,7 +28,9 @@ def blocks(page: str, language: str) -> list[str]:
 def test_commands_in_the_docs_are_as_they_have_to_be_typed():
   for page in ("README.md", *map(str, (ROOT / "docs").glob("*.md"))):
     typed = re.findall(
-      r"^ *bigtrain (?:train|evaluate|sample|diagnose|data|plan|parity) .*", text(page), re.M
+      r"^ *bigtrain (?:train|evaluate|sample|diagnose|report|data|plan|parity|launch) .*",
+      text(page),
+      re.M,
     )
     assert not typed, f"{page}: after `uv run` bigtrain is not on the PATH"
 

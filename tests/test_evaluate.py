@@ -1,6 +1,7 @@
 """Held-out metrics against float64 sums over the model's logits, every example once."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -79,7 +80,7 @@ def test_a_batch_is_dispatched_when_the_one_before_it_is_done(run, monkeypatch):
   def add(*_):
     assert not running
     running.append(Sums())
-    return {"loss": running[0]}
+    return {"loss": running[0]}, np.float32(1)
 
   run.experiment.evaluation.batch = 5
   evaluator = Evaluator(run)
@@ -126,3 +127,20 @@ def test_prompts_that_do_not_fit_are_refused_before_the_first_step(tmp_path, pro
   with pytest.raises(Refused, match="do not fit into the model's 6 positions"):
     train(e, tmp_path / "run", quiet=True)
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_nothing_held_out_counts_for_is_left_out(run, monkeypatch):
+  """A source of which no row is held out, and a split without a token that counts."""
+  run.experiment.evaluation.batch = 8
+  batch_of = run.data.eval_batch
+
+  def rows(weights, *args):
+    batch = batch_of(*args)
+    source = np.zeros(len(batch["tokens"]), np.float32)
+    return batch | {"weights": batch["weights"] * weights, "source/a": source}
+
+  monkeypatch.setattr(run.data, "eval_batch", functools.partial(rows, 1))
+  found = Evaluator(run).metrics()
+  assert "loss/a" not in found and found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+  monkeypatch.setattr(run.data, "eval_batch", functools.partial(rows, 0))
+  assert Evaluator(run).metrics() == {}

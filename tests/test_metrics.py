@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bigtrain import metrics
@@ -248,3 +249,20 @@ def test_the_largest_loss_since_the_row_before_is_recorded(recorded):
     recorder.after_step(step, {"loss": jnp.float32(loss)})
   rows = run.directory.rows("train")
   assert [(row["loss"], row["loss_max"]) for row in rows] == [(4.0, 5.0), (1.0, 9.0)]
+
+
+def test_a_mean_of_nothing_is_left_out_unless_it_shows_a_fault(recorded):
+  run, recorder, device = recorded
+  run.experiment.logging.every = 1
+  found = {"loss": 0.0, "loss/a": 0.0, "loss/b": np.nan, "weight": 0.0}
+  weights = {"loss": 0.0, "loss/a": 0.0, "loss/b": 0.0}
+  recorder.after_step(1, jax.tree.map(jnp.float32, found | {"weights": weights}))
+  device.now += 1
+  found = {"loss": 2.0, "loss/a": 0.0, "loss/b": 2.0, "weight": 3.0}
+  weights = {"loss": 3.0, "loss/a": 0.0, "loss/b": 3.0}
+  recorder.after_step(2, jax.tree.map(jnp.float32, found | {"weights": weights}))
+  device.now += 1
+  recorder.on_away("save")
+  empty, row = run.directory.rows("train")
+  assert "loss" not in empty and "loss/a" not in empty and empty["loss/b"] is None
+  assert (row["loss"], row["loss/b"]) == (2, 2) and "loss/a" not in row

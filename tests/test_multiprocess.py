@@ -6,7 +6,6 @@ The mesh has one axis here; those of several are compared in tests/test_parity.p
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -46,21 +45,8 @@ def alone(tmp_path_factory):
   return runs.read(run.directory.path, "metrics.jsonl")
 
 
-def joined(processes: int) -> list[dict[str, str]]:
-  """The environment of each of so many processes with eight devices together."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-  shared = {
-    "BIGTRAIN_COORDINATOR": coordinator,
-    "BIGTRAIN_PROCESSES": str(processes),
-    "JAX_NUM_CPU_DEVICES": str(8 // processes),
-  }
-  return [shared | {"BIGTRAIN_PROCESS": str(i)} for i in range(processes)]
-
-
 def start(run_dir, processes: int) -> list:
-  return [runs.start(run_dir, **each) for each in joined(processes)]
+  return [runs.start(run_dir, **each) for each in runs.joined(processes)]
 
 
 def compare(run_dir, expected) -> None:
@@ -117,7 +103,7 @@ def test_a_tensor_axis_over_two_processes_reads_the_same_bytes():
     ]
     return [process.communicate(timeout=300)[0].split() for process in each]
 
-  (count, digest), other = digests(joined(2))
+  (count, digest), other = digests(runs.joined(2))
   data = runs.base().data.make(0).batch(5, 8)
   expected = hashlib.sha256()
   for name in sorted(data):

@@ -10,6 +10,7 @@ import pytest
 
 from bigtrain import cli, sharding
 from bigtrain.exit_codes import Exit
+from bigtrain.parity.report import Report, Tensor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,12 +51,28 @@ def test_the_command_fails_with_the_name_of_what_differs_also_as_json(capsys, mo
   [
     (["--mesh.fsdp", "1"], "parity compares a mesh with one device"),
     (["--mesh.fsdp", "3"], "batch 32 is not divisible by the 3 batch shards"),
+    (["--mesh.fsdp", "3"], "the mesh's fsdp=3; use 126 or 129, or set --mesh.fsdp 2"),
+    (["--mesh.fsdp", "0"], "one axis at most is -1 (what is left); set --mesh.fsdp 1 or more"),
+    (["--mesh.fsdp=1", "--mesh.sequence"], "set --mesh.tensor 2 or more, or --mesh.no_sequence"),
     (["--mesh.tensr", "2"], "did you mean --mesh.tensor?"),
   ],
 )
 def test_the_command_refuses_what_it_cannot_compare(arguments, message, capsys):
   assert cli.main(["parity", "experiments/mlp.py", *arguments]) == Exit.REFUSED
   assert message in capsys.readouterr().err
+
+
+def test_experts_that_a_mesh_does_not_divide_are_named_with_a_mesh_that_does(capsys):
+  assert cli.main(["parity", "experiments/moe.py", "--mesh.expert", "3"]) == Exit.REFUSED
+  said = capsys.readouterr().err
+  cause = "feed_forward.experts 8 is not divisible by 3, the mesh's expert=3; use 6 or 9"
+  assert f"{cause}, or set --mesh.expert 2" in said
+
+
+def test_the_table_is_as_wide_as_other_commands_tables_are_in_a_pipe(capsys, monkeypatch):
+  monkeypatch.delenv("COLUMNS", raising=False)
+  Report({}, [Tensor("optimizer", "of" * 50)], list).print(1)
+  assert "of" * 50 in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -95,6 +112,46 @@ def test_two_processes_find_a_fault_too(tmp_path):
 def test_two_processes_refuse_what_one_refuses_and_say_it_once(axis, message, tmp_path):
   code, out, err = over_processes(tmp_path, "experiments/mlp.py", axis)
   assert code == Exit.REFUSED and (out + err).count(message) == 1, out + err
+
+
+FAILS = """
+import dataclasses, os, signal
+from bigtrain.config import config
+from bigtrain.objectives.classification import Classification
+from tools.benchmarks import faulty
+
+@config
+class Failing(Classification):
+  def __call__(self, model, batch, key):
+    if os.environ.get("BIGTRAIN_PROCESS") == "{process}":
+      {how}
+    return Classification.__call__(self, model, batch, key)
+
+def base():
+  return dataclasses.replace(faulty.sound(), objective=Failing())
+"""
+HOW = {
+  "raise": 'raise ZeroDivisionError("the eleventh column is empty")',
+  "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  ("process", "how", "said"),
+  [
+    (1, "raise", "process 1 of 2 (they count from 0) ended with exit code 1; its last words: Zero"),
+    pytest.param(1, "killed", "process 1 of 2 (they count from 0) ended by signal 9", marks=SLOW),
+    pytest.param(0, "raise", "bigtrain: ZeroDivisionError: the eleventh column", marks=SLOW),
+  ],
+)
+def test_a_process_that_fails_ends_all_and_its_reason_is_said(process, how, said, tmp_path):
+  file = tmp_path / "failing.py"
+  file.write_text(FAILS.format(process=process, how=HOW[how]))
+  code, out, err = over_processes(tmp_path, str(file), "--mesh.data=4")
+  assert code == Exit.FAILED and said in err.splitlines()[-1], out + err
+  if how == "raise":
+    assert "in __call__" in err and "the eleventh column is empty" in err.splitlines()[-1]
 
 
 @pytest.mark.slow

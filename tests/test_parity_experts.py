@@ -114,9 +114,11 @@ def test_what_a_full_expert_leaves_out_is_the_same_on_a_mesh(start):
 
 @pytest.mark.slow
 def test_microbatches_equal_the_whole_batch_where_rows_are_balanced(start):
-  still = {"model": {"layers": 1, "dropout": 0.0}, "attention": {"dropout": 0.0}}
-  router = {"balance_loss": BalanceLoss(factor=0.1, over="row")}
-  e, parts = (experiment(router=router, microbatches=n, **still) for n in (1, 2))
+  """What is dropped included, by elements, by rows and of attention's weights."""
+  router, one = {"balance_loss": BalanceLoss(factor=0.1, over="row")}, {"layers": 1}
+  mesh = Mesh(fsdp=4, tensor=2)  # Of 8 devices, with shards that two microbatches can fill.
+  e, parts = (experiment(router=router, microbatches=n, model=one, mesh=mesh) for n in (1, 2))
+  assert e.model.dropout and e.model.pattern[0].attention.dropout
   wanted = run(e, start, meshed=False)
   assert worst(run(parts, start, meshed=False), wanted) == {}
 

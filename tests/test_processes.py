@@ -11,6 +11,7 @@ import pytest
 
 from bigtrain import processes
 from bigtrain.config import Refused
+from bigtrain.exit_codes import Exit
 
 LAUNCHERS = ("BIGTRAIN_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION")
 STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
@@ -101,14 +102,14 @@ def test_two_processes_sum_over_one_mesh_and_agree(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["0", "1"])
-def test_a_process_that_stays_alone_is_refused_after_the_timeout(number):
+def test_a_process_that_stays_alone_ends_by_the_deadline(number):
   address = f"127.0.0.1:{free_port()}"
   code = "import bigtrain.cli as c, bigtrain.processes as p; c.train = lambda _: p.initialize()\n"
   code += "raise SystemExit(c.main(['train']))"
   variables = {"BIGTRAIN_COORDINATOR": address, "BIGTRAIN_PROCESSES": "2", "BIGTRAIN_TIMEOUT": "1"}
   with started(code, BIGTRAIN_PROCESS=number, **variables) as child:
     _, error = child.communicate(timeout=60)
-  assert child.returncode == 2, error
+  assert child.returncode == Exit.DEADLINE, error
   assert "bigtrain: BIGTRAIN_COORDINATOR announces several processes" in error
   assert "within 1 s (BIGTRAIN_TIMEOUT)" in error and "Traceback" not in error
 

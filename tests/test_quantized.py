@@ -212,6 +212,28 @@ def test_the_histories_hold_the_last_updates_and_are_part_of_the_state():
   assert packed.start(packed.experiment(products=Products())).statistics == {}
 
 
+def test_what_is_no_number_shows_in_its_step_and_in_no_later_scale():
+  """One weight was infinite for an update: of x, w and gradients, all that met it."""
+  e = packed.experiment(
+    products=Products(format="float8_e4m3fn", gradients=None, scaling=Delayed(history=2)),
+    model={"dropout": 0.0},
+    attention={"dropout": 0.0},
+  )
+  step = jax.jit(Program(e, None).step)
+  batch = e.data.make(0).batch(0, e.batch)
+  before, _ = step(jax.device_put(packed.start(e)), batch)
+  broken = jax.tree.map(lambda w: w.at[(0,) * w.ndim].set(jnp.inf), before.model)
+  after, metrics = step(dataclasses.replace(before, model=broken), batch)
+  assert not np.isfinite(metrics["loss"])
+  for path, seen in after.statistics["amax"].items():
+    assert np.isfinite(seen).all()
+    old = before.statistics["amax"][path]
+    np.testing.assert_array_equal(seen[0, 1], old[0, 1])  # Of that weight, in the first layer,
+    assert (seen[1:, 1, 1] == old[1:, 1, 0]).all()  # and of the others as at any time.
+  _, metrics = step(dataclasses.replace(after, model=before.model), batch)
+  assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+
+
 def test_tables_routers_heads_and_what_is_named_stay_high():
   e = packed.experiment(products=Products(high=("attention",)))
   module = marks.low(e.products, e.model.make(jax.random.key(0)), {})

@@ -112,7 +112,7 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path):
   directory.row(5, "eval", {})
   directory.close()
   directory = RunDirectory(tmp_path)
-  directory.drop_after(3)
+  directory.drop_rows_after(3)
   directory.row(4, "train", {"loss": 0.25})
   assert [row["step"] for row in directory.rows("train")] == [1, 2, 3, 4]
   assert [row["loss"] for row in directory.rows("train")] == [1 / 1, 1 / 2, 1 / 3, 1 / 4]
@@ -123,7 +123,7 @@ def test_a_run_that_goes_back_while_it_is_open_writes_on_behind_what_is_left(tmp
   with contextlib.closing(RunDirectory(tmp_path)) as directory:
     for step in (1, 2, 3):
       directory.row(step, "train", {})
-    directory.drop_after(1)
+    directory.drop_rows_after(1)
     directory.row(2, "train", {"loss": 7.0})
     assert [row.get("loss") for row in directory.rows("train")] == [None, 7.0]
 
@@ -135,7 +135,7 @@ def test_data_that_another_course_of_the_run_left_out_are_forgotten(tmp_path):
   assert [directory.skipped_to(step) for step in (4, 5, 9)] == [None, 80, 120]
   directory.skip(5, 96)  # Back to 5 again: 9 will be another step 9.
   assert [directory.skipped_to(step) for step in (5, 9)] == [96, None]
-  directory.drop_after(4)
+  directory.drop_rows_after(4)
   assert directory.skipped_to(5) is None
 
 
@@ -144,7 +144,7 @@ def test_other_processes_write_nothing(tmp_path):
   directory.begin(toys.experiment(), None, allow_changes=False)
   directory.event("start")
   directory.row(1, "train", {})
-  directory.drop_after(0)
+  directory.drop_rows_after(0)
   directory.close()
   assert not (tmp_path / "run").exists()
 
@@ -179,4 +179,5 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path):
 def test_what_is_not_finite_is_null(tmp_path):
   directory = begin(tmp_path)
   directory.row(1, "train", {"loss": float("nan"), "weight": 2.0})
-  assert directory.rows("train") == [{"step": 1, "kind": "train", "loss": None, "weight": 2.0}]
+  (row,) = directory.rows("train")
+  assert row == {"step": 1, "kind": "train", "time": row["time"], "loss": None, "weight": 2.0}

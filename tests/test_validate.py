@@ -70,12 +70,12 @@ def of_command():
     ),
     (
       {"model": toys.Model(dim=66), "mesh": Mesh(fsdp=4)},
-      "model.dim 66 is not divisible by 4, the mesh's fsdp=4; use 64 or 68, or a smaller mesh.fsdp",
+      "model.dim 66 is not divisible by 4, the mesh's fsdp=4; use 64 or 68, or set --mesh.fsdp 2",
     ),
     (
       {"model": toys.Model(pattern=(toys.Attention(kv_heads=2),)), "mesh": Mesh(fsdp=1, tensor=4)},
       "model.pattern.0.kv_heads 2 is not divisible by 4, the mesh's tensor=4; use 4, "
-      "or a smaller mesh.tensor",
+      "or set --mesh.tensor 2",
     ),
     (
       {
@@ -83,7 +83,7 @@ def of_command():
         "data": toys.Data(tokens=257),
         "mesh": Mesh(fsdp=2, tensor=2),
       },
-      "model.vocab 257 is not divisible by 2, the mesh's tensor=2; use 384, or a smaller mesh.",
+      "model.vocab 257 is not divisible by 2, the mesh's tensor=2; use 384, or set --mesh.tensor 1",
     ),
     ({"mesh": Mesh(data=3, fsdp=1)}, "mesh wants 3 devices (data=3, fsdp=1, tensor=1) but 4 are"),
     (

@@ -1,6 +1,7 @@
 """First weights from another run or a file, for a part of a model, and what is told of the rest."""
 
 import dataclasses
+import shutil
 
 import chex
 import jax
@@ -134,3 +135,16 @@ def test_another_tokenizer_than_the_run_had_is_told(pretrained):
 def test_new_weights_without_a_source_are_refused():
   with pytest.raises(Refused, match="come from weights_from"):
     validate(experiment(new_weights=("classes",)))
+
+
+def test_a_wrong_path_is_answered_by_what_has_weights(pretrained, tmp_path):
+  """Not by a run that has only begun, such as the one that asks."""
+  for name in ("first", "fist"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").touch()
+  shutil.copytree(f"{pretrained[0]}/checkpoints", tmp_path / "first" / "checkpoints")
+  with pytest.raises(Refused, match=rf"did you mean '{tmp_path}/first'\?$"):
+    weights.check_source(str(tmp_path / "frist"))
+  (tmp_path / "model.safetensors").touch()
+  with pytest.raises(Refused, match=rf"did you mean '{tmp_path}/model.safetensors'\?$"):
+    weights.check_source(str(tmp_path / "modle.safetensors"))

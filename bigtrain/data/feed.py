@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bigtrain.experiment import Data
+from bigtrain.phases import within
 
 READ_THREADS = 2  # Planning holds Python's lock, copying does not: a second thread is of use.
 AHEAD = 3  # Batches on the devices, besides the one in use.
@@ -144,7 +145,8 @@ class Feed(Iterator[dict[str, jax.Array]]):
     if self._batches is None:
       raise StopIteration
     started = time.perf_counter()
-    batch = next(self._batches)
+    with within("input"):
+      batch = next(self._batches)
     self.wait = time.perf_counter() - started
     # Beside rows of tokens there may be one number a row, such as a label.
     self.shape = max((x.shape for x in batch.values()), key=len)

@@ -166,6 +166,8 @@ class PreparedText:
       )
     names = [s["file"] for s in json.loads((folder / "manifest.json").read_text())["shards"]]
     for name in names:
+      if name != pathlib.PurePath(name).name:
+        raise Refused(f"{self.path}/manifest.json names {name!r}, which is no shard of that folder")
       if not (folder / "shards" / name).is_file():
         raise Refused(f"{self.path} has lost its shard {name}: prepare it again")
     sides = {"train": False, "validation": True}

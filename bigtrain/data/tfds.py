@@ -4,13 +4,20 @@ They are read at random by `tfds.data_source`, so they must be prepared as array
 (`tfds build NAME --file_format=array_record`). Images stay encoded until a batch needs them.
 """
 
+import json
 import os
+import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from bigtrain.config import Refused, config
 from bigtrain.data.examples import OnError, Opened, OwnFiles, Split
+
+# No namespaces, which fetch code, no arguments of a builder, no way out of the folder.
+NAME = re.compile(r"[A-Za-z]\w*(/[\w+-][\w.+-]*)?(:[\d*]+(\.[\d*]+){2})?")
 
 
 @config
@@ -31,6 +38,11 @@ class TFDS(OwnFiles):
     return f"{self.name} of tfds"
 
   def check(self) -> None:
+    if not NAME.fullmatch(self.name):
+      raise Refused(
+        f"{self.name!r} is no name of a dataset: give NAME, NAME/CONFIG or NAME:1.2.3, as in "
+        "imagenet2012:5.1.0"
+      )
     if self.validation == self.train:
       raise Refused(
         f"validation is {self.train}, which is trained on; name another split, or give a share"
@@ -51,6 +63,8 @@ class TFDSSplit(Split):
     self._config, self._split = c, split
     tfds = _tfds()
     data_dir = None if c.data_dir is None else os.path.expanduser(c.data_dir)
+    c.check()
+    _check_features(pathlib.Path(data_dir or tfds.core.constants.DATA_DIR), c.name)
     try:
       builder = tfds.builder(c.name, data_dir=data_dir)
       info, kinds = builder.info, builder.info.features
@@ -89,6 +103,28 @@ class TFDSSplit(Split):
 
   def where(self, i: int) -> str:
     return f"{self._config.name} {self._split}[{i}]"
+
+
+def _check_features(data_dir: pathlib.Path, name: str) -> None:
+  """Refuses a prepared dataset of which tfds would import a module that the data names."""
+  folder = data_dir.expanduser() / re.split("[/:]", name)[0]
+  for path in folder.glob("**/features.json"):
+    for kind in _classes(json.loads(path.read_text())):
+      if not kind.startswith("tensorflow_datasets."):
+        raise Refused(f"{path} names the class {kind}, which is not one of tfds's own")
+
+
+def _classes(tree: Any) -> Iterator[str]:
+  """The names of classes in a features.json, in each way in which they can be given."""
+  if isinstance(tree, list):
+    for item in tree:
+      yield from _classes(item)
+  elif isinstance(tree, dict):
+    for name, item in tree.items():
+      if name in ("pythonClassName", "python_class_name", "type") and "." in str(item):
+        yield str(item)
+      else:
+        yield from _classes(item)
 
 
 def _tfds() -> Any:

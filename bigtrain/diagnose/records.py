@@ -70,7 +70,10 @@ def read(run_dir: str | os.PathLike) -> Records:
     Refused: there is no such directory, or nothing is recorded in it yet.
   """
   directory = RunDirectory(run_dir, writes=False)
-  train, evaluations, layers = (columns(directory.rows(k)) for k in ("train", "eval", "layers"))
+  rows, evaluations, layers = (directory.rows(k) for k in ("train", "eval", "layers"))
+  # A step whose batch was padding alone has learned nothing and has no loss.
+  train = columns([row for row in rows if row.get("weight") != 0])
+  evaluations, layers = columns(evaluations), columns(layers)
   if not train:
     if not directory.path.exists():
       raise Refused(f"there is no directory {run_dir}; `bigtrain train` says where a run is")
@@ -101,7 +104,10 @@ class Course(NamedTuple):
 def course(loss: np.ndarray) -> Course:
   """The median of the first and of the last tenth, and such medians in between."""
   width = max(len(loss) // 10, 3)
-  medians = np.median(np.lib.stride_tricks.sliding_window_view(loss, width), axis=1)
+  windows = np.lib.stride_tricks.sliding_window_view(loss, width)
+  # Of a long run some 500 of them: neighbours hold nearly the same rows.
+  at = np.r_[0 : len(windows) - 1 : max(width // 50, 1), len(windows) - 1]
+  medians = np.median(windows[at], axis=1)
   differences = np.diff(loss)
   spread = np.median(np.abs(differences - np.median(differences)))
   return Course(medians[0], medians.max(), medians.min(), medians[-1], 1.4826 * spread / np.sqrt(2))

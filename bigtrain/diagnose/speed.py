@@ -36,7 +36,7 @@ def compile_bound(r: Records) -> Iterator[Finding]:
   if not events or events[-1]["event"] not in OVER:  # What it was worth is known at the end.
     return
   whole = events[-1]["time"] - events[0]["time"]
-  compiling = sum(event["seconds"] for event in events if event["event"] == "compile")
+  compiling = sum(event.get("seconds", 0.0) for event in events if event["event"] == "compile")
   if compiling > max(COMPILES * whole, LONG):
     yield Finding(
       "compile-bound",

@@ -13,7 +13,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from bigtrain import sharding
 from bigtrain.config import Refused, config
@@ -107,7 +106,7 @@ class LatentAttention(nnx.Module):
       k_BSKH, v_BSKH, keys = cache.k_BSKH, cache.v_BSKH, cache.tokens
     form = Form(causal=self.c.causal)
     call = Call(q_BTKGH, k_BSKH, v_BSKH, tokens, keys, form, bias_KGP, self.c.dropout, key)
-    y_BTKU = checkpoint_name(attend(call)[:, :, :, 0, : self.c.value_dim], "attention")
+    y_BTKU = attend(call)[:, :, :, 0, : self.c.value_dim]  # What is kept is what it is a slice of.
     return project("BTKU,KUD->BTD", y_BTKU, self.o_KUD), cache
 
   def _queries(self, x_BTD, tokens: Tokens) -> jax.Array:

@@ -67,7 +67,7 @@ class Classification(ObjectiveConfig):
           "fewer microbatches, or set both to 0"
         )
       key, mixing = jax.random.split(key)
-      inputs, share_B = self._mix(inputs, weights_B, mixing)
+      inputs, share_B = self._mix(inputs, weights_B, sharding.of_microbatch(mixing))
     with cut(batch) as parts:
       logits_BC = model.logits(parts if inputs is batch else inputs, key)
     with jax.named_scope("loss"):

@@ -30,6 +30,11 @@ class Output:
   amax: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
+def mean(value: jax.Array, weight: jax.Array) -> jax.Array:
+  """`value / weight`; of nothing, as where a batch is padding alone, 0, unless the sum is NaN."""
+  return value / jnp.where(weight == 0, 1, weight)
+
+
 def by_source(batch: dict[str, jax.Array], loss: jax.Array, weights: jax.Array) -> Sums:
   """`loss/<name>` of each source, where the data is a mixture.
 

@@ -132,14 +132,14 @@ def _step(c: SOAP, count, g_LRC, mean_LRC, square_LRC, sides):
   def begun(side: Side | None, gram):
     if side is None:
       return None
-    eigenvectors = lambda: jnp.linalg.eigh(gram)[1]
+    eigenvectors = lambda: signed(jnp.linalg.eigh(gram)[1])
     return side._replace(basis=jax.lax.cond(count == 1, eigenvectors, lambda: side.basis))
 
   def followed(side: Side | None, gram):
     if side is None:
       return None
     statistic = c.b2 * side.statistic + (1 - c.b2) * gram
-    refined = lambda: jnp.linalg.qr(statistic @ side.basis)[0]
+    refined = lambda: signed(jnp.linalg.qr(statistic @ side.basis)[0])
     return Side(statistic, jax.lax.cond(count % c.every == 0, refined, lambda: side.basis))
 
   rows, columns = map(begun, sides, grams)
@@ -151,6 +151,17 @@ def _step(c: SOAP, count, g_LRC, mean_LRC, square_LRC, sides):
   y_LRC = y_LRC if rows is None else rows.basis @ y_LRC
   y_LRC = y_LRC if columns is None else y_LRC @ _t(columns.basis)
   return y_LRC, square_LRC, tuple(map(followed, (rows, columns), grams))
+
+
+def signed(basis_LNN) -> jax.Array:
+  """Vectors, as columns, of the one of both signs by which a sum of theirs is positive.
+
+  Decompositions leave the sign to rounding, and updates do not depend on it; so that a state is the
+  same on any mesh, it follows from the vector. The weights of the sum have no pattern that a vector
+  could cancel, as pairs of equal entries would a plain sum or a largest entry.
+  """
+  weights_N1 = jnp.sin(jnp.arange(1.0, basis_LNN.shape[-2] + 1, dtype=basis_LNN.dtype))[:, None]
+  return jnp.where((basis_LNN * weights_N1).sum(-2, keepdims=True) < 0, -basis_LNN, basis_LNN)
 
 
 def _t(x_LRC):

@@ -81,7 +81,7 @@ def partial_attention(queries: Queries, keys: Keys, form: Form) -> Found:
 
     return jax.lax.scan(add, nothing(queries.q_BTKGH), _blocks(keys))[0]
 
-  return _whole(jax.lax.map(of_queries, _blocks(queries)))
+  return _whole(jax.lax.map(of_queries, _blocks(queries)), queries.q_BTKGH.shape[1])
 
 
 def partial_gradients(
@@ -120,7 +120,8 @@ def partial_gradients(
 
   zeros = like(queries.q_BTKGH, jnp.zeros(queries.q_BTKGH.shape, wide))
   dq_NBTKGH, dkv = jax.lax.scan(of_keys, _blocks(zeros), _blocks(keys))
-  return _whole(dq_NBTKGH), *_whole(dkv)
+  T, S = queries.q_BTKGH.shape[1], keys.k_BSKH.shape[1]
+  return _whole(dq_NBTKGH, T), *_whole(dkv, S)
 
 
 def like(x, value) -> jax.Array:
@@ -151,21 +152,33 @@ def _product(dims: str, a, b) -> jax.Array:
 
 
 def _blocks(tree):
-  """(B, T, ...) -> (blocks, B, N, ...) with as long blocks as there can be."""
+  """(B, T, ...) -> (blocks, B, N, ...), as few blocks as there can be, of one size.
 
-  def split(x_BT):
-    B, T = x_BT.shape[:2]
-    size = next(n for n in range(min(T, BLOCK), 0, -1) if T % n == 0)
-    return jnp.swapaxes(x_BT.reshape(B, T // size, size, *x_BT.shape[2:]), 0, 1)
+  Where they are longer than T together, as where T is prime, the last ends in slots that are empty,
+  which see nothing and are not seen.
+  """
 
-  return jax.tree.map(split, tree)
+  def split(x_BT, empty=0):
+    B, T, *rest = x_BT.shape
+    blocks = -(-T // BLOCK)
+    size = -(-T // blocks)
+    fill = [(0, 0), (0, blocks * size - T), *[(0, 0)] * len(rest)]
+    x_BT = jnp.pad(x_BT, fill, constant_values=empty)
+    return jnp.swapaxes(x_BT.reshape(B, blocks, size, *rest), 0, 1)
+
+  def of(leaf):
+    if not isinstance(leaf, Tokens):
+      return split(leaf)
+    return Tokens(split(leaf.positions, -1), jax.tree.map(split, leaf.segments))
+
+  return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, Tokens))
 
 
-def _whole(tree):
+def _whole(tree, length: int):
   """The inverse of `_blocks`."""
 
   def join(x_NBT):
     N, B, T = x_NBT.shape[:3]
-    return jnp.swapaxes(x_NBT, 0, 1).reshape(B, N * T, *x_NBT.shape[3:])
+    return jnp.swapaxes(x_NBT, 0, 1).reshape(B, N * T, *x_NBT.shape[3:])[:, :length]
 
   return jax.tree.map(join, tree)

@@ -21,6 +21,7 @@ from jax import P
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, configs
+from bigtrain.hints import to_set
 from bigtrain.kernels import attention
 from bigtrain.kernels.attention import Call
 from bigtrain.models.attention import AttentionConfig
@@ -108,12 +109,12 @@ def _check_attention(axis: str | None, dropout: float, relative: bool) -> None:
   if axis and dropout:
     raise Refused(
       f"attention.dropout is {dropout}, but over mesh.context attention does not drop weights; set "
-      "it to 0 (the other dropouts may stay), or --mesh.context 1"
+      f"it to 0 (the other dropouts may stay), or {to_set('mesh.context', 1)}"
     )
   if axis == "context" and relative:
     raise Refused(
       "relative biases go by the columns of whole rows, of which each device has pieces in a ring; "
-      "set --mesh.ulysses, or --mesh.context 1"
+      f"set {to_set('mesh.ulysses', True)}, or {to_set('mesh.context', 1)}"
     )
 
 

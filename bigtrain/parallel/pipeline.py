@@ -28,6 +28,7 @@ from jax import P
 
 from bigtrain import sharding, taps
 from bigtrain.config import Refused, config
+from bigtrain.hints import to_set
 
 (AXIS,) = sharding.STAGES
 INPUT = "input"  # The name that a stage gives to the inputs of its layers, by checkpoint_name.
@@ -64,9 +65,11 @@ class Pipeline:
     """Refuses a mesh with `stages` for `repeats` of a pattern and a batch of `rows` a shard."""
     if repeats % (stages * self.rounds):
       rounds = f" times {self.rounds} rounds" if self.rounds > 1 else ""
+      fits = [n for n in range(1, stages) if repeats % (n * self.rounds) == 0]
+      fewer = f"set {to_set('mesh.pipeline', fits[-1])}" if fits else "mesh.pipeline"
       raise Refused(
         f"the pattern is repeated {repeats} times, which {stages} stages{rounds} do not divide; "
-        f"change layers, --mesh.pipeline or rounds"
+        f"change layers or rounds, or {fewer}"
       )
     if (m := self.microbatches) is None:
       return

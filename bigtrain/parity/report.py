@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from bigtrain.console import tables
 from bigtrain.leaves import flatten
 from bigtrain.statistics import unstacked
 
@@ -157,9 +157,7 @@ class Report:
 
   def print(self, rows: int) -> None:
     """The table, the worst first, and what it comes to."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-      console.width = 120
+    console = tables()
     table = Table(box=None, pad_edge=False)
     table.add_column("what")
     table.add_column("name", overflow="fold")
@@ -172,9 +170,11 @@ class Report:
       table.add_row(t.kind, t.name, *numbers, str(t.step), style=style)
     console.print(table)
     if len(shown) < len(self.tensors):
-      console.print(f"... and {len(self.tensors) - len(shown)} that differ by less")
+      console.print(
+        f"... and {len(self.tensors) - len(shown)} that differ by less", highlight=False
+      )
     for line in self.verdict():
-      console.print(line, soft_wrap=True)
+      console.print(line, soft_wrap=True, highlight=False)
 
   def verdict(self) -> list[str]:
     """What the table comes to, in sentences."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from bigtrain.config import Refused, configs
 from bigtrain.experiment import Experiment
+from bigtrain.hints import to_set
 from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
 from bigtrain.models.moe import BalanceLoss, MoEConfig
 from bigtrain.models.transformer import TransformerConfig
@@ -72,7 +73,7 @@ def shrink(experiment: Experiment) -> Experiment:
   if (devices := size(e.mesh)) == 1:
     raise Refused(
       "parity compares a mesh with one device, and this mesh is one device; give it another axis, "
-      "as in --mesh.fsdp 2"
+      f"as in {to_set('mesh.fsdp', 2)}"
     )
   for _, node in configs(e.model):
     _few_layers(node, e.mesh.pipeline)

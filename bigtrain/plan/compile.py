@@ -12,10 +12,10 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import time
 from typing import Any
 
+import numpy as np
 import zstandard
 
 from bigtrain.config import dump
@@ -26,7 +26,7 @@ from bigtrain.optim.on_host import HOST
 from bigtrain.plan.network import Network
 from bigtrain.plan.topologies import Topology
 
-FORMAT = 2  # Raised by whatever changes what is kept.
+FORMAT = 3  # Raised by whatever changes what is kept.
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 SOURCES = pathlib.Path(__file__).parents[1]
 MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_temp")
@@ -81,15 +81,31 @@ def planned(experiment: Experiment, topology: Topology) -> Compiled:
   Raises:
     Refused: as it does.
   """
-  path = cache.root() / "plans" / f"{_digest(experiment, topology)}.pickle.zst"
+  path = cache.root() / "plans" / f"{_digest(experiment, topology)}.json.zst"
   if path.exists():
-    return pickle.loads(zstandard.decompress(path.read_bytes()))
+    return _read(json.loads(zstandard.decompress(path.read_bytes())), topology)
   made = compile_step(experiment, topology)
   path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
   unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-  unfinished.write_bytes(zstandard.compress(pickle.dumps(made)))
+  unfinished.write_bytes(zstandard.compress(json.dumps(_kept(made)).encode()))
   unfinished.replace(path)
   return made
+
+
+def _kept(made: Compiled) -> dict[str, Any]:
+  """What is kept of it, as JSON; the topology is what it is looked up by."""
+  kept = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+  network, state = made.network, [dataclasses.astuple(leaf) for leaf in made.state]
+  places = {"places": network.places.tolist(), "slices": network.slices.tolist()}
+  del kept["topology"]
+  return kept | {"network": places | {"axes": network.axes}, "state": state}
+
+
+def _read(kept: dict[str, Any], topology: Topology) -> Compiled:
+  arrays = {name: np.asarray(kept["network"][name]) for name in ("places", "slices")}
+  network = Network(topology, kept["network"]["axes"], **arrays)
+  state = [Leaf(p, n, tuple(shape), tuple(part), host) for p, n, shape, part, host in kept["state"]]
+  return Compiled(**kept | {"topology": topology, "network": network, "state": state})
 
 
 def _digest(experiment: Experiment, topology: Topology) -> str:

@@ -3,9 +3,9 @@
 - An instruction with `estimated_cycles` takes these at the chip's clock. Those with a matrix
   product in them are "matrix", the others "vector".
 - A kernel carries no estimate. Attention, by Pallas or cuDNN, is counted by its products at 60% of
-  peak, of all of it the half that a causal mask leaves: two forward, five in a fused backward pass
-  (three and four where it is two kernels). Others take what their own cost estimate says, as a
-  roofline.
+  peak, two forward, five in a fused backward pass (three and four where it is two kernels): all of
+  each where every query sees every key, and the half that a causal mask leaves where there is a
+  mask or nothing tells. Others take what their own cost estimate says, as a roofline.
 - What else carries none (a gather, a scatter, a sort, a copy) takes the time to read and write its
   bytes: "moved".
 - Collectives take what network.py says. Compute and network are two queues: an asynchronous
@@ -304,7 +304,7 @@ def kernel(i: Instruction, computation: Computation, chip) -> tuple[float, float
   if products and len(whole) >= 2:
     q, k = whole[0], whole[1]
     keys = k[-3] if cudnn else k[-2]  # It takes (B, S, K, H), the others (..., S, H).
-    flops = products * 2.0 * math.prod(q) * keys / 2
+    flops = products * 2.0 * math.prod(q) * keys * (1.0 if _sees_all(i, name, given) else 0.5)
     return flops, flops / (ATTENTION * chip.bf16)
   said = re.search(r'"flops":"?(\d+)', i.attributes)
   moved = re.search(r'"bytes_accessed":"?(\d+)', i.attributes)
@@ -315,6 +315,18 @@ def kernel(i: Instruction, computation: Computation, chip) -> tuple[float, float
 
 
 FLOATS = ("bf16", "f32", "f16")
+
+
+def _sees_all(i: Instruction, name: str, given: list) -> bool:
+  """Whether a kernel of attention has no mask but that of documents, as far as its call tells.
+
+  cuDNN's names its mask. Splash attention computes one from the columns of the queries, which it is
+  then given as whole numbers besides the documents of queries and keys.
+  """
+  if CUDNN in i.target:
+    return bool(re.search(r'"mask_type": ?"(NO_MASK|PADDING)"', i.attributes))
+  rows = [a for a in given if a and a[0].dtype == "s32" and len(a[0].dims) >= 2]
+  return "splash" in name and len(rows) == (2 if "segmented" in name else 0)
 
 
 def _products_of(name: str, results: int) -> int:

@@ -3,7 +3,8 @@
 A candidate divides the chips that the experiment's other axes leave among data, fsdp and tensor,
 and chooses a remat policy, a number of microbatches and a batch. Pruned is what cannot divide, what
 cannot fit and what cannot be the fastest if closed forms are wrong by `MARGIN` at most. Of what is
-left the first `few` are compiled, each by a process of its own.
+left a `few` are compiled, each by a process of its own: those that differ, since a closed form is
+wrong about near twins alike.
 """
 
 import copy
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
+from bigtrain import hints
 from bigtrain.config import Refused
 from bigtrain.console import say
 from bigtrain.experiment import Experiment
@@ -58,7 +60,7 @@ class Candidate:
 
 @dataclasses.dataclass
 class Found:
-  """What a search left, the best first, and what it dropped, by reason."""
+  """What a search left, in the order to ask the compiler in, and what it dropped, by reason."""
 
   candidates: list[Candidate]
   dropped: Counter
@@ -87,13 +89,11 @@ def candidates(
 
 def pasted(settings: dict[str, Any]) -> str:
   """Settings as the command line takes them."""
+  return " ".join(_words(settings))
 
-  def words(flag: str, value: Any) -> str:
-    if isinstance(value, bool):
-      return f"--{'' if value else 'no_'}{flag}"
-    return " ".join([f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))])
 
-  return " ".join(words(flag, value) for flag, value in settings.items())
+def _words(settings: dict[str, Any]) -> list[str]:
+  return [word for field, value in settings.items() for word in hints.flag(field, value)]
 
 
 def applied(e: Experiment, settings: dict[str, Any]) -> Experiment:
@@ -109,7 +109,7 @@ def applied(e: Experiment, settings: dict[str, Any]) -> Experiment:
 
 
 def prune(e: Experiment, topology: Topology, batches: tuple[int, ...] = ()) -> Found:
-  """The candidates that closed forms do not rule out, the fastest first.
+  """The candidates that closed forms do not rule out, near twins behind those that differ.
 
   Raises:
     Refused: there are no closed forms of this model, or nothing can be.
@@ -132,7 +132,7 @@ def prune(e: Experiment, topology: Topology, batches: tuple[int, ...] = ()) -> F
   if not found:
     said = ", ".join(f"{n} because {why}" for why, n in dropped.items())
     raise Refused(f"--search: nothing is left of what was looked at ({said}): take more chips")
-  return Found(found, dropped)
+  return Found(apart(found, topology.chip.hbm), dropped)
 
 
 def can_be(e: Experiment, chips: int) -> bool:
@@ -152,6 +152,23 @@ def kept(found: list[Candidate], hbm: float, dropped: Counter) -> list[Candidate
   fast = [c for c in room if c.rate * MARGIN**2 >= max(safe, default=0.0)]
   dropped[f"another is {MARGIN**2:.2f} times as fast in closed form"] += len(room) - len(fast)
   return sorted(fast, key=lambda c: (c.guess.memory > hbm, -c.rate))
+
+
+def apart(found: list[Candidate], hbm: float) -> list[Candidate]:
+  """The same, first those of a mesh, a remat policy or a batch that none before them has.
+
+  What only has more microbatches, or joins a mesh and a policy that were there, comes behind these,
+  as does what should not fit or be the fastest. Either way the order is as it was given.
+  """
+  seen: set[Any] = set()
+  first, behind = [], []
+  for c in found:
+    mesh = tuple((name, size) for name, size in c.settings.items() if name.startswith("mesh."))
+    traits = {mesh, *((k, c.settings[k]) for k in ("model.remat", "batch"))} - seen
+    may_be = c.guess.memory <= hbm and c.rate * MARGIN >= found[0].rate
+    (first if traits and may_be else behind).append(c)
+    seen |= traits if may_be else set()
+  return first + behind
 
 
 def search(
@@ -176,7 +193,7 @@ def by_process(target: str, arguments: list[str]) -> Callable[[Candidate], dict[
 
   def compile(candidate: Candidate) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "bigtrain.cli", "plan", target, *arguments]
-    command += [word for f, v in candidate.settings.items() for word in (f"--{f}", str(v))]
+    command += _words(candidate.settings)
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=os.environ)
     try:
       plan = json.loads(done.stdout)

@@ -3,13 +3,17 @@
 Dims: B batch, T position, D model.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from bigtrain.config import Refused
-from bigtrain.kernels.attention import Tokens
+from bigtrain.kernels.attention import FEW, Tokens
+from bigtrain.models import remat as remats
 from bigtrain.models.feed_forward import FeedForwardConfig
 from bigtrain.models.initial import Initializer, Normal
 from bigtrain.models.language_model import LanguageModelConfig
@@ -89,3 +93,17 @@ def test_what_cannot_be_is_refused(field, value, message):
   )
   with pytest.raises(Refused, match=message):
     c.check()
+
+
+@pytest.mark.parametrize("remat", ["attention", "qkv"])
+def test_what_attention_finds_is_kept_once(remat, capsys):
+  """As its kernel needs it, padded: the values in it are a slice of that."""
+  layer, rows = C.make(D, Initializer(Normal(std=0.5), 2), jax.random.key(0)), 2 * FEW
+  tokens = Tokens(jnp.tile(jnp.arange(rows), (B, 1)))
+  loss = lambda layer, x: layer(x, tokens)[0].sum()
+  policy = remats.policy(remats.KEPT[remat], ())
+  print_saved_residuals(jax.checkpoint(loss, policy=policy), layer, jnp.ones((B, rows, D)))
+  named = [line for line in capsys.readouterr().out.splitlines() if "named 'attention'" in line]
+  sizes = [re.findall(r"\d+", line.partition("]")[0].partition("[")[2]) for line in named]
+  wanted = [[B, C.heads, 1, rows, C.head_dim + C.rotary_dim], [B, C.heads, 1, rows]]
+  assert sorted(map(len, sizes)) == [4, 5] and all([*map(int, s)] in wanted for s in sizes), named

@@ -127,6 +127,28 @@ def test_parts_that_are_merged_equal_the_whole():
   assert_close(of_tokens(found.out_BTKGH), of_tokens(loss(form, arrays)[1]))
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_number_of_positions_that_is_prime_goes_in_long_blocks_too(form, monkeypatch):
+  monkeypatch.setattr(blockwise, "BLOCK", 8)
+  arrays = {name: x[:, :31] for name, x in arguments().items()}
+  tokens = Tokens(arrays["positions"], arrays["segments"])
+  own = blockwise.Queries(arrays["q"], tokens)
+  there = blockwise.Keys(arrays["k"], arrays["v"], tokens)
+  blocks = blockwise._blocks((own, there))
+  assert {x.shape[::2] for x in jax.tree.leaves(blocks) if x.ndim == 3} == {(4, 8)}
+
+  def partly(arrays):
+    found = blockwise.partial_attention(own, there, form)
+    sums = (arrays["factor"] * found.out_BTKGH).sum(-1)
+    sent = blockwise.Sent(arrays["factor"], found.lse_BTKG, sums)
+    return found.out_BTKGH, blockwise.partial_gradients(own, there, form, sent)
+
+  y, found = jax.jit(partly)(arrays)
+  wanted_y, wanted = gradients(form, arrays)
+  of_real = lambda x: np.asarray(x)[arrays["segments"] > 0]
+  assert_close((of_real(y), found), (of_real(wanted_y), tuple(wanted[name] for name in "qkv")))
+
+
 @pytest.mark.parametrize("mesh", [RING, EXCHANGE], ids=["ring", "exchange"])
 def test_a_cut_row_knows_its_neighbours_and_its_first_column(mesh):
   x_BTD = np.arange(B * T * 3, dtype=np.float32).reshape(B, T, 3) + 1

@@ -48,11 +48,12 @@ def decoder(seq=16, attention=CALM, **fields):
     (
       test_parity_context.t5(mesh=Mesh(fsdp=1, context=8)),
       "relative biases go by the columns of whole rows, of which each device has pieces in a ring; "
-      "set --mesh.ulysses",
+      "set experiment.mesh.ulysses = True, or experiment.mesh.context = 1",
     ),
     (
       decoder(mesh=Mesh(sequence=True)),
-      "mesh.sequence is a way to use mesh.tensor, which spans",
+      "mesh.sequence is a way to use mesh.tensor, which spans one device; set "
+      "experiment.mesh.tensor = 2 or more, or experiment.mesh.sequence = False",
     ),
     (
       decoder(mesh=Mesh(ulysses=True)),
@@ -60,7 +61,7 @@ def decoder(seq=16, attention=CALM, **fields):
     ),
     (
       classes.experiment(MODELS["vit"], mesh=Mesh(fsdp=4, context=2)),
-      "cuts rows of tokens (context), but the data has none; set --mesh.context 1",
+      "cuts rows of tokens (context), but the data has none; set experiment.mesh.context = 1",
     ),
     (
       classes.experiment(MODELS["mlp"], mesh=Mesh(fsdp=4, tensor=2, sequence=True)),

@@ -130,33 +130,61 @@ def test_a_backward_pass_of_two_kernels_makes_two_products_more():
 ENTRY %main (q: bf16[4,512,128], k: bf16[2,512,128]) -> bf16[4,512,128] {
   %q = bf16[4,512,128]{2,1,0} parameter(0)
   %k = bf16[2,512,128]{2,1,0} parameter(1)
+  %c = s32[512,128]{1,0} iota(), iota_dimension=0
   %splash_mha_dkv_no_residuals = (bf16[2,512,128]{2,1,0}, bf16[2,512,128]{2,1,0}) KERNEL
   ROOT %splash_mha_dq_no_residuals = bf16[4,512,128]{2,1,0} KERNEL
 }
 """
-  text = text.replace("KERNEL", 'custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"')
+  text = text.replace("KERNEL", 'custom-call(%q, %k, %k, %c), custom_call_target="tpu_custom_call"')
   found = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4))
   assert found.flops == (4 + 3) * 2 * 4 * 512**2 * 128 / 2
 
 
-def test_attention_by_cudnn_takes_its_products_too():
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_both_directions_makes_all_of_its_products(masked, segmented):
+  """Splash attention of two rows as it is printed: a mask comes as the columns of the queries."""
+  text = """HloModule m
+
+ENTRY %main (q: bf16[2,4,512,128], k: bf16[2,2,512,128]) -> bf16[2,4,512,128] {
+  %q = bf16[2,4,512,128]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,512,128]{3,2,1,0} parameter(1)
+  %n = s8[1,2,2]{2,1,0} constant({ { { 0, 1 }, { 0, 1 } } })
+  %qs = s32[2,512,128]{2,1,0} broadcast(%n), dimensions={}
+  %ks = s32[2,8,512]{2,1,0} broadcast(%n), dimensions={}
+  %c = s32[512,128]{1,0} iota(), iota_dimension=0
+  ROOT %splash_mha_fwd_NAME = bf16[2,4,512,128]{3,2,1,0} custom-call(%n, %n, %q, %k, %kREST), HOW
+}
+"""
+  rest = ", %qs, %ks" * segmented + ", %c" * masked
+  name = "segmented_residuals" if segmented else "residuals"
+  text = text.replace("NAME", name).replace("REST", rest)
+  text = text.replace("HOW", 'custom_call_target="tpu_custom_call"')
+  found = cost.estimate(hlo.parse(text), links("v5e:2x2", fsdp=4))
+  assert found.flops == 2 * 2 * 2 * 4 * 512**2 * 128 / (1 + masked)
+
+
+@pytest.mark.parametrize("mask, seen", [("CAUSAL", 0.5), ("NO_MASK", 1.0)])
+def test_attention_by_cudnn_takes_its_products_too(mask, seen):
   """As it was printed for an H100: rows of 8 x 1,024 positions, 12 heads of 64."""
   text = """HloModule m
 
 ENTRY %main (q: bf16[8,1024,12,64], m: bf16[8,1,1024,1024]) -> ROWS {
   %q = bf16[8,1024,12,64]{3,2,1,0} parameter(0)
   %m = bf16[8,1,1024,1024]{3,2,1,0} parameter(1)
-  %fwd = (OUT, ROWS, u8[0]{0}) custom-call(%q, %q, %q, %m), CUDNN"
+  %fwd = (OUT, ROWS, u8[0]{0}) custom-call(%q, %q, %q, %m), CUDNN", CONFIG
   %s = ROWS get-tuple-element(%fwd), index=1
-  %bwd = (OUT, OUT, OUT, u8[0]{0}) custom-call(%q, %q, %q, %s, %q, %m, %q), CUDNNBackward"
+  %bwd = (OUT, OUT, OUT, u8[0]{0}) custom-call(%q, %q, %q, %s, %q, %m, %q), CUDNNBackward", CONFIG
   ROOT %out = ROWS copy(%s)
 }
 """
-  shapes = {"OUT": "bf16[8,12,1024,64]{3,1,2,0}", "ROWS": "f32[8,12,1024]{2,1,0}"}
-  for name, by in (shapes | {"CUDNN": 'custom_call_target="__cudnn$fmhaScaleBiasSoftmax'}).items():
+  by_name = {"OUT": "bf16[8,12,1024,64]{3,1,2,0}", "ROWS": "f32[8,12,1024]{2,1,0}"}
+  by_name["CONFIG"] = f'backend_config={{"cudnn_fmha_backend_config": {{"mask_type": "{mask}"}}}}'
+  by_name["CUDNN"] = 'custom_call_target="__cudnn$fmhaScaleBiasSoftmax'
+  for name, by in by_name.items():
     text = text.replace(name, by)
   found = cost.estimate(hlo.parse(text), links("h100:8", fsdp=8))
-  flops = (2 + 5) * 2 * 8 * 12 * 1024**2 * 64 / 2
+  flops = (2 + 5) * 2 * 8 * 12 * 1024**2 * 64 * seen
   assert found.flops == flops
   assert found.seconds["kernels"] == pytest.approx(flops / 0.6 / 989e12)
 

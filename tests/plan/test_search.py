@@ -103,6 +103,22 @@ def test_pruning_drops_what_is_far_too_slow_or_too_large():
   assert sorted(dropped.values()) == [1, 1]
 
 
+def test_near_twins_are_compiled_behind_what_differs():
+  """In closed form the four fastest are of one mesh: two policies, in one microbatch or in two."""
+
+  def made(seconds, memory=4.0, *, fsdp=8, remat="none", microbatches=1):
+    settings = {"mesh.data": 8 // fsdp, "mesh.fsdp": fsdp, "batch": 8, "model.remat": remat}
+    return search.Candidate(settings | {"microbatches": microbatches}, _guess(seconds, memory))
+
+  first, twin = made(1.0), made(1.01, microbatches=2)
+  policy, both = made(1.02, remat="products"), made(1.03, remat="products", microbatches=2)
+  mesh, joined = made(1.1, fsdp=4), made(1.2, fsdp=4, remat="products")
+  slow, large = made(1.6, fsdp=2), made(0.9, 17.0, fsdp=1)
+  given = [first, twin, policy, both, mesh, joined, slow, large]
+  wanted = [first, policy, mesh, twin, both, joined, slow, large]
+  assert [*map(id, search.apart(given, 16.0))] == [*map(id, wanted)]
+
+
 def _guess(seconds: float, memory: float) -> Guess:
   return Guess(seconds, 0, 0, 0, 0, 0, 0, state=memory, kept=0, working=0)
 

@@ -1,14 +1,20 @@
 """The real TPU compiler, where it is installed; there need be no TPU."""
 
+import functools
+import math
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from bigtrain import Mesh
+from bigtrain.kernels.attention import Form, splash
 from bigtrain.plan import cost, hlo, memory
 from bigtrain.plan.compile import compile_step
 from bigtrain.plan.topologies import topology
 from bigtrain.products import Products
+from tests.plan.snippets import links
 from tests.plan.test_search import study
 
 pytest.importorskip("libtpu", reason="TPU programs are compiled by libtpu")
@@ -65,3 +71,26 @@ def test_low_products_are_int8_on_the_matrix_unit():
   kinds = re.findall(r"= (\w+)\[\S+ (?:convolution|dot)\(", text)
   # All but the logits, whose products are wide; none is left in bfloat16.
   assert kinds.count("s32") >= 3 * 6 and "bf16" not in kinds
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_counted_by_what_its_mask_leaves(fused):
+  """Splash attention, forward and back: 7 products in two kernels, 9 in three."""
+  place = jax.sharding.SingleDeviceSharding(topology("v5e:2x2").devices()[0])
+  of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+  q, k = (of(jnp.bfloat16, 2, heads, 1024, 128) for heads in (4, 2))
+  segments = of(jnp.int32, 2, 1024)
+  links_ = links("v5e:2x2", fsdp=4)
+  for causal in (True, False):
+
+    def loss(*arrays, causal=causal):
+      form = Form(causal=causal, aligned=True)
+      row = functools.partial(splash._fused if fused else splash._plain, form, False)
+      return jax.vmap(row)(*arrays).astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    text = gradient.lower(q, k, k, segments, segments).compile().as_text()
+    product = 2 * math.prod(q.shape) * 1024
+    found = cost.estimate(hlo.parse(text), links_).flops
+    assert found == (7 if fused else 9) * product / (1 + causal)

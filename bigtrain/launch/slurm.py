@@ -1,0 +1,96 @@
+"""SLURM: a batch script that requeues itself."""
+
+import re
+import shlex
+
+from bigtrain.config import Refused, config
+from bigtrain.launch.job import Command, Engine, Job, Rendered
+from bigtrain.launch.script import UNHELPED, command, prepared
+
+SCRIPT = """\
+#!/bin/bash
+{options}
+
+# What each host runs. SIGTERM comes to it and to bigtrain, of which it has to hear how it left.
+host() {{
+trap : TERM
+{lines}{train}
+code=$?
+case $code in {unhelped}) scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ;; esac
+exit $code
+}}
+export -f host
+
+srun --kill-on-bad-exit=0 --wait={grace}{more} bash -c host
+code=$?
+case $code in 0|{unhelped}) exit $code ;; esac
+if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
+  echo "bigtrain: ended with code $code, and was restarted {restarts} times already" >&2
+  exit $code
+fi
+# A job that was cancelled stays so.
+if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
+  echo "bigtrain: ended with code $code; requeued" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
+
+
+@config
+class Slurm(Engine):
+  """A batch job that SLURM requeues when a node fails, and that requeues itself when it ends early.
+
+  Its environment is that of who launches, as SLURM has it.
+  """
+
+  partition: str | None = None
+  account: str | None = None
+  qos: str | None = None
+  time: str | None = None  # Limit of one start, as "2-00:00:00"; SIGTERM comes `grace` before it.
+  cpus: int | None = None  # Of a host; those that the partition gives to a task unless given.
+  image: str | None = None  # A container, where the cluster has pyxis.
+  options: tuple[str, ...] = ()  # More of sbatch, without dashes: "constraint=h100".
+  restarts: int = 100  # How often it requeues itself.
+
+  def check(self, job: Job) -> None:
+    for value in (self.partition, self.account, self.qos, self.time, self.image, *self.options):
+      if value is not None and not value.isprintable():
+        raise Refused(f"{value!r} holds a character that cannot be printed")
+    if wrong := [each for each in self.options if not re.match("[a-z]", each)]:
+      raise Refused(f"--engine.options {wrong[0]!r}: give options of sbatch, as constraint=h100")
+    if self.restarts < 0:
+      raise Refused(f"--engine.restarts {self.restarts}: give 0 or more")
+    if self.cpus is not None and self.cpus < 1:
+      raise Refused(f"--engine.cpus {self.cpus}: give 1 or more")
+
+  def render(self, job: Job, train: list[str], out: str, secrets: dict[str, str]) -> Rendered:
+    options = {
+      "job-name": str(job.name),
+      "nodes": str(self.hosts(job)),
+      "ntasks-per-node": "1",
+      "cpus-per-task": str(self.cpus) if self.cpus else None,
+      "partition": self.partition,
+      "account": self.account,
+      "qos": self.qos,
+      "time": self.time,
+      "gpus-per-node": str(job.chips_of_host()) if job.platform() == "gpu" else None,
+      "signal": f"TERM@{job.grace}",
+      "output": f"{out.replace('%', '%%')}/%j.log",
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    given += ["--requeue", "--open-mode=append", "--export=ALL"]
+    given += [f"--{option}" for option in self.options]
+    more = [f"--cpus-per-task={self.cpus}"] if self.cpus else []  # srun does not inherit it.
+    more += [f"--container-image={shlex.quote(self.image)}"] if self.image else []
+    text = SCRIPT.format(
+      options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
+      lines="".join(f"{line}\n" for line in prepared(job)),
+      train=command(train),
+      unhelped="|".join(map(str, UNHELPED)),
+      grace=job.grace,
+      more="".join(f" {option}" for option in more),
+      restarts=self.restarts,
+    )
+    script = f"{out}/{job.name}.sbatch"
+    return Rendered({script: text}, (Command(("sbatch", script)),))

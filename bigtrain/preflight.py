@@ -1,0 +1,152 @@
+"""Before the first compilation: can these processes, together, run at all?
+
+A fault that shows on one host after an hour of start-up, or as a hang of all the others, is found
+here in a second, and all processes are told of it with the host's name. What only the launching
+machine can ask, whether the step fits the chips, is in launch/fits.py.
+"""
+
+import contextlib
+import os
+import platform
+import secrets
+import socket
+import statistics
+import time
+import zlib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from bigtrain import processes
+from bigtrain.config import Refused
+from bigtrain.processes import called, differences, gather
+from bigtrain.run_directory import PACKAGES
+
+# Besides what a run records: what compiles, and what saves.
+FURTHER = ("libtpu", "jax-cuda13-plugin", "tensorstore", "ml-dtypes", "tokamax")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # Programs that differ by these wait for each other.
+SKEW = 1.0  # Seconds between clocks that are worth a word; nothing computed depends on them.
+VISIBLE = 20.0  # Seconds that a file system may take to show a file to another host.
+
+
+def check(run_dir: epath.Path) -> list[str]:
+  """Meets all processes; does nothing where there is one.
+
+  Returns:
+    Remarks for people.
+
+  Raises:
+    Refused: on all processes, where hosts have different packages or code, or one of them cannot
+      see or write the run directory.
+  """
+  if jax.process_count() == 1:
+    return []
+  nonce = secrets.token_hex(8)  # The first one's is that of all.
+  told = gather({"host": socket.gethostname(), "facts": installed(), "nonce": nonce})
+  times = gather(time.time())  # On all of them as soon as the last had told.
+  if differ := differences(told):
+    lines = [f"  {name}: {_versions(name, told)}" for name in differ]
+    raise Refused("\n".join(["the hosts differ; install the same on all of them:", *lines]))
+  # A start that is killed here leaves what the run directory knows to be nothing (_foreign).
+  probe = run_dir / f"preflight-{told[0]['nonce']}.unfinished"
+  try:
+    with together("the run directory"):
+      if processes.is_first():
+        _write(probe)
+    with together("the run directory"):
+      if not processes.is_first():
+        _see(probe)
+  finally:
+    if processes.is_first():
+      with contextlib.suppress(OSError):
+        probe.unlink(missing_ok=True)
+  middle = statistics.median_low(times)
+  return [
+    f"the clock of {called(i, told[i]['host'])} is {abs(t - middle):.1f} s "
+    f"{'ahead of' if t > middle else 'behind'} that of most"
+    for i, t in enumerate(times)
+    if abs(t - middle) > SKEW
+  ]
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+  """In here all processes do the same; where one is refused or fails, all of them hear of it.
+
+  Raises:
+    Refused, OSError: its own on the process that failed, and one of that kind on the others.
+  """
+  failure = None
+  try:
+    yield
+  except (Refused, OSError) as error:
+    failure = error
+  refused = isinstance(failure, Refused)
+  own = {"host": socket.gethostname(), "refused": refused, "why": failure and str(failure)}
+  told = gather(own)
+  if failure is not None:
+    raise failure
+  failed = [(i, t) for i, t in enumerate(told) if t["why"] is not None]
+  if failed:
+    lines = [f"{what}, on {called(i, t['host'])}: {t['why']}" for i, t in failed[:8]]
+    raise (Refused if any(t["refused"] for _, t in failed) else OSError)("\n".join(lines))
+
+
+def installed() -> dict[str, str]:
+  """What has to be the same everywhere, by name."""
+  found = {}
+  for name in (*PACKAGES, *FURTHER):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      found[name] = metadata.version(name)
+  found["python"] = ".".join(platform.python_version_tuple()[:2])
+  found["bigtrain's code"] = f"{_code():08x}"
+  for name in FLAGS:
+    # Where a dump goes may well depend on the host.
+    words = [w for w in os.environ.get(name, "").split() if not w.startswith("--xla_dump")]
+    found[name] = " ".join(sorted(words))
+  return found
+
+
+def _code() -> int:
+  """A digest of the package's own files: a checkout may be newer than its version says."""
+  folder, digest = Path(__file__).parent, 0
+  for path in sorted(folder.rglob("*.py")):
+    digest = zlib.crc32(path.relative_to(folder).as_posix().encode() + path.read_bytes(), digest)
+  return digest
+
+
+def _versions(name: str, told: list[dict]) -> str:
+  """`0.10.2 on a, b; 0.12.0 on c`, the rarest last."""
+  values = [each["facts"].get(name) for each in told]
+  groups = sorted(dict.fromkeys(values), key=values.count, reverse=True)
+  where = {v: [t["host"] for x, t in zip(values, told, strict=True) if x == v] for v in groups}
+  named = {
+    v: f"{', '.join(h[:4])}{f' and {len(h) - 4} more' * (len(h) > 4)}" for v, h in where.items()
+  }
+  return "; ".join(f"{v or 'none'} on {hosts}" for v, hosts in named.items())
+
+
+def _see(probe: epath.Path) -> None:
+  """Finds the first process's file, and writes one: checkpoints are written by all processes."""
+  until = time.monotonic() + VISIBLE
+  while not probe.exists():
+    if time.monotonic() > until:
+      raise Refused(
+        f"{probe.parent} is not what the first process sees there; name a folder that all hosts "
+        "share, or a bucket"
+      )
+    time.sleep(0.5)
+  own = probe.with_name(f"{probe.stem}-{jax.process_index()}.unfinished")
+  _write(own)
+  own.unlink()
+
+
+def _write(path: epath.Path) -> None:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+  except OSError as error:
+    raise Refused(f"{path.parent} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,290 @@
+"""What is rendered is what each engine takes, and nothing that is given breaks out of its words."""
+
+import gzip
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bigtrain.annotations import check_types
+from bigtrain.cli import main
+from bigtrain.config import Refused
+from bigtrain.exit_codes import Exit
+from bigtrain.launch.job import Job
+from bigtrain.launch.jobset import JobSet
+from bigtrain.launch.remote import RECEIVE, Gcloud, Ssh
+from bigtrain.launch.skypilot import SkyPilot
+from bigtrain.launch.slurm import Slurm
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "launch_schemas.json.gz"
+HOSTILE = "a'b\"c $(touch hacked) `touch hacked` $HOME; touch hacked & ${x} $$ \\ *"
+TRAIN = ["bigtrain", "train", "experiments/quickstart.py", "--dir", HOSTILE, "--steps", "5"]
+
+
+def job(engine, **fields) -> Job:
+  made = Job(**{"engine": engine, "name": "study", "dir": "gs://bucket/study"} | fields)
+  check_types(made)
+  made.check()
+  return made
+
+
+def rendered(made: Job, secrets=None, train=TRAIN):
+  return made.engine.render(made, train, "launched/study", secrets or {})
+
+
+def tree(made: Job) -> dict:
+  (text,) = rendered(made).files.values()
+  return yaml.safe_load(text)
+
+
+ENGINES = [
+  Slurm(partition="long", time="1-0", image="image:1", cpus=16),
+  JobSet(image="image:1", secret="tokens", claim="disk", queue="team", spot=True, cpus="500m"),
+  SkyPilot(infra="gcp/us-east5", image="image:1", spot=True, cpus="8+", memory="64"),
+  Ssh(machines=("me@a", "b"), options=("Port=2222",)),
+  Gcloud(nodes=("pod",), zone="us-east5-a", project="mine", internal_ip=True),
+]
+
+
+def of_engine(engine, **fields) -> Job:
+  chips = {"chips": "v5e:2x4", "hosts": 2} if isinstance(engine, Gcloud) else {}
+  return job(engine, **chips, **fields)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: type(e).__name__)
+def test_hostile_words_reach_the_command_as_they_are_and_run_nothing(engine, tmp_path):
+  """The shell of a host is run, with a program in place of bigtrain that says what it was given."""
+  (tmp_path / "bin").mkdir()
+  for name, text in {"bigtrain": 'printf "%s\\0" "$PWD" "$A" "$@"', "scontrol": "true"}.items():
+    (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+    (tmp_path / "bin" / name).chmod(0o755)
+  folder = tmp_path / "it's $(here)"
+  folder.mkdir()
+  made = of_engine(engine, folder=str(folder), environment=(f"A={HOSTILE}",))
+  script, stdin = _shell(made)
+  process = subprocess.Popen(
+    ["bash", "-c", script],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    cwd=tmp_path,
+    env={
+      "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+      "HOME": "/nowhere",
+      "JOB_INDEX": "1",
+      "JOB_COMPLETION_INDEX": "0",
+      "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+      "SKYPILOT_NUM_NODES": "2",
+      "SKYPILOT_NODE_RANK": "1",
+    },
+  )
+  process.stdin.write(stdin)
+  process.stdin.flush()
+  assert process.wait(30) == 0
+  given = process.communicate()[0].decode().split("\0")[:-1]
+  assert given == [str(folder), HOSTILE, *TRAIN[1:]]
+  assert not list(tmp_path.rglob("hacked"))
+
+
+def _shell(made: Job) -> tuple[str, bytes]:
+  """What the shell of a host is given, and what it reads."""
+  if isinstance(made.engine, (Ssh, Gcloud)):
+    command = rendered(made).commands[0]
+    assert command.argv[-1] == RECEIVE
+    return RECEIVE, command.stdin.encode()
+  if isinstance(made.engine, Slurm):
+    (text,) = rendered(made).files.values()
+    return text[: text.index("srun")] + "host", b""
+  if isinstance(made.engine, SkyPilot):
+    return tree(made)["run"], b""
+  pod = tree(made)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  (script,) = pod["containers"][0]["command"][2:]
+  return _expanded(script), b""
+
+
+def _expanded(text: str) -> str:
+  """As Kubernetes expands it: $$ is $, and $(NAME) the value of a variable, if there is one."""
+  known = {"JOB_INDEX": "1", "HOME": "hacked"}
+  found = lambda m: "$" if m[0] == "$$" else known.get(m[1], m[0])
+  return re.sub(r"\$\$|\$\(([^)]*)\)", found, text)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: type(e).__name__)
+def test_no_engine_writes_a_secret_down(engine):
+  made = of_engine(engine, secrets=("HF_TOKEN",))
+  found = rendered(made, {"HF_TOKEN": "correct-horse"})
+  assert not any("correct-horse" in text for text in found.files.values())
+  assert not any("correct-horse" in word for each in found.commands for word in each.argv)
+  if found.held:
+    assert all("export HF_TOKEN=correct-horse" in each.stdin for each in found.commands)
+
+
+def test_a_dry_run_prints_what_would_run_without_its_secrets(capsys, monkeypatch, tmp_path):
+  monkeypatch.setenv("HF_TOKEN", "correct-horse")
+  monkeypatch.chdir(tmp_path)
+  study = str(GOLDEN.parent.parent.parent / "experiments" / "quickstart.py")
+  where = ["--to", "ssh", "--engine.machines", "a", "b", "--secrets", "HF_TOKEN", "--dry_run"]
+  assert main(["launch", study, *where, "--", "--steps", "7"]) == Exit.DONE
+  out = capsys.readouterr().out
+  assert "correct-horse" not in out and "export HF_TOKEN='***'" in out
+  assert f"bigtrain train {study} --dir runs/quickstart --steps 7" in out
+  assert out.count("$ ssh -o BatchMode=yes") == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def schemas():
+  """A validator of each."""
+  kind = pytest.importorskip("jsonschema").Draft202012Validator
+  found = json.loads(gzip.decompress(GOLDEN.read_bytes()))
+  return {name: kind(schema) for name, schema in found.items() if name != "from"}
+
+
+CHIPS = [
+  {},
+  {"hosts": 3},
+  {"chips": "v5e:4x4"},
+  {"chips": "v5p:2x2x4"},
+  {"chips": "v6e:4x4", "setup": "source venv/bin/activate\n"},
+  {"chips": "h100:8", "slices": 2},
+]
+
+
+@pytest.mark.parametrize("chips", CHIPS, ids=str)
+def test_job_sets_and_tasks_are_what_their_published_schemas_allow(schemas, chips):
+  for engine in (JobSet(image="image:1"), ENGINES[1]):
+    found = tree(job(engine, secrets=("A",) if engine.secret else (), **chips))
+    schemas["jobset"].validate(found)
+  found["spec"]["replicas"] = 3
+  assert not schemas["jobset"].is_valid(found)
+  for engine in (SkyPilot(), ENGINES[2]):
+    found = tree(job(engine, **chips))
+    schemas["skypilot_task"].validate(found)
+    schemas["skypilot_resources"].validate(found["resources"])
+  assert not schemas["skypilot_task"].is_valid(found | {"nodes": 3})
+
+
+def test_a_job_set_recreates_all_but_what_was_refused():
+  made = job(JobSet(image="image:1", restarts=7), chips="v5p:2x2x4", slices=2)
+  spec = tree(made)["spec"]
+  assert spec["failurePolicy"]["maxRestarts"] == 7
+  (rule,) = spec["failurePolicy"]["rules"]
+  assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+  (slices,) = spec["replicatedJobs"]
+  of_job = slices["template"]["spec"]
+  assert (slices["replicas"], of_job["parallelism"], of_job["completions"]) == (2, 4, 4)
+  (rule,) = of_job["podFailurePolicy"]["rules"]
+  assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 4, 126, 127])
+  pod = of_job["template"]["spec"]
+  assert pod["nodeSelector"] == {
+    "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+    "cloud.google.com/gke-tpu-topology": "2x2x4",
+  }
+  assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
+  script = pod["containers"][0]["command"][2]
+  assert "BIGTRAIN_" not in script and "MEGASCALE_NUM_SLICES:=2" in script  # jax knows TPU hosts.
+
+
+def test_skypilot_goes_on_after_each_code_but_that_of_a_refusal():
+  recovery = tree(job(SkyPilot(), hosts=2))["resources"]["job_recovery"]
+  assert recovery["max_restarts_on_errors"] == 0
+  codes = set(recovery["recover_on_exit_codes"])
+  assert {Exit.FAILED, Exit.LEFT, Exit.DEADLINE, 137} <= codes
+  assert not {Exit.REFUSED, Exit.CHECK} & codes
+
+
+@pytest.mark.parametrize(
+  "chips, slices, hosts, expected",
+  [
+    ("v5e:2x2", 1, None, 1),
+    ("v5e:2x4", 1, None, 1),
+    ("v5e:2x4", 1, 2, 2),
+    ("v5e:4x4", 2, None, 8),
+    ("v5p:2x2x4", 1, None, 4),
+    ("v6e:16x16", 1, None, 64),
+    ("h100:8", 4, None, 4),
+    (None, 1, 3, 3),
+    (None, 1, None, 1),
+  ],
+)
+def test_hosts_follow_from_the_chips(chips, slices, hosts, expected):
+  made = job(Slurm(), chips=chips, slices=slices, hosts=hosts)
+  assert made.engine.hosts(made) == expected
+  assert f"--nodes={expected}\n" in next(iter(rendered(made).files.values()))
+
+
+@pytest.mark.parametrize(
+  "engine, fields, message",
+  [
+    (Slurm(), {"name": "-x; rm"}, "a name at an engine is 40 lower-case letters"),
+    (Slurm(), {"hosts": 0}, "--hosts 0: give 1 or more"),
+    (Slurm(), {"chips": "v5e:4x4", "hosts": 3}, "are not that many equal parts"),
+    (Slurm(), {"chips": "v9:4x4"}, "there is no chip 'v9'"),
+    (Slurm(), {"environment": ("A B=1",)}, "give NAME=value"),
+    (Slurm(), {"environment": ("HF_TOKEN=x",)}, "looks like a secret.*give --secrets HF_TOKEN"),
+    (Slurm(), {"secrets": ("A=b",)}, "takes names of variables"),
+    (Slurm(), {"command": "a 'b"}, "No closing quotation"),
+    (Slurm(), {"command": ""}, "--command is empty"),
+    (Slurm(), {"dir": "a\nb"}, "cannot be printed"),
+    (Slurm(partition="a\n#SBATCH --wrap=x"), {}, "cannot be printed"),
+    (Slurm(options=("--x",)), {}, "give options of sbatch"),
+    (JobSet(), {}, "needs the image"),
+    (JobSet(image="i", namespace="a b"), {}, "no name of Kubernetes"),
+    (JobSet(image="i"), {"secrets": ("A",)}, "name the Secret that holds A"),
+    (JobSet(image="i"), {"dir": "runs/x"}, "goes with it; name a bucket"),
+    (SkyPilot(), {"chips": "v5e:4x4", "slices": 2}, "joins no slices"),
+    (SkyPilot(), {"dir": "runs/x"}, "would go with the machine"),
+    (SkyPilot(runtime="v2"), {}, "is of TPU VMs"),
+    (Ssh(), {}, "name the hosts"),
+    (Ssh(machines=("-oProxyCommand=x",)), {}, "is no host"),
+    (Ssh(machines=("a", "a")), {}, "names a host twice"),
+    (Ssh(machines=("a", "b")), {"hosts": 3}, "are 2, and the job has 3 hosts"),
+    (Ssh(machines=("a",), port=0), {}, "give 1 to 65535"),
+    (Gcloud(nodes=("a",), zone="z"), {}, "say which TPU VMs"),
+    (Gcloud(nodes=("a",), zone="z"), {"chips": "v5e:4x4", "slices": 2}, "has 2 slices"),
+    (Gcloud(nodes=("--x",), zone="z"), {"chips": "v5e:4x4"}, "no name at Google"),
+  ],
+)
+def test_what_cannot_be_is_refused(engine, fields, message):
+  with pytest.raises(Refused, match=message):
+    job(engine, **fields)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--to", "slrum"], "did you mean 'slurm'"),
+    ([], "needs --to: slurm, jobset"),
+    (["--to", "slurm", "--host", "2"], "did you mean --hosts"),
+    (["--to", "slurm", "--engine.zone", "x"], "there is no flag --engine.zone"),
+    (["--to", "slurm", "--", "--dir", "x"], "--dir is a field of the job"),
+    (["--to", "slurm", "--", "--stepps", "x"], "did you mean --steps"),
+    (["--to", "slurm", "--chips", "v5e:4x4", "--", "--mesh.fsdp", "3"], "16"),
+    (["--to", "ssh", "--engine.machines", "a", "--secrets", "NOT_SET"], "it is not set here"),
+  ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(arguments, message, capsys, monkeypatch):
+  monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something ran"))
+  assert main(["launch", "experiments/quickstart.py", *arguments]) == Exit.REFUSED
+  assert message in capsys.readouterr().err
+
+
+def test_a_job_may_stand_in_a_file_and_flags_change_it(tmp_path, capsys):
+  (tmp_path / "machines.py").write_text(
+    "from bigtrain.launch.job import Job\n"
+    "from bigtrain.launch.slurm import Slurm\n\n\n"
+    "def cluster() -> Job:\n"
+    '  return Job(engine=Slurm(partition="long", account="us"), hosts=8)\n'
+  )
+  to = ["--to", f"{tmp_path}/machines.py:cluster", "--engine.account", "them", "--dry_run"]
+  assert main(["launch", "experiments/quickstart.py:base", *to]) == Exit.DONE
+  out = capsys.readouterr().out
+  for line in ("--partition=long", "--account=them", "--nodes=8", "--job-name=quickstart"):
+    assert f"#SBATCH {line}\n" in out
+  assert shlex.split(out.splitlines()[-1]) == [
+    "$",
+    "sbatch",
+    "launched/quickstart/quickstart.sbatch",
+  ]

@@ -1,0 +1,206 @@
+"""Every hang ends within its limit, on all processes, and says who was missing and where."""
+
+import contextlib
+import dataclasses
+import re
+import signal
+import time
+
+import pytest
+
+from bigtrain import phases, watchdog
+from bigtrain.config import Refused
+from bigtrain.deadlines import Deadlines, limit
+from bigtrain.exit_codes import Exit
+from bigtrain.heartbeats import Beat, latecomers, missing, stragglers
+from bigtrain.supervise import Restarts
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("prepared")
+
+
+# What is watched, and what is made of it.
+
+
+def test_phases_are_timed_apart_from_those_inside_them(monkeypatch):
+  clock = iter([0.0, 1.0, 3.0, 7.0, 8.0])
+  monkeypatch.setattr(phases.time, "monotonic", lambda: next(clock))
+  doing = phases.Doing()
+  monkeypatch.setattr(phases, "doing", doing)
+  with phases.within("loop"):
+    with phases.within("step"):
+      assert (doing.name, doing.since) == ("step", 3.0)
+    assert (doing.name, doing.since) == ("loop", 7.0)
+  assert doing.seconds == {"start": 1.0, "loop": 3.0, "step": 4.0}
+  assert doing.own_seconds() == 3.0
+
+
+def test_the_median_step_counts_no_time_away_from_training(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+  doing = phases.Doing()
+  monkeypatch.setattr(phases, "doing", doing)
+  phases.stepped(40)
+  with phases.within("loop"):
+    for step in range(41, 51):
+      with phases.within("step"):
+        now[0] += 2
+      if step == 45:
+        with phases.within("evaluate"):
+          now[0] += 1000
+      phases.stepped(step)
+  assert (doing.first, doing.step, doing.median()) == (40, 50, 2.0)
+
+
+def test_the_limit_of_a_step_follows_the_usual_step_and_has_a_floor():
+  d = Deadlines()
+  assert limit(d, "step", 1.0) == d.step and limit(d, "loop", 100.0) == 100 * d.step_times
+  assert limit(d, "compile", 100.0) == d.compile and limit(d, "verify", 1.0) == d.other
+  assert limit(Deadlines(step=0), "step", 100.0) == 0 and limit(d, "join", 1.0) == 0
+
+
+def test_the_docs_have_every_limit():
+  text = (runs.ROOT / "docs/long_runs.md").read_text()
+  found = {name: float(n) for name, n in re.findall(r"^\| `(\w+)` \| (\d+) \|", text, re.M)}
+  limits = {f.name: getattr(Deadlines(), f.name) for f in dataclasses.fields(Deadlines)}
+  assert limits.pop("step_times") == 20 and found == limits
+
+
+def test_a_negative_limit_is_refused():
+  with pytest.raises(Refused, match=r"deadlines.save is -1.*at least 0"):
+    Deadlines(save=-1.0).check()
+  with pytest.raises(Refused, match=r"restarts.limit is -2"):
+    Restarts(limit=-2).check()
+
+
+def test_who_is_missing_is_silent_or_does_something_else_while_others_wait():
+  waits = Beat("step", 7, 9.0)
+  assert missing({0: waits, 1: waits._replace(silent=9), 2: waits}, 6) == [1]
+  assert missing({0: waits, 1: Beat("input", 7, 9.0), 2: waits._replace(step=8)}, 6) == [1]
+  assert missing({0: waits, 1: waits._replace(step=4)}, 6) == [1]
+  assert missing({0: waits, 1: waits._replace(step=6)}, 6) == []  # One step is handed over ahead.
+  assert missing({p: Beat("save", 7, 9.0) for p in range(3)}, 6) == []
+
+
+def test_who_keeps_most_others_waiting_is_named_before_it_is_given_up():
+  beats = {p: Beat("step", 7, 30.0 + p) for p in range(3)} | {3: Beat("input", 7, 30.0)}
+  assert [(late.process, late.seconds) for late in latecomers(beats, 10)] == [(3, 30.0)]
+  assert not [*latecomers(beats, 31)]
+  assert not [*latecomers(beats | {3: Beat("input", 7, 0.1)}, 10)]  # It has just come to that.
+
+
+@pytest.mark.parametrize("own, found", [(0.9, [2]), (0.25, []), (0.11, [])])
+def test_who_works_longer_at_each_step_than_most_is_named(own, found):
+  before = {p: Beat("step", 10, 0.0, own=5.0) for p in range(4)}
+  after = {p: Beat("step", 30, 0.0, own=7.0) for p in range(4)}  # 0.1 s a step.
+  after[2] = after[2]._replace(own=5 + 20 * own)
+  assert [late.process for late in stragglers(before, after, 1.0)] == found
+  # The same seconds beside a step that does not hide them.
+  assert not found or stragglers(before, after, 0.3)
+
+
+def test_time_in_which_the_whole_process_was_stopped_is_no_hang(monkeypatch):
+  phases.doing.__init__()
+  dog = watchdog.Watchdog(Deadlines(start=60.0), "nowhere")
+  dog.stop()
+  since = phases.doing.since
+  assert dog._trouble(since + 59) is None and dog._trouble(since + 61)[0] == Exit.DEADLINE
+  dog._excused = since, 100.0
+  assert dog._trouble(since + 159) is None and dog._trouble(since + 161)[0] == Exit.DEADLINE
+
+
+# Real processes.
+
+SOON = ("--deadlines.step", "8", "--deadlines.input", "60", "--deadlines.silence", "16")
+STEPS = ("--steps", "3000", "--evaluation.every", "0", "--checkpoints.every", "1000")
+
+
+@contextlib.contextmanager
+def started(run_dir, processes: int, *arguments: str, **environment: str):
+  all_of = [
+    runs.start(run_dir, *arguments, file="tests/troubled.py", **each, **environment)
+    for each in runs.joined(processes)
+  ]
+  try:
+    yield all_of
+  finally:
+    for process in all_of:
+      process.kill()
+      process.communicate()
+
+
+def stacks(run_dir) -> dict[int, str]:
+  """By process, of the one hang there was."""
+  files = sorted((run_dir / "hangs").iterdir())
+  return {int(path.stem.rpartition("-")[2]): path.read_text() for path in files}
+
+
+@pytest.mark.parametrize(
+  "processes, stopped",
+  [
+    (2, 1),
+    pytest.param(2, 0, marks=pytest.mark.slow),
+    pytest.param(4, 2, marks=pytest.mark.slow),
+  ],
+)
+def test_a_stopped_process_ends_all_others_within_the_limit(tmp_path, processes, stopped):
+  with started(tmp_path, processes, *SOON, *STEPS) as all_of:
+    runs.wait_until(all_of[0], lambda: runs.lines(tmp_path / "metrics.jsonl") > 5)
+    all_of[stopped].send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    others = [process for i, process in enumerate(all_of) if i != stopped]
+    ended = [runs.finish(process) for process in others]
+    assert time.monotonic() - since < 8 + 2 * watchdog.PATIENCE
+    assert [code for code, _ in ended] == [Exit.DEADLINE] * (processes - 1), "\n".join(
+      err for _, err in ended
+    )
+    assert all_of[stopped].poll() is None
+  found = stacks(tmp_path)
+  assert found.keys() == set(range(processes)) - {stopped}
+  assert all("last step: " in text and "in loop\n" in text for text in found.values())
+  first = min(found)
+  assert f"process {stopped} is missing: " in found[first]
+  if stopped:
+    (hang,) = runs.events(tmp_path, "hang")
+    assert hang["missing"] == [stopped] and hang["phase"] == "step"
+    assert "silent" in hang["where"][str(stopped)]
+
+
+def test_a_process_that_waits_for_its_data_is_named_and_shows_where(tmp_path):
+  with started(tmp_path, 2, *SOON, *STEPS, TROUBLE="hang 1 80") as both:
+    ended = [runs.finish(process) for process in both]
+  assert [code for code, _ in ended] == [Exit.DEADLINE] * 2, ended
+  (straggler,), (hang,) = runs.events(tmp_path, "straggler"), runs.events(tmp_path, "hang")
+  assert straggler["process"] == 1 and "in input" in straggler["why"]
+  assert hang["missing"] == [1] and "in input" in hang["where"]["1"]
+  assert "in trouble\n" in stacks(tmp_path)[1]  # Whose own limit had not passed.
+
+
+def test_a_process_that_fails_ends_the_others_at_once_and_all_by_its_code(tmp_path):
+  limits = ("--deadlines.silence", "16", *STEPS)
+  with started(tmp_path, 2, *limits, TROUBLE="fail 1 80") as both:
+    ended = [runs.finish(process) for process in both]
+  assert [code for code, _ in ended] == [Exit.FAILED] * 2, ended
+  assert "RuntimeError: a troubled row" in ended[1][1]
+  assert any("a troubled row" in event["error"] for event in runs.events(tmp_path, "error"))
+  assert not (tmp_path / "hangs").exists()
+
+
+@pytest.mark.slow
+def test_a_slow_host_is_named_while_the_run_goes_on(tmp_path):
+  arguments = ("--steps", "60", "--deadlines.silence", "16")
+  with started(tmp_path, 2, *arguments, TROUBLE="slow 1 80") as both:
+    ended = [runs.finish(process) for process in both]
+  assert [code for code, _ in ended] == [Exit.DONE] * 2, ended
+  (straggler,) = runs.events(tmp_path, "straggler")
+  assert straggler["process"] == 1 and straggler["seconds"] > 0.1
+
+
+def test_one_process_that_hangs_ends_too_and_says_where(tmp_path):
+  with started(tmp_path, 1, "--deadlines.input", "2", TROUBLE="hang 0 80") as (process,):
+    code, err = runs.finish(process)
+  assert code == Exit.DEADLINE, err
+  assert "input has lasted 2 s, and its limit is 2 s" in err
+  (hang,) = runs.events(tmp_path, "hang")
+  assert hang["phase"] == "input" and hang["missing"] == []
+  assert "in trouble\n" in stacks(tmp_path)[0]
