@@ -19,6 +19,7 @@ from bigtrain.objectives.output import mean
 from bigtrain.optim.clip import global_norm
 from bigtrain.parity.report import by_layer
 from bigtrain.parity.steps import forward_order
+from bigtrain.phases import got_on
 from bigtrain.program import Program
 from bigtrain.state import State
 from bigtrain.statistics import STACK, unstacked
@@ -57,6 +58,7 @@ class Check:
   def __init__(
     self, experiment: Experiment, mesh: jax.sharding.Mesh | None, state: State, batch: Batch
   ):
+    got_on()  # What was checked before has its own time.
     self.program = Program(experiment, mesh)
     self.limits = guard.limits(experiment.model)
     # Modules hold their settings: those of the state are the run's.

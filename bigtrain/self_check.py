@@ -22,6 +22,7 @@ from bigtrain import digest, leaves, processes, sharding
 from bigtrain.failures import CheckFailed
 from bigtrain.hints import to_set
 from bigtrain.parts import Part
+from bigtrain.phases import within
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
@@ -50,10 +51,11 @@ class SelfCheck(Part):
     """Raises CheckFailed, on all processes."""
     if not self.run.experiment.faults.self_check:
       return
-    found = {
-      "a device computes wrong": wrong(),
-      "devices that hold the same part of the state differ in it": differing(self.run.state),
-    }
+    with within("self_check"):
+      found = {
+        "a device computes wrong": wrong(),
+        "devices that hold the same part of the state differ in it": differing(self.run.state),
+      }
     told = [
       f"{what}: {'; '.join(f'{place(device)}: {why}' for device, why in devices.items())}"
       for what, devices in found.items()

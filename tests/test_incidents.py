@@ -23,7 +23,6 @@ from bigtrain.sharding import batch_sharding
 from bigtrain.train import train
 from tests import faulty, runs
 from tests.faulty import BATCH, Powers
-from tests.test_multiprocess import joined
 
 BAD = 10 * BATCH + 3  # An example of step 11, its fourth row.
 
@@ -452,7 +451,9 @@ def test_who_wants_to_go_back_further_than_what_is_kept_goes_to_the_oldest(tmp_p
 def test_two_processes_do_the_same(tmp_path, name):
   alone = trained(getattr(faulty, name)(), tmp_path / "alone")
   target = f"tests/faulty.py:{name}"
-  both = [runs.start(tmp_path / "both", file=target, **environment) for environment in joined(2)]
+  both = [
+    runs.start(tmp_path / "both", file=target, **environment) for environment in runs.joined(2)
+  ]
   for process in both:
     code, err = runs.finish(process)
     assert code == Exit.DONE, err
