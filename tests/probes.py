@@ -119,12 +119,13 @@ def _recorded(e: Experiment) -> str:
       return str(refusal)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    events = [event for event in events if event["event"] != "goodput"]  # Seconds alone.
     events.sort(key=lambda event: event["event"] == "verified")  # When, is a matter of speed.
     kept = [
       *sorted(p.name for p in run_dir.iterdir()),
       *sorted(os.listdir(run_dir / "checkpoints")),
     ]
-  measured = ("second", "wait", "mfu", "/s", "per_second", "time")
+  measured = ("second", "wait", "mfu", "/s", "per_second", "time", "goodput")
   # Sums of another order differ by their rounding.
   rounded = lambda v: float(f"{v:.4g}") if isinstance(v, float) else v
   steady = lambda row: {k: rounded(v) for k, v in row.items() if not any(m in k for m in measured)}
