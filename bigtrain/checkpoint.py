@@ -17,6 +17,7 @@ the digests again, on the devices.
 import contextlib
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -81,6 +82,7 @@ class Store:
     self._saving: Background | None = None  # A save whose end nobody has seen.
     self.begun: int | None = None  # The step of the last save that was begun.
     self._next: tuple[int, dict[str, Any]] | None = None  # Waits for its save.
+    self._keeping = threading.Lock()
     self._news: list[dict[str, Any]] = []
     if keep is not None and processes.is_first():
       path.mkdir(parents=True, exist_ok=True)
@@ -141,11 +143,11 @@ class Store:
     return files.read_json(self.path / str(step) / NEXT)
 
   def _keep_next(self) -> None:
-    if self._next is not None:
-      step, values = self._next
-      if (self.path / str(step)).exists():
-        files.replace_json(self.path / str(step) / NEXT, values)
-        self._next = None
+    with self._keeping:  # The thread of a save comes here too.
+      if self._next is None or not (place := self.path / str(self._next[0])).exists():
+        return
+      files.replace_json(place / NEXT, self._next[1])
+      self._next = None
 
   def check(self) -> None:
     """Raises SaveFailed if a save in the background failed or takes too long; does not wait."""
