@@ -135,7 +135,8 @@ class Store:
   def keep_next(self, step: int, values: dict[str, Any]) -> None:
     """Keeps with the save of `step` what the step behind it gave: now, or when it is verified."""
     if processes.is_first():
-      self._next = step, values
+      with self._keeping:
+        self._next = step, values
       self._keep_next()
 
   def next_step(self, step: int) -> dict[str, Any] | None:
