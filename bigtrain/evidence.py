@@ -128,7 +128,7 @@ def read(data: Data, example: int, size: int, rows: Sequence[int]) -> Batch:
 def keep_batch(folder: epath.Path, data: Data, batch: Batch, rows: Sequence[int]) -> None:
   """Writes the rows of a batch into a folder that is there."""
   packed = io.BytesIO()
-  np.savez_compressed(packed, allow_pickle=False, rows=np.asarray(rows), **batch)
+  np.savez_compressed(packed, rows=np.asarray(rows), **batch)
   (folder / "batch.npz").write_bytes(packed.getvalue())
   if "tokens" in batch:
     try:

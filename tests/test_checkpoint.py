@@ -248,6 +248,6 @@ def test_the_golden_checkpoint_restores():
   begun = {
     name: leaf for name, leaf in numpy_leaves(run.state).items() if name not in known["digests"]
   }
-  assert begun.keys() == {"statistics.consumed"} and not any(begun.values())
+  assert all(name.startswith("statistics.") for name in begun) and not any(begun.values())
   tokens = np.array(known["tokens"])
   np.testing.assert_allclose(np.asarray(run.model(tokens))[0], known["logits"], atol=1e-4)

@@ -145,6 +145,7 @@ def test_speed_is_that_of_training_alone(recorded):
   run, recorder, device = recorded
   evaluating = Evaluating()
   evaluating.start(run, 0)
+  run.started = True
 
   def evaluate():
     device.last.block_until_ready()  # A device does one thing after another.

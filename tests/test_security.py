@@ -344,7 +344,7 @@ def test_the_traceback_of_a_command_that_fails_hides_secrets(tmp_path):
     "def fail(arguments): raise RuntimeError(f'denied: {arguments[0]}')\n"
     "cli.train = fail\n"
     f"sys.argv = ['bigtrain', 'train', {TOKEN!r}]\n"
-    "cli.main()\n"
+    "sys.exit(cli.main())\n"
   )
   environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
   done = subprocess.run(
