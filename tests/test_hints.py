@@ -46,7 +46,7 @@ def test_the_command_line_takes_what_is_advised(field, value):
 def test_an_axis_that_is_not_there_is_answered_by_flags_that_there_are():
   with hints.of_command(), pytest.raises(Refused, match=r"or --mesh\.no_ulysses$"):
     Mesh(ulysses=True).shape(1)
-  with pytest.raises(Refused, match=r"or set experiment\.mesh\.ulysses = False$"):
+  with pytest.raises(Refused, match=r"or experiment\.mesh\.ulysses = False$"):
     Mesh(ulysses=True).shape(1)
 
 
