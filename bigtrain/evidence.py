@@ -128,7 +128,8 @@ def read(data: Data, example: int, size: int, rows: Sequence[int]) -> Batch:
 def keep_batch(folder: epath.Path, data: Data, batch: Batch, rows: Sequence[int]) -> None:
   """Writes the rows of a batch into a folder that is there."""
   packed = io.BytesIO()
-  np.savez_compressed(packed, rows=np.asarray(rows), **batch)
+  arrays: dict[str, Any] = {"rows": np.asarray(rows), **batch}
+  np.savez_compressed(packed, **arrays)
   (folder / "batch.npz").write_bytes(packed.getvalue())
   if "tokens" in batch:
     try:
