@@ -8,6 +8,7 @@ rows past the restored step are dropped before new ones are written.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -31,6 +32,8 @@ from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
 SKIPS = "skips.json"  # Data that were left out after a fault, by the step of the checkpoint.
+# Troubles of a disk that has worked before, and may work again.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -58,6 +61,7 @@ class RunDirectory:
     Raises:
       Refused: the directory holds a run of another config, and `allow_changes` is False; or
         something else; or it cannot be written.
+      OSError: it can just now not be written, but holds a run: a full disk may have room again.
     """
     self.allow_changes = allow_changes
     # Listed once: another process may be writing config.json, and then more, at this moment.
@@ -90,6 +94,8 @@ class RunDirectory:
       text = json.dumps(environment(), indent=2)
       (self.path / "environment.json").write_text(text + "\n")
     except OSError as error:
+      if error.errno in PASSING and self._has_trained():
+        raise  # What is no longer there when the run is started again.
       raise Refused(
         f"cannot write the run directory {self.path}: {error.strerror or error}; "
         f"take another with {_dir()}"

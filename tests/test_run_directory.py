@@ -76,12 +76,17 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   with pytest.raises(Refused, match=r"cannot write .*run_dir"):
     begin(tmp_path / "file" / "run")
 
+  begin(tmp_path / "ran").row(1, "train", {})
+
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr("bigtrain.load.write", full)
   with pytest.raises(Refused, match="No space left on device"):
     begin(tmp_path / "run")
+  # A run that goes on may find room when it is started again, which a refusal would forbid.
+  with pytest.raises(OSError, match="No space left on device"):
+    begin(tmp_path / "ran")
 
 
 def test_a_start_that_was_killed_leaves_nothing_in_the_way(tmp_path):
