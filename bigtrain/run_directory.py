@@ -27,7 +27,7 @@ from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
-from bigtrain.lines import open_lines, read_rows
+from bigtrain.lines import open_lines, read_events, read_rows
 from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
@@ -155,12 +155,11 @@ class RunDirectory:
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
     path = self.path / "metrics.jsonl"
-    return [r for r in read_rows(path) if r["kind"] == kind] if path.exists() else []
+    return [row for row in read_rows(path) if row["kind"] == kind]
 
   def events(self) -> list[dict[str, Any]]:
     """All events, in order."""
-    path = self.path / "events.jsonl"
-    return read_rows(path) if path.exists() else []
+    return read_events(self.path / "events.jsonl")
 
   def _lock(self) -> None:
     """Keeps out a second start of the same run; the lock goes with the process."""

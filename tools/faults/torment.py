@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigtrain.exit_codes import Exit
-from bigtrain.lines import read_rows
+from bigtrain.lines import read_events
 from tests import runs
 from tools.faults import shim
 from tools.faults.damage import flip, pick
@@ -52,8 +52,7 @@ class Tormented:
     return last_step(self.path)
 
   def events(self, name: str) -> list[dict]:
-    path = self.path / "events.jsonl"
-    return [e for e in read_rows(path) if e["event"] == name] if path.exists() else []
+    return [e for e in read_events(self.path / "events.jsonl") if e["event"] == name]
 
   def child(self) -> int:
     """The process that trains, as soon as there is one."""
