@@ -30,6 +30,8 @@ FILE = "tools/faults/tormented.py"
 SILENCE = 30  # Seconds.
 LIMIT = SILENCE + 170.0  # Seconds from a fault until steps go on: a compilation on a busy machine.
 SUPERVISED = ("--supervise", "--restarts.wait", "0.5", "--restarts.silence", str(SILENCE))
+# A clock that goes back stops tensorstore's threads from being started, for as long as it went.
+WITHIN = ("--checkpoints.within", "45")
 
 
 class Tormented:
@@ -209,7 +211,7 @@ def torment(folder: Path, between: float, faults: int, seed: int) -> Iterator[Re
   rng, step = random.Random(seed), step_seconds(folder)
   each = max(round(between / step / 10) * 10, 50)  # Steps.
   steps, saves = each * (faults + 1), max(each // 60 * 10, 10)
-  arguments = ["--steps", str(steps), "--checkpoints.every", str(saves)]
+  arguments = ["--steps", str(steps), "--checkpoints.every", str(saves), *WITHIN]
   names = [name for _ in range(-(-faults // len(FAULTS))) for name in FAULTS][:faults]
   rng.shuffle(names)
   with (folder / "quiet.log").open("w") as log:

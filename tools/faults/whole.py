@@ -1,4 +1,4 @@
-"""Faults of a whole run of one process: killed, asked to leave; its disk, its clock; a second one."""
+"""Faults of a whole run of one process: signals, a disk that fails, a clock that jumps, a twin."""
 
 import random
 import signal
