@@ -39,7 +39,7 @@ class Stored:
   """
 
   def __init__(self, path: pathlib.Path, dtype: str):
-    self._file = path.open("rb", buffering=0)
+    self._path, self._file = path, path.open("rb", buffering=0)
     self._dtype = np.dtype(dtype)
     self._length = path.stat().st_size // self._dtype.itemsize
 
@@ -49,9 +49,10 @@ class Stored:
   def __getitem__(self, at: slice) -> np.ndarray:
     start, stop, _ = at.indices(self._length)
     size = self._dtype.itemsize
-    return np.frombuffer(
-      os.pread(self._file.fileno(), (stop - start) * size, start * size), self._dtype
-    )
+    data = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+    if len(data) != max(stop - start, 0) * size:
+      raise OSError(f"{self._path} was cut off while it was read; the next start makes it again")
+    return np.frombuffer(data, self._dtype)
 
 
 class Split(NamedTuple):

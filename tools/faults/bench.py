@@ -97,6 +97,15 @@ def verified(path: Path) -> int:
   return max((e["step"] for e in events if e["event"] == "verified"), default=0)
 
 
+def gone_on_from(path: Path, done: int) -> int:
+  """The step from which the last start went on; `done` if it had nothing left to do."""
+  last: list[dict] = []
+  for event in read_events(path / "events.jsonl"):
+    last = [] if event["event"] == "start" else [*last, event]
+  begun = [e.get("step", 0) for e in last if e["event"] in ("initialise", "resume")]
+  return begun[-1] if begun else done
+
+
 def gone_on(
   bench: Bench,
   path: Path,
@@ -130,8 +139,7 @@ def gone_on(
     time.sleep(0.02)
   ended = finish(all_of)
   wrong = compared(runs.values(path), runs.values(bench.quiet(processes, file, steps)))
-  resumed = [e["step"] for e in runs.events(path, "resume")]
-  restored = min(resumed[-1] if resumed else 0, step)
+  restored = min(gone_on_from(path, step), step)
   wrong["lost"] += max(newest - restored, 0) if newest < int(steps[1]) else 0
   done = set(ended.codes) == {Exit.DONE}
   told = "" if done else f"; then codes {ended.codes}: {ended.errors[0][-300:]}"
