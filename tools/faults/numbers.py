@@ -1,12 +1,13 @@
 """Wrong numbers in a run: not applied, recorded, and the run goes on."""
 
 import random
+import time
 from collections.abc import Iterator
 
 from bigtrain.exit_codes import Exit
 from tests import runs
-from tools.faults.bench import STEPS, Bench, finish, start
-from tools.faults.result import Result
+from tools.faults.bench import STEPS, Bench, finish, start, steps_of
+from tools.faults.result import Result, compared
 from tools.faults.whole import Fault
 
 FILE = "tools/faults/wrong_numbers.py"
@@ -44,6 +45,31 @@ def wrong(kind: str) -> Fault:
       )  # fmt: skip
 
   return fault
+
+
+ON_EIGHT = ("--mesh.data", "8", "--mesh.fsdp", "1")
+
+
+def device(bench: Bench, times: int, seed: int) -> Iterator[Result]:
+  """What one of eight devices holds is wrong; it has to be named before that is saved."""
+  eight = {"file": FILE, "JAX_NUM_CPU_DEVICES": "8"}
+  whole = bench.new()
+  finish(start(whole, *STEPS, *ON_EIGHT, **eight))
+  for i in range(times):
+    step, path = random.Random(seed + i).randrange(10, 50), bench.new()
+    ended = finish(start(path, *STEPS, *ON_EIGHT, **eight, WRONG=f"device {step}"))
+    told, saved = runs.events(path, "bad_device"), runs.saved(path)
+    named = bool(told) and "device 7" in told[0]["found"] and saved[-1] <= step
+    began, done = time.monotonic(), steps_of(path)
+    again = finish(start(path, *STEPS, *ON_EIGHT, **eight))
+    wrong_rows = compared(runs.values(path), runs.values(whole))
+    yield Result(
+      "device-output", seed + i,
+      f"behind step {step}: code {ended.codes[0]}, {[e['found'][:90] for e in told]}",
+      kept=ended.codes == [Exit.CHECK] and named and again.codes == [Exit.DONE]
+      and not any(wrong_rows.values()),
+      recovery=round(time.monotonic() - began, 1), again=done - saved[-1], **wrong_rows,
+    )  # fmt: skip
 
 
 def same(row: dict) -> list:

@@ -98,6 +98,9 @@ SUITE = {
   "reading-thread": Row(damaged.reading_thread, 4, 0, SAID),
   **{kind: Row(numbers.wrong(kind), 3, int(kind == "nan-data"), NOT_APPLIED)
      for kind in numbers.KINDS},
+  "device-output": Row(
+    numbers.device, 3, 0, "the device is named and the run ends with code 4 before it saves; goes on"
+  ),
   "malformed-input": Row(
     inputs.malformed, 10_000, 330,
     "refused, or what is wrong is told and the rest read; nothing hangs, no code is run",
