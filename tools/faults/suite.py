@@ -99,7 +99,7 @@ SUITE = {
   **{kind: Row(numbers.wrong(kind), 3, int(kind == "nan-data"), NOT_APPLIED)
      for kind in numbers.KINDS},
   "device-output": Row(
-    numbers.device, 3, 0, "the device is named and the run ends with code 4 before it saves; goes on"
+    numbers.device, 3, 0, "the device is named, and the run ends with code 4 before it saves that"
   ),
   "malformed-input": Row(
     inputs.malformed, 10_000, 330,
