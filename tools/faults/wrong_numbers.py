@@ -39,7 +39,7 @@ class WrongData(TextData):
 
     def spoiled(example, size, rows=None):
       found = batch(example, size, rows)
-      if example <= at < example + size and kind != "none":
+      if example <= at < example + size and kind not in ("none", "device"):
         value = {"nan-data": np.nan, "huge-data": 3e38}.get(kind, MARK)
         found["weights"] = np.where(np.arange(found["weights"].shape[1]) < 3, value, 1)
         found["weights"] = found["weights"].astype(np.float32) * np.ones((size, 1), np.float32)
