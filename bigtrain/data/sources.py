@@ -168,7 +168,7 @@ class PreparedText:
     for name in names:
       if name != pathlib.PurePath(name).name:
         raise Refused(f"{self.path}/manifest.json names {name!r}, which is no shard of that folder")
-      if not (folder / "shards" / name).is_file():
+      if not _is_file(folder / "shards" / name):
         raise Refused(f"{self.path} has lost its shard {name}: prepare it again")
     sides = {"train": False, "validation": True}
     chosen = [(name, sides[side]) for side in sides for name in names if name.startswith(side)]
@@ -203,6 +203,13 @@ class PreparedText:
       for record in read_shard(path):
         yield Document(record["text"], bool(held_out))
       advance(path.stat().st_size)
+
+
+def _is_file(path: pathlib.Path) -> bool:
+  try:
+    return path.is_file()
+  except (OSError, ValueError):  # No name that a file can have.
+    return False
 
 
 def check_apart(data: object) -> None:

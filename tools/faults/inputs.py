@@ -429,7 +429,9 @@ def through(reader: Reader, folder: Path, count: int, seed: int) -> tuple[int, l
       refused += 1
       if not i:
         wrong["whole"] = f"what is whole was refused: {error}"
-    except (Exception, Hang) as error:
+    except BaseException as error:  # A panic of a library's Rust is no Exception.
+      if isinstance(error, KeyboardInterrupt):
+        raise
       last = traceback.extract_tb(error.__traceback__)[-1]
       place = f"{Path(last.filename).name}:{last.lineno}"
       wrong.setdefault((type(error), place), f"input {i}: {error!r:.200} at {place}")
