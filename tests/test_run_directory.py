@@ -165,3 +165,21 @@ def test_what_is_not_finite_is_null(tmp_path):
   directory.row(1, "train", {"loss": float("nan"), "weight": 2.0})
   (row,) = directory.rows("train")
   assert row == {"step": 1, "kind": "train", "time": row["time"], "loss": None, "weight": 2.0}
+
+
+def test_records_that_are_not_what_they_should_be_are_left_out(tmp_path):
+  directory = RunDirectory(tmp_path)
+  directory.row(1, "train", {"loss": 0.5})
+  directory.event("start", devices=8)
+  directory.close()
+  with (tmp_path / "metrics.jsonl").open("ab") as file:
+    file.write(b'[]\n{"step": "2", "kind": "train"}\n{"step": 2}\n\xff\n' + b"[" * 100_000 + b"\n")
+    file.write(b'{"step": 2, "kind": "train", "loss": 0.25, "time": [], "goodput": "x"}\n')
+  with (tmp_path / "events.jsonl").open("ab") as file:
+    file.write(b'{"event": "start"}\n{"time": 1, "event": "save", "step": {}}\n{"time": 1}\n\xfe')
+  assert [(r["step"], r["loss"]) for r in directory.rows("train")] == [(1, 0.5), (2, 0.25)]
+  assert directory.rows("train")[1].keys() == {"step", "kind", "loss"}
+  assert [event["devices"] for event in directory.events()] == [8]
+  assert [row["step"] for row in directory.drop_rows_after(1)] == [2]
+  directory.event("end")
+  assert len(directory.events()) == 2
