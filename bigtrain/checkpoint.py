@@ -160,7 +160,11 @@ class Store:
     if self._saving is not None:
       saving, self._saving = self._saving, None
       with self._failing():
-        saving.result()
+        try:
+          saving.result()
+        except TimeoutError:
+          self._writer = None  # To close it would be to wait for what hangs.
+          raise
 
   def leaves(self, step: int) -> dict[str, str]:
     """What was saved, by its path: as in {"model.up_DF": "float32[64,16]"}.

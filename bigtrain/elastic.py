@@ -30,7 +30,7 @@ FREE = ("slices", "data", "fsdp")  # Axes that may change.
 
 def begun_on(experiment: Experiment, events: Iterable[dict[str, Any]]) -> int | None:
   """The devices that a run began on, by its first start; None if it has not begun."""
-  first = next((e["devices"] for e in events if e["event"] == "start"), None)
+  first = next((e.get("devices") for e in events if e["event"] == "start"), None)
   fixed = [size for axis in AXES if (size := _size(experiment.mesh, axis)) != 1]
   return first if first is None or -1 in fixed else math.prod(fixed)
 

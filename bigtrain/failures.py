@@ -33,7 +33,8 @@ def explained(error: Exception) -> tuple[str, Exit] | None:
     return text, Exit.CHECK
   if isinstance(error, Late):
     return text, Exit.DEADLINE
-  if OUT_OF_MEMORY in text:
+  # Of a full disk tensorstore uses the same word; what could not be written is an OSError.
+  if OUT_OF_MEMORY in text and not isinstance(error, OSError):
     found = re.search(r"(\d{7,}) ?bytes", text)
     wanted = f" where {int(found[1]) / 1e9:.1f} GB more were wanted" if found else ""
     return f"the device's memory is full{wanted}: {REMEDIES}", Exit.FAILED

@@ -26,5 +26,5 @@ def read_json(path: epath.Path) -> Any:
   """None where there is no such file, or one that is damaged."""
   try:
     return json.loads(path.read_text())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return None

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping
+from typing import NoReturn
 
 from etils import epath
 
@@ -61,7 +62,7 @@ def say(process: int, text: str) -> None:
   os.write(2, f"bigtrain: process {process}: {text}\n".encode())
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
   """Ends the process without a word to jax, which would wait for the others."""
   with contextlib.suppress(Exception):
     sys.stdout.flush()

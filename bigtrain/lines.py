@@ -1,13 +1,21 @@
-"""Files of JSON lines, to which records are added while others read. No jax is imported here."""
+"""Files of JSON lines, to which records are added while others read. No jax is imported here.
+
+What is read of them is not believed: a line that is not what it should be is left out.
+"""
 
 import json
+import math
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from bigtrain import files
+
+# Fields of an event that others reckon with.
+NUMBERS = ("seconds", "step", "until", "to", "lost_steps", "lost_seconds", "devices")
 
 
 def add_event(run_dir: str | os.PathLike, name: str, **fields) -> None:
@@ -19,17 +27,41 @@ def add_event(run_dir: str | os.PathLike, name: str, **fields) -> None:
 
 def open_lines(path: epath.Path):
   """A JSON-lines file to add to; a last line that a kill cut short is dropped first."""
-  if path.exists() and not (text := path.read_text()).endswith("\n") and text:
-    files.replace(path, text[: text.rfind("\n") + 1])
+  if path.exists() and not (data := path.read_bytes()).endswith(b"\n") and data:
+    whole = data[: data.rfind(b"\n") + 1]
+    files.replace(path, whole.decode(errors="replace"))
   return path.open("a")
 
 
+def read_events(path: epath.Path) -> list[dict[str, Any]]:
+  """The events in an events.jsonl; none where there is no such file."""
+  return [event for event in _objects(path) if _is_event(event)]
+
+
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of a JSON-lines file; a last line that a kill cut short is not one."""
-  rows = []
-  for line in path.read_text().splitlines():
+  """The rows of a metrics.jsonl, with what in them is a number; none where there is no file."""
+  is_row = lambda row: isinstance(row.get("kind"), str) and type(row.get("step")) is int
+  keeps = lambda name, value: name == "kind" or value is None or is_number(value)
+  rows = filter(is_row, _objects(path))
+  return [{name: value for name, value in row.items() if keeps(name, value)} for row in rows]
+
+
+def _objects(path: epath.Path) -> Iterator[dict[str, Any]]:
+  """A line that a kill cut short is not one."""
+  for line in path.read_bytes().split(b"\n") if path.exists() else ():
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
+      found = json.loads(line)
+    except (ValueError, RecursionError):
       continue
-  return rows
+    if isinstance(found, dict):
+      yield found
+
+
+def is_number(value: Any) -> bool:
+  """Whether this is a finite number."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+  known = (event[name] for name in NUMBERS if event.get(name) is not None)
+  return isinstance(event.get("event"), str) and all(map(is_number, [event.get("time"), *known]))

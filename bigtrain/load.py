@@ -125,10 +125,12 @@ def read(run_dir: str | os.PathLike, kind: type[T] = Experiment) -> tuple[T, Pat
       raise Refused(f"there is no run directory {run_dir}{near_runs(os.fspath(run_dir))}")
     raise Refused(f"{run_dir} is no run directory: it has no config.json")
   try:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     tree = json.loads(text)
   except json.JSONDecodeError as error:
     raise Refused(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+  except (ValueError, RecursionError) as error:
+    raise Refused(f"{path} is not JSON: {error}") from error
   file = _local(epath.Path(run_dir) / config.FILE)
   module = _module(file) if file is not None and config.needs_file(text) else None
   try:

@@ -8,6 +8,7 @@ rows past the restored step are dropped before new ones are written.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -26,11 +27,13 @@ from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
-from bigtrain.lines import open_lines, read_rows
+from bigtrain.lines import open_lines, read_events, read_rows
 from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
 SKIPS = "skips.json"  # Data that were left out after a fault, by the step of the checkpoint.
+# Troubles of a disk that has worked before, and may work again.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 PACKAGES = ("bigtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -58,6 +61,7 @@ class RunDirectory:
     Raises:
       Refused: the directory holds a run of another config, and `allow_changes` is False; or
         something else; or it cannot be written.
+      OSError: it can just now not be written, but holds a run: a full disk may have room again.
     """
     self.allow_changes = allow_changes
     # Listed once: another process may be writing config.json, and then more, at this moment.
@@ -90,6 +94,8 @@ class RunDirectory:
       text = json.dumps(environment(), indent=2)
       (self.path / "environment.json").write_text(text + "\n")
     except OSError as error:
+      if error.errno in PASSING and self._has_trained():
+        raise  # What is no longer there when the run is started again.
       raise Refused(
         f"cannot write the run directory {self.path}: {error.strerror or error}; "
         f"take another with {_dir()}"
@@ -158,12 +164,11 @@ class RunDirectory:
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
     path = self.path / "metrics.jsonl"
-    return [r for r in read_rows(path) if r["kind"] == kind] if path.exists() else []
+    return [row for row in read_rows(path) if row["kind"] == kind]
 
   def events(self) -> list[dict[str, Any]]:
     """All events, in order."""
-    path = self.path / "events.jsonl"
-    return read_rows(path) if path.exists() else []
+    return read_events(self.path / "events.jsonl")
 
   def _lock(self) -> None:
     """Keeps out a second start of the same run; the lock goes with the process."""

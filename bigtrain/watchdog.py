@@ -73,9 +73,11 @@ class Watchdog:
     In trouble jax would wait for the others, and they for this process: then it tells them and
     ends here. What ended it may be that another one is gone, whose trouble then is that of all.
     """
-    if self.heart is None or code in (Exit.DONE, Exit.LEFT):
+    if code in (Exit.DONE, Exit.LEFT):
       self.code = code
       return
+    if self.heart is None:
+      hangs.leave(code)  # A library's thread that still writes would abort an orderly end.
     ending = self.heart.announce(Ending(self.heart.process, code, self.text))
     if ending.process == self.heart.process:
       self._ends.acquire(timeout=PATIENCE)

@@ -40,16 +40,22 @@ def base() -> Experiment:
   )
 
 
-def prepare(folder: Path, environment) -> None:
-  """Forty short documents, the same anywhere, and a cache; `environment` is told of both."""
+def prepare(folder: Path, environment=None) -> None:
+  """Forty short documents, the same anywhere, and a cache; the environment is told of both.
+
+  Args:
+    folder: where both are made.
+    environment: something with `setenv`; None for this process's own.
+  """
   (folder / "text").mkdir()
   rng = random.Random(0)
   words = ["sense", "and", "sensibility", "pride", "prejudice", "emma", "persuasion", "it", "was"]
   for i in range(40):
     text = " ".join(rng.choice(words) for _ in range(rng.randrange(20, 80)))
     (folder / "text" / f"{i:02}.txt").write_text(text)
-  environment.setenv("RUNS_TEXT", str(folder / "text"))
-  environment.setenv("BIGTRAIN_CACHE", str(folder / "cache"))
+  for name, value in (("RUNS_TEXT", "text"), ("BIGTRAIN_CACHE", "cache")):
+    tell = os.environ.__setitem__ if environment is None else environment.setenv
+    tell(name, str(folder / value))
 
 
 def start(

@@ -298,6 +298,9 @@ def test_a_damaged_config_json_is_refused_with_its_place(write):
   path = load.Path("runs/a/config.json")
   path.write_text(path.read_text()[:-20])
   assert "config.json:" in refusal("runs/a") and "not JSON" in refusal("runs/a")
+  for damage in (b"[" * 100_000, b'{"class": "\xff"}'):
+    path.write_bytes(damage)
+    assert "not JSON" in refusal("runs/a")
 
 
 def test_importing_the_package_does_not_import_jax():

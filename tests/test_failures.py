@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from bigtrain import cli, failures
+from bigtrain.checkpoint import SaveFailed
 from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
 from bigtrain.failures import explained
@@ -33,6 +34,11 @@ def test_memory_that_is_full_is_one_line_with_what_helps(text, monkeypatch, caps
   (line,) = capsys.readouterr().err.splitlines()
   assert "memory is full where 61648.0 GB more were wanted" in line
   assert "a smaller batch" in line and "microbatches" in line and "remat" in line
+
+
+def test_a_full_disk_is_not_taken_for_a_full_device():
+  error = SaveFailed("a checkpoint could not be saved in x: RESOURCE_EXHAUSTED: No space left")
+  assert explained(error) == (str(error), Exit.FAILED)
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):

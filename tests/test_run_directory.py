@@ -77,12 +77,17 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   with pytest.raises(Refused, match=r"cannot write .*run_dir"):
     begin(tmp_path / "file" / "run")
 
+  begin(tmp_path / "ran").row(1, "train", {})
+
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr("bigtrain.load.write", full)
   with pytest.raises(Refused, match="No space left on device"):
     begin(tmp_path / "run")
+  # A run that goes on may find room when it is started again, which a refusal would forbid.
+  with pytest.raises(OSError, match="No space left on device"):
+    begin(tmp_path / "ran")
 
 
 def test_a_start_that_was_killed_leaves_nothing_in_the_way(tmp_path):
@@ -181,3 +186,21 @@ def test_what_is_not_finite_is_null(tmp_path):
   directory.row(1, "train", {"loss": float("nan"), "weight": 2.0})
   (row,) = directory.rows("train")
   assert row == {"step": 1, "kind": "train", "time": row["time"], "loss": None, "weight": 2.0}
+
+
+def test_records_that_are_not_what_they_should_be_are_left_out(tmp_path):
+  directory = RunDirectory(tmp_path)
+  directory.row(1, "train", {"loss": 0.5})
+  directory.event("start", devices=8)
+  directory.close()
+  with (tmp_path / "metrics.jsonl").open("ab") as file:
+    file.write(b'[]\n{"step": "2", "kind": "train"}\n{"step": 2}\n\xff\n' + b"[" * 100_000 + b"\n")
+    file.write(b'{"step": 2, "kind": "train", "loss": 0.25, "time": [], "goodput": "x"}\n')
+  with (tmp_path / "events.jsonl").open("ab") as file:
+    file.write(b'{"event": "start"}\n{"time": 1, "event": "save", "step": {}}\n{"time": 1}\n\xfe')
+  assert [(r["step"], r["loss"]) for r in directory.rows("train")] == [(1, 0.5), (2, 0.25)]
+  assert directory.rows("train")[1].keys() == {"step", "kind", "loss"}
+  assert [event["devices"] for event in directory.events()] == [8]
+  assert [row["step"] for row in directory.drop_rows_after(1)] == [2]
+  directory.event("end")
+  assert len(directory.events()) == 2

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 import signal
+import sys
 import time
 
 import pytest
@@ -194,6 +195,17 @@ def test_a_slow_host_is_named_while_the_run_goes_on(tmp_path):
   assert [code for code, _ in ended] == [Exit.DONE] * 2, ended
   (straggler,) = runs.events(tmp_path, "straggler")
   assert straggler["process"] == 1 and straggler["seconds"] > 0.1
+
+
+def test_a_run_that_failed_waits_for_no_thread_of_a_library(monkeypatch):
+  monkeypatch.setattr(watchdog.hangs, "leave", sys.exit)
+  dog = watchdog.Watchdog(Deadlines(), "nowhere")
+  dog.stop()
+  with pytest.raises(SystemExit) as ended:
+    dog.leave(Exit.FAILED)
+  assert ended.value.code == Exit.FAILED
+  dog.leave(Exit.DONE)
+  assert dog.code == Exit.DONE
 
 
 def test_one_process_that_hangs_ends_too_and_says_where(tmp_path):

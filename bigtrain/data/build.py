@@ -8,6 +8,7 @@ import collections
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from bigtrain.data.tokenizers import Tokenizer
 
 BATCH_BYTES = 2**20  # Text tokenised at once.
 BATCH_DOCUMENTS = 4096
+CHECKED = 2**30  # Bytes up to which a file's contents are checked at each start: about a second.
 
 
 class Writer:
@@ -102,13 +104,39 @@ def build(
     "dtype": dtype,
     "splits": {"train": train.counts, "validation": validation.counts},
     "problems": dict(kinds.most_common()),
-    "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    "files": {path.name: [path.stat().st_size, crc(path)] for path in sorted(folder.iterdir())},
   }
+  manifest["crc"] = zlib.crc32(json.dumps(manifest).encode())
   (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
   # The rename that follows must not reach the disk before what is in the folder.
   for path in (*folder.iterdir(), folder):
     sync(path)
   return manifest
+
+
+def crc(path: pathlib.Path) -> int:
+  """The checksum of a file."""
+  found = 0
+  with path.open("rb") as file:
+    while block := file.read(2**22):
+      found = zlib.crc32(block, found)
+  return found
+
+
+def is_whole(folder: pathlib.Path, manifest: Any) -> bool:
+  """Whether the folder holds what `build` wrote, by its manifest; of a large file only the size.
+
+  Raises:
+    OSError: something is not there.
+  """
+  known = dict(manifest) if isinstance(manifest, dict) else {}
+  if known.pop("crc", None) != zlib.crc32(json.dumps(known).encode()):
+    return False
+  for name, (size, expected) in known["files"].items():
+    path = folder / name
+    if path.stat().st_size != size or (size <= CHECKED and crc(path) != expected):
+      return False
+  return True
 
 
 def sync(path: pathlib.Path) -> None:

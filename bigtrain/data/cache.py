@@ -19,10 +19,11 @@ import numpy as np
 
 from bigtrain.config import Refused
 from bigtrain.console import Progress, say
-from bigtrain.data.build import build, sync
+from bigtrain.data.build import build, is_whole, sync
 from bigtrain.data.readers import Problem, kind_of
 from bigtrain.data.sources import Austen, Document, Files, Input, PreparedText
 from bigtrain.data.tokenizers import BPE, Bytes, Tokenizer, TokenizerFile
+from bigtrain.files import read_json
 
 FORMAT = 1  # Raised by whatever changes the bytes that are written.
 NOTHING = hashlib.sha256().hexdigest()  # The contents of an empty file.
@@ -38,7 +39,7 @@ class Stored:
   """
 
   def __init__(self, path: pathlib.Path, dtype: str):
-    self._file = path.open("rb", buffering=0)
+    self._path, self._file = path, path.open("rb", buffering=0)
     self._dtype = np.dtype(dtype)
     self._length = path.stat().st_size // self._dtype.itemsize
 
@@ -48,9 +49,10 @@ class Stored:
   def __getitem__(self, at: slice) -> np.ndarray:
     start, stop, _ = at.indices(self._length)
     size = self._dtype.itemsize
-    return np.frombuffer(
-      os.pread(self._file.fileno(), (stop - start) * size, start * size), self._dtype
-    )
+    data = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+    if len(data) != max(stop - start, 0) * size:
+      raise OSError(f"{self._path} was cut off while it was read; the next start makes it again")
+    return np.frombuffer(data, self._dtype)
 
 
 class Split(NamedTuple):
@@ -151,13 +153,12 @@ def _digest(*parts: Any) -> str:
 
 
 def _finished(folder: pathlib.Path) -> dict[str, Any] | None:
-  """The manifest, if the folder is there and its files have the sizes that were written."""
+  """The manifest, if the folder is there and its files are those that were written."""
   try:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    whole = all((folder / name).stat().st_size == n for name, n in manifest["files"].items())
-  except (OSError, ValueError):
+    manifest = read_json(folder / "manifest.json")
+    return manifest if is_whole(folder, manifest) else None
+  except OSError:
     return None
-  return manifest if whole else None
 
 
 def _contents(inputs: list[Input]) -> list[tuple[str, bool | None, str]]:
@@ -166,10 +167,8 @@ def _contents(inputs: list[Input]) -> list[tuple[str, bool | None, str]]:
   A file of the same path, size and time of change as before is not read again.
   """
   memo_path = root() / "hashes.json"
-  try:
-    memo = json.loads(memo_path.read_text())
-  except (OSError, ValueError):
-    memo = {}
+  found = read_json(memo_path)
+  memo = found if isinstance(found, dict) else {}
   known, found = len(memo), []
   with Progress("hashing", sum(path.stat().st_size for path, _ in inputs)) as progress:
     for path, held_out in inputs:

@@ -7,7 +7,6 @@ silence: it comes out of the stream as a `Problem` with its file and line.
 import glob
 import hashlib
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from bigtrain.config import Refused, config, configs, nearest, shortened
 from bigtrain.data.readers import Problem, kind_of, read
+from bigtrain.files import read_json
 from bigtrain.hints import command
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
@@ -164,11 +164,11 @@ class PreparedText:
         f"{self.path} {why}: {command(f'data prepare CONFIG.py --out {self.path}', extra='data')} "
         "makes it"
       )
-    names = [s["file"] for s in json.loads((folder / "manifest.json").read_text())["shards"]]
+    names = list(self._digests())
     for name in names:
       if name != pathlib.PurePath(name).name:
         raise Refused(f"{self.path}/manifest.json names {name!r}, which is no shard of that folder")
-      if not (folder / "shards" / name).is_file():
+      if not _is_file(folder / "shards" / name):
         raise Refused(f"{self.path} has lost its shard {name}: prepare it again")
     sides = {"train": False, "validation": True}
     chosen = [(name, sides[side]) for side in sides for name in names if name.startswith(side)]
@@ -177,13 +177,39 @@ class PreparedText:
   def settings(self) -> str:
     return "prepared 1"
 
+  def _digests(self) -> dict[str, str]:
+    """Of each shard, by the manifest."""
+    folder = pathlib.Path(self.path).expanduser()
+    found = read_json(folder / "manifest.json")
+    shards = found.get("shards") if isinstance(found, dict) else None
+    named = lambda s: isinstance(s, dict) and isinstance(s.get("file"), str) and "sha256" in s
+    if not isinstance(shards, list) or not all(map(named, shards)):
+      raise Refused(f"{self.path}/manifest.json is damaged: {self._again()}")
+    return {s["file"]: s["sha256"] for s in shards}
+
+  def _again(self) -> str:
+    return (
+      f"prepare it again, with {command(f'data prepare CONFIG.py --out {self.path}', extra='data')}"
+    )
+
   def documents(self, advance: Advance) -> Iterator[Document | Problem]:
     from bigtrain.data.prepare.pack import read_shard
 
+    digests = self._digests()
     for path, held_out in self.inputs():
+      with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digests[path.name]:
+          raise Refused(f"{path} is not what was prepared, it is damaged: {self._again()}")
       for record in read_shard(path):
         yield Document(record["text"], bool(held_out))
       advance(path.stat().st_size)
+
+
+def _is_file(path: pathlib.Path) -> bool:
+  try:
+    return path.is_file()
+  except (OSError, ValueError):  # No name that a file can have.
+    return False
 
 
 def check_apart(data: object) -> None:

@@ -196,7 +196,10 @@ class FileTokenizer:
     data = path.read_bytes()
     try:
       self._tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:
+    except BaseException as error:
+      # A panic of Rust is no Exception, and its class cannot be imported.
+      if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise
       raise Refused(f"{path} is not a tokenizer.json: {error}") from None
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()

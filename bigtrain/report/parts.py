@@ -226,7 +226,7 @@ def environment(run: Recorded) -> Html:
   if isinstance(command := found.get("command"), list):
     found["command"] = shlex.join(map(str, command))
   if isinstance(devices := found.get("devices"), list):
-    found["devices"] = " ".join(map(str, dict.fromkeys(devices)))
+    found["devices"] = " ".join(dict.fromkeys(map(str, devices)))
   if isinstance(packages := found.pop("packages", None), dict):
     found |= packages
   rows = [[name.capitalize() if name in run.environment else name, el("code", _value(value))]

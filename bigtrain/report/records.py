@@ -6,7 +6,6 @@ there is empty.
 
 import base64
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -18,13 +17,13 @@ from bigtrain import goodput
 from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused
 from bigtrain.diagnose import Finding, Records, diagnose
-from bigtrain.run_directory import RunDirectory, read_rows
+from bigtrain.lines import read_events, read_rows
+from bigtrain.run_directory import RunDirectory
 from bigtrain.secrets import redacted
 
 IMAGES, IMAGE_BYTES = 32, 2**18  # Of an incident: how many are shown, and how large each may be.
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT = 4000  # Characters of a batch or of a hang's stacks.
-NUMBERS = ("seconds", "step", "until", "to", "lost_steps", "lost_seconds")  # Fields of an event.
 
 
 class Incident(NamedTuple):
@@ -70,8 +69,8 @@ def read(run_dir: str | os.PathLike) -> Recorded:
     raise Refused(f"there is no run directory {run_dir}")
   if not any((path / name).exists() for name in ("config.json", "events.jsonl", "metrics.jsonl")):
     raise Refused(f"{run_dir} is no run directory: it has no config.json and no records")
-  events = [redacted(event) for event in _lines(path / "events.jsonl") if _is_event(event)]
-  rows = [row for row in map(_row, _lines(path / "metrics.jsonl")) if row is not None]
+  events = list(map(redacted, read_events(path / "events.jsonl")))
+  rows = read_rows(path / "metrics.jsonl")
   of = lambda kind: columns([row for row in rows if row["kind"] == kind])
   train, evaluations, layers = of("train"), of("eval"), of("layers")
   records = Records(train, evaluations, layers, events)
@@ -102,28 +101,6 @@ def _json(path: epath.Path) -> dict[str, Any]:
   except (OSError, ValueError, RecursionError):
     return {}
   return found if isinstance(found, dict) else {}
-
-
-def _lines(path: epath.Path) -> Iterator[dict[str, Any]]:
-  rows = read_rows(path) if path.exists() else []
-  return (row for row in rows if isinstance(row, dict))
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_event(event: dict[str, Any]) -> bool:
-  known = (event[name] for name in NUMBERS if event.get(name) is not None)
-  return isinstance(event.get("event"), str) and all(map(_is_number, [event.get("time"), *known]))
-
-
-def _row(row: dict[str, Any]) -> dict[str, Any] | None:
-  """A row of numbers; None where it has no step."""
-  if not (isinstance(row.get("kind"), str) and isinstance(row.get("step"), int)):
-    return None
-  numbers = {k: v for k, v in row.items() if v is None or _is_number(v)}
-  return numbers | {"kind": row["kind"]}
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

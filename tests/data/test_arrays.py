@@ -120,3 +120,13 @@ def test_held_out_examples_that_are_the_training_file_are_refused(files):
       source.validation = source.train
     with pytest.raises(Refused, match="must not be trained on"):
       validate(toys.experiment(data=FeatureData(source=source)))
+
+
+def test_an_array_whose_head_is_no_python_is_refused(tmp_path):
+  np.save(tmp_path / "inputs.npy", np.zeros((4, 2), np.float32))
+  np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
+  data = bytearray((tmp_path / "inputs.npy").read_bytes())
+  data[10:90] = b"(" * 80
+  (tmp_path / "inputs.npy").write_bytes(data)
+  with pytest.raises(Refused, match=r"the array 'inputs' cannot be read"):
+    Arrays(train=str(tmp_path), size=(2,), classes=3).open()

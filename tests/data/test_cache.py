@@ -232,3 +232,28 @@ def test_texts_that_other_files_hold_out_are_kept_out_of_training_and_counted(tm
   source.on_error = "refuse"
   with pytest.raises(Refused, match=r"a\.jsonl: also held out .*document 15"):
     prepare(source, Bytes())
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.offsets", "manifest.json"])
+def test_a_cache_of_which_one_bit_is_wrong_is_made_again(corpus, builds, name):
+  source = Files(pattern=str(corpus), validation=0.1)
+  before = texts(made := prepare(source, Bytes()))
+  data = bytearray((made.folder / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (made.folder / name).write_bytes(data)
+  assert texts(prepare(source, Bytes())) == before and len(builds) == 2
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_told_of(corpus):
+  tokens = (made := prepare(Files(pattern=str(corpus)), Bytes())).split("train").tokens
+  os.truncate(made.folder / "train.tokens", 10)
+  with pytest.raises(OSError, match=r"train.tokens was cut off while it was read"):
+    tokens[100:200]
+
+
+@pytest.mark.parametrize("damage", [b"[" * 100_000, b"[1, 2]", b'{"a": \xff}'])
+def test_damaged_notes_of_hashes_are_made_again(corpus, builds, damage):
+  prepare(Files(pattern=str(corpus)), Bytes())
+  (cache.root() / "hashes.json").write_bytes(damage)
+  prepare(Files(pattern=str(corpus)), Bytes())
+  assert len(builds) == 1

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import tokenizers
@@ -127,3 +129,11 @@ def test_words_begin_at_spaces_or_where_wordpiece_says_nothing(tokenizer, folder
   made.save(str(folder / "pieces.json"))
   read = FileTokenizer(folder / "pieces.json", "[SEP]")
   assert read.word_starts()[read.encode("unable to")].tolist() == [True, False, True]
+
+
+def test_a_file_at_which_the_library_panics_is_refused(tmp_path):
+  made = {"model": {"type": "BPE", "continuing_subword_prefix": "abcdef", "vocab": {"a": 0, "b": 1},
+                    "merges": [["a", "b"]]}}  # fmt: skip
+  (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+  with pytest.raises(Refused, match=r"is not a tokenizer.json"):
+    TokenizerFile(path=str(tmp_path / "tokenizer.json"), eot="a").size()

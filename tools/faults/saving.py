@@ -5,8 +5,11 @@ or its disk fails, at one of its calls. The next trial begins where that ended: 
 to be what was saved for that step, and no older than what was told to be verified.
 """
 
+import dataclasses
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,3 +118,21 @@ def results(folder: Path, kinds: list[Kind], every: int, seed: int) -> Iterator[
         lost=max(now - restored, 0),
       )
       verified = max(now, *(int(line[1]) for line in after if line[0] == "verified"))
+
+
+def main() -> None:
+  """KIND EVERY SEED FOLDER: a line of JSON for each result."""
+  shim.preload()
+  os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1")
+  # Before the forks, which would each import them.
+  import orbax.checkpoint  # noqa: F401
+
+  import bigtrain.checkpoint  # noqa: F401
+
+  kind, every, seed, folder = sys.argv[1:]
+  for result in results(Path(folder) / "run", [Kind[kind]], int(every), int(seed)):
+    print(json.dumps(dataclasses.asdict(result)), flush=True)
+
+
+if __name__ == "__main__":
+  main()

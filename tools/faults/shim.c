@@ -1,7 +1,8 @@
 /* Faults of the file system, for one process: preloaded, it stands between the process and libc.
 
    Calls that change something under the path of fault_arm (writes, syncs, renames, new and removed
-   files) are counted. From number `at` on, or at that one alone, they fail as `kind` says. */
+   files) are counted. From number `at` on, or at that one alone, they fail as `kind` says. Whoever
+   wants to change that from outside, and the clock, writes to the file $FAULT_CONTROL. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -13,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -27,6 +29,7 @@ static int kind = NONE;
 static atomic_long seen;
 static atomic_char watched[FILES]; /* Whether a descriptor is of a file under the path. */
 static double clock_from, clock_jump;
+static volatile struct { long kind; double clock_jump; } *control;
 
 void fault_arm(const char *path, int what, long from, long to) {
   strncpy(under, path, sizeof under - 1);
@@ -41,6 +44,12 @@ __attribute__((constructor)) static void from_environment(void) {
   if (path)
     fault_arm(path, atoi(getenv("FAULT_KIND")), atol(getenv("FAULT_AT")), atol(getenv("FAULT_TO")));
   if (jump) clock_jump = atof(jump), clock_from = atof(getenv("FAULT_CLOCK_FROM"));
+  const char *outside = getenv("FAULT_CONTROL");
+  int file = outside ? open(outside, O_RDONLY) : -1;
+  if (file < 0) return;
+  void *there = mmap(NULL, sizeof *control, PROT_READ, MAP_SHARED, file, 0);
+  if (there != MAP_FAILED) control = there;
+  close(file);
 }
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -73,8 +82,9 @@ static int is_watched(int file) { return file >= 0 && file < FILES && atomic_loa
 /* Counts a call; 0 to let it through, 1 if it was failed, 2 to do half of it and die. */
 static int fails(void) {
   long number = atomic_fetch_add(&seen, 1) + 1;
-  if (kind == NONE || number < at || (until && number > until)) return 0;
-  switch (kind) {
+  int now = control ? (int)control->kind : kind;
+  if (now == NONE || number < at || (until && number > until)) return 0;
+  switch (now) {
     case KILL: kill(getpid(), SIGKILL); pause();
     case TORN: return 2;
     case FULL: errno = ENOSPC; return 1;
@@ -161,7 +171,9 @@ CALL(rmdir, (const char *path), (path), is_under(path))
 int clock_gettime(clockid_t id, struct timespec *now) {
   static double first;
   int failed = NEXT(clock_gettime)(id, now);
-  if (failed || !clock_jump || id != CLOCK_REALTIME) return failed;
+  if (failed || id != CLOCK_REALTIME) return failed;
+  if (control) now->tv_sec += (time_t)control->clock_jump;
+  if (!clock_jump) return 0;
   if (!first) first = now->tv_sec;
   if (now->tv_sec - first >= clock_from) now->tv_sec += (time_t)clock_jump;
   return 0;

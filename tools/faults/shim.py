@@ -3,6 +3,7 @@
 import ctypes
 import enum
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -43,12 +44,14 @@ def environment(
   last: int = 0,
   *,
   clock: tuple[float, float] | None = None,
+  control: "Control | None" = None,
 ) -> dict[str, str]:
   """What a process is started with, so that calls under `path` from number `first` to `last` fail.
 
   Args:
     last: 0 for no end.
     clock: seconds by which the wall clock jumps, and after how many.
+    control: by which `kind` and the clock are changed while it runs.
   """
   settings = {"LD_PRELOAD": str(build())}
   if path is not None:
@@ -56,7 +59,30 @@ def environment(
     settings |= {"FAULT_AT": str(first), "FAULT_TO": str(last)}
   if clock is not None:
     settings |= {"FAULT_CLOCK": str(clock[0]), "FAULT_CLOCK_FROM": str(clock[1])}
+  if control is not None:
+    settings["FAULT_CONTROL"] = str(control.path)
   return settings
+
+
+class Control:
+  """A file through which processes that were started with it are troubled at any time."""
+
+  def __init__(self, path: Path):
+    self.path, self._kind, self._jump = path, Kind.NONE, 0.0
+    self._write()
+
+  def kind(self, kind: Kind) -> None:
+    self._kind = kind
+    self._write()
+
+  def jump(self, seconds: float) -> None:
+    """The wall clock is off by so many seconds from now on."""
+    self._jump = seconds
+    self._write()
+
+  def _write(self) -> None:
+    with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+      file.write(struct.pack("ld", int(self._kind), self._jump))
 
 
 def preload() -> None:

@@ -7,7 +7,6 @@ and .zst. What cannot be read comes out as a `Problem` with its place, and the r
 import itertools
 import pathlib
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -118,7 +117,6 @@ def _status(record) -> str | None:
 def _warc(path, limit, advance) -> Iterator[str | Problem]:
   """The pages among the responses of a web archive."""
   from warcio.archiveiterator import ArchiveIterator
-  from warcio.exceptions import ArchiveLoadFailed
 
   source = _Blocks(path, advance)
   number = 0
@@ -150,7 +148,7 @@ def _warc(path, limit, advance) -> Iterator[str | Problem]:
         yield _text_of(page, path, number)
       else:
         yield readers.checked(path, number, page, limit)
-  except (ArchiveLoadFailed, zlib.error, ValueError, OSError) as error:
+  except Exception as error:  # warcio raises many kinds.
     yield Problem(path, number + 1, "damaged .warc", str(error)[:200])
   if source.problem is not None:
     yield source.problem._replace(line=number)

@@ -173,6 +173,29 @@ def test_a_prepared_folder_that_lost_a_shard_is_refused(tmp_path):
   assert Prepare(inputs=("x",)).near is not None
 
 
+def test_a_prepared_folder_that_is_damaged_is_refused(tmp_path):
+  from bigtrain.data.sources import PreparedText
+
+  out = prepared(tmp_path, ["one two three", "four five six"])
+  source, manifest = PreparedText(path=str(out)), (out / "manifest.json").read_text()
+  for text in ('{"shards": 3}', "[" * 100_000, manifest[:-30], json.dumps({"shards": [{}]})):
+    (out / "manifest.json").write_text(text)
+    with pytest.raises(Refused, match=r"manifest.json is damaged: prepare it again"):
+      source.check()
+  (out / "manifest.json").write_text(
+    manifest.replace(json.loads(manifest)["shards"][0]["file"], "x" * 300)
+  )
+  with pytest.raises(Refused, match="has lost its shard"):
+    source.check()
+  (out / "manifest.json").write_text(manifest)
+  shard = out / "shards" / json.loads(manifest)["shards"][0]["file"]
+  data = bytearray(shard.read_bytes())
+  data[len(data) // 2] ^= 1
+  shard.write_bytes(data)
+  with pytest.raises(Refused, match=r"array_record is not what was prepared, it is damaged"):
+    list(source.documents(lambda n: None))
+
+
 def test_a_preparation_of_which_nothing_is_left_is_refused_by_the_step_that_rejected_most(tmp_path):
   jsonl(tmp_path / "in" / "a.jsonl", ["one two three", "four five", ""])
   r = recipe(tmp_path / "in", steps=(Gopher(),), tokenizer=BPE(vocab=300))
