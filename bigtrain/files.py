@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -22,7 +23,7 @@ def replace_json(path: epath.Path, value: Any) -> None:
   replace(path, json.dumps(value) + "\n")
 
 
-def read_json(path: epath.Path) -> Any:
+def read_json(path: epath.Path | pathlib.Path) -> Any:
   """None where there is no such file, or one that is damaged."""
   try:
     return json.loads(path.read_text())
