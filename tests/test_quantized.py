@@ -209,7 +209,7 @@ def test_the_histories_hold_the_last_updates_and_are_part_of_the_state():
   for seen in state.statistics["amax"].values():
     assert (seen[..., :3] > 0).all() and (seen[..., 3:] == 0).all()
   assert metrics[2]["loss"] < metrics[0]["loss"]
-  assert packed.start(packed.experiment(products=Products())).statistics == {}
+  assert "amax" not in packed.start(packed.experiment(products=Products())).statistics
 
 
 def test_what_is_no_number_shows_in_its_step_and_in_no_later_scale():
@@ -226,12 +226,11 @@ def test_what_is_no_number_shows_in_its_step_and_in_no_later_scale():
   after, metrics = step(dataclasses.replace(before, model=broken), batch)
   assert not np.isfinite(metrics["loss"])
   for path, seen in after.statistics["amax"].items():
-    assert np.isfinite(seen).all()
-    old = before.statistics["amax"][path]
-    np.testing.assert_array_equal(seen[0, 1], old[0, 1])  # Of that weight, in the first layer,
-    assert (seen[1:, 1, 1] == old[1:, 1, 0]).all()  # and of the others as at any time.
+    np.testing.assert_array_equal(seen, before.statistics["amax"][path])  # The guard's doing.
   _, metrics = step(dataclasses.replace(after, model=before.model), batch)
   assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+  met = marks.followed({"w": jnp.ones((3, 2))}, {"w": jnp.array([jnp.inf, jnp.nan, 2.0])})
+  np.testing.assert_array_equal(met["w"], [[1, 1], [1, 1], [2, 1]])
 
 
 def test_tables_routers_heads_and_what_is_named_stay_high():
