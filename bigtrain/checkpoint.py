@@ -29,7 +29,7 @@ from etils import epath
 
 from bigtrain import config, digest, files, leaves, processes, written
 from bigtrain.background import Background
-from bigtrain.config import Refused, nearest
+from bigtrain.config import Refused, listed, nearest
 from bigtrain.experiment import Checkpoints, Experiment
 from bigtrain.failures import OUT_OF_MEMORY
 from bigtrain.hints import either
@@ -223,7 +223,7 @@ class Store:
     with self._reading(step, together=True):
       now = digest.of_arrays({name: found[name] for name in want if name in saved})
       if wrong := [name for name in now if now[name] != saved[name]]:
-        raise OSError(f"{written.told(wrong)} are not what was saved")
+        raise OSError(f"{listed(wrong)} are not what was saved")
     begun = {
       name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for name, x in fresh.items()
     }

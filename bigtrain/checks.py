@@ -115,10 +115,9 @@ class Check:
     )
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
     loss, weight = sums["loss"]
-    odd = guard.out_of_range(self.program.experiment.model, batch)
     names = [f"loss/{name.removeprefix(SOURCE)}" for name in _groups(batch)]
     return {
-      "loss": jnp.where(odd, jnp.nan, mean(loss, weight)),
+      "loss": guard.loss(self.program.experiment.model, batch, mean(loss, weight)),
       "norm": global_norm(gradient),
       "taps": output.taps,
       "parameter": largest(model),

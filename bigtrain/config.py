@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -86,6 +86,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
   if close := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
     return f"; did you mean {close[0]!r}?"
   return f"; there is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}" if known else ""
+
+
+def listed(names: Sequence[str], shown: int = 4) -> str:
+  """The first few names, and how many more there are."""
+  more = f" and {len(names) - shown} more" if len(names) > shown else ""
+  return ", ".join(names[:shown]) + more
 
 
 def configs(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

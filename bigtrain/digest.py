@@ -59,6 +59,11 @@ def of_part(x: jax.Array) -> jax.Array:
   return jnp.sum(_hashes(x), dtype=jnp.uint32)
 
 
+@jax.jit  # Once for the arrays of a state, however often it is saved.
+def _of_each(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [of_array(x) for x in arrays]
+
+
 def of_batch(batch: Mapping[str, jax.Array]) -> jax.Array:
   """uint32 of a traced global batch: of what is in its arrays, in the order of their names."""
   total = jnp.uint32(0)
@@ -120,8 +125,7 @@ def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, list[int]]:
   if little and all(getattr(x, "is_fully_addressable", True) for x in arrays.values()):
     on_host = {name: np.asarray(x) for name, x in arrays.items()}
     return {name: of_block(x, x.shape, (0,) * x.ndim).tolist() for name, x in on_host.items()}
-  compute = jax.jit(lambda arrays: [of_array(x) for x in arrays])
-  found = jax.device_get(compute(list(arrays.values())))
+  found = jax.device_get(_of_each(list(arrays.values())))
   return {name: sums.tolist() for name, sums in zip(arrays, found, strict=True)}
 
 

@@ -17,7 +17,6 @@ from etils import epath
 
 from bigtrain import files
 from bigtrain.config import Refused
-from bigtrain.data.feed import Sizes
 from bigtrain.experiment import Data
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def incident(run: "Run", step: int, metrics: Mapping[str, Any]) -> Incident:
   """What is known of a step at once."""
   loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
   score = float(metrics.get("spike_score", math.nan))
-  first, size = run.feed.example_at(step - 1), batch_size(run, step - 1)
+  first, size = run.feed.example_at(step - 1), run.sizes.at(step - 1)
   return Incident(
     step,
     "spike" if math.isfinite(loss) and math.isfinite(norm) else "nonfinite",
@@ -112,11 +111,6 @@ def keep(run: "Run", found: Incident) -> tuple[Incident, str | None]:
 def _noted(found: Incident, note: str) -> Incident:
   note = note[:300]
   return dataclasses.replace(found, note=f"{found.note}; {note}" if found.note else note)
-
-
-def batch_size(run: "Run", step: int) -> int:
-  """Rows of the batch that update `step` (from 0) consumes."""
-  return Sizes(run.experiment.batch, run.experiment.batch_stages).at(step)
 
 
 def read(data: Data, example: int, size: int, rows: Sequence[int]) -> Batch:

@@ -117,14 +117,14 @@ class Examination:
     )
 
   def _batch(self, step: int) -> checks.Batch:
-    data, size = self.run.data.stage(step), evidence.batch_size(self.run, step)
+    data, size = self.run.data.stage(step), self.run.sizes.at(step)
     first = self.run.feed.example_at(step)
     read = lambda rows: data.batch(first, size, rows)
     return put(read, size, sharding.batch_sharding())
 
   def _with_other_batches(self, own: Check) -> None:
     """Does the step with a batch near it, of the same shapes; one that is fine, if there is."""
-    shapes = lambda step: self.run.data.stage(step).spec(evidence.batch_size(self.run, step))
+    shapes = lambda step: self.run.data.stage(step).spec(self.run.sizes.at(step))
     for step in (self.step - 1, self.step + 1, self.step + 2):
       if step >= self.run.feed.first and shapes(step) == shapes(self.step):
         found = own(self.state, self._batch(step), step)

@@ -10,3 +10,6 @@ class Exit(enum.IntEnum):
   LEFT = 3  # Left on a signal, saved unless told to hurry; the same command goes on.
   CHECK = 4  # A check failed: parity, replay, verification.
   DEADLINE = 5  # A deadline passed.
+
+
+UNHELPED = (Exit.REFUSED, Exit.CHECK)  # What the same command gives again, however often.

@@ -8,10 +8,10 @@ from typing import Any
 from etils import epath
 
 
-def replace(path: epath.Path, text: str) -> None:
+def replace(path: epath.Path | pathlib.Path, text: str) -> None:
   """Writes a file anew. Who reads meanwhile, or after a kill, finds the old text or the new one."""
   aside = path.with_name(f"{path.name}.unfinished")
-  with aside.open("w") as file:
+  with aside.open("w", encoding="utf-8") as file:
     file.write(text)
     file.flush()
     if "://" not in str(path):

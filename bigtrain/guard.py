@@ -81,6 +81,11 @@ def out_of_range(model: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Arra
   return jnp.stack(found).any() if found else jnp.bool_(False)
 
 
+def loss(model: ModelConfig, batch: Mapping[str, jax.Array], mean_loss) -> jax.Array:
+  """The loss of a batch, NaN where one of its ids stands for nothing: then there is none."""
+  return jnp.where(out_of_range(model, batch), jnp.nan, mean_loss)
+
+
 def z_scores(recent: jax.Array, now: jax.Array) -> jax.Array:
   """Deviations of `now`, (n,), above the medians of `recent`, (n, window), in robust units."""
   median = jnp.median(recent, axis=1)

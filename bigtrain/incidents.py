@@ -9,20 +9,18 @@ import math
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from bigtrain import checks, evidence, examine
+from bigtrain import checks, evidence, examine, processes
 from bigtrain.evidence import Incident
 from bigtrain.failures import CheckFailed
-from bigtrain.parts import Part
+from bigtrain.parts import Behind
 from bigtrain.run import Back
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
 
 
-class Incidents(Part):
+class Incidents(Behind):
   """Records steps that the guard did not apply, and follows the policy."""
 
   met = 0  # Incidents of this process, also before it rolled back.
@@ -31,23 +29,10 @@ class Incidents(Part):
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
     self.begun = step
-    self.pending: tuple[int, dict[str, jax.Array]] | None = None
     self.in_a_row = 0  # Faults.
 
-  def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    self.flush()
-    self.pending = step, metrics
-    if step == self.run.experiment.steps:
-      self.flush()
-
-  def on_away(self, phase: str) -> None:
-    self.flush()
-
-  def flush(self) -> None:
-    """Waits for the pending step, and does what is to be done if it was a fault."""
-    if self.pending is None:
-      return
-    (step, metrics), self.pending = self.pending, None
+  def look(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Waits for a step, and does what is to be done if it was a fault."""
     if not float(metrics["skipped"]):
       self.in_a_row = 0
       return
@@ -106,10 +91,4 @@ class Incidents(Part):
   def _saved(self) -> list[int]:
     """The steps of all finished saves, as the first process sees them."""
     self.run.store.wait()
-    steps = self.run.store.steps()
-    if jax.process_count() == 1:
-      return steps
-    own = np.full(1024, -1, np.int32)
-    own[: len(steps)] = steps[-1024:]
-    of_first = multihost_utils.broadcast_one_to_all(own)
-    return [int(step) for step in of_first if step >= 0]
+    return processes.gather(self.run.store.steps())[0]

@@ -13,16 +13,22 @@ from typing import Any
 from etils import epath
 
 from bigtrain import files
+from bigtrain.secrets import redacted
 
 # Fields of an event that others reckon with.
 NUMBERS = ("seconds", "step", "until", "to", "lost_steps", "lost_seconds", "devices")
 
 
 def add_event(run_dir: str | os.PathLike, name: str, **fields) -> None:
-  """Adds a line to the events.jsonl of a run, for who does not hold it open."""
+  """Adds an event to the events.jsonl of a run, for who does not hold it open."""
   epath.Path(run_dir).mkdir(parents=True, exist_ok=True)
   with open_lines(epath.Path(run_dir) / "events.jsonl") as file:
-    file.write(json.dumps({"time": round(time.time(), 3), "event": name, **fields}) + "\n")
+    file.write(json.dumps(event(name, fields)) + "\n")
+
+
+def event(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+  """An event with the time, and without secrets."""
+  return {"time": round(time.time(), 3), "event": name} | redacted(fields)
 
 
 def open_lines(path: epath.Path):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from bigtrain import goodput
-from bigtrain.parts import Part
+from bigtrain.parts import Behind
 from bigtrain.phases import within
 from bigtrain.statistics import by_layer
 
@@ -48,16 +48,11 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
   return {k: x for k, x in values.items() if weights.get(k, 1) or not math.isfinite(x)}
 
 
-class Recorder(Part):
-  """Records a row at each logging interval and at the last step.
-
-  The metrics of a step are fetched when the next one has been dispatched, so that the device never
-  waits for the host, and no more than one step is ever ahead.
-  """
+class Recorder(Behind):
+  """Records a row at each logging interval and at the last step."""
 
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
-    self.pending: tuple[int, dict[str, Any]] | None = None
     self.losses: list[jax.Array] = []  # Of the steps since the last row.
     self.peak = peak_flops()
     self.in_tokens = bool(run.experiment.data.row_length())
@@ -65,23 +60,15 @@ class Recorder(Part):
     self._begin_interval(None)  # Later: the first step of a start, which warms up, is not timed.
 
   def after_step(self, step: int, metrics: dict[str, Any]) -> None:
-    self.flush()
-    self.pending = step, metrics
+    self.flush()  # Before this step counts.
     rows, lengths = self.run.feed.shape[0], self.run.feed.lengths if self.in_tokens else (1,)
     self.amount += rows * sum(lengths)
     self.flops += rows * (self.run.experiment.model.flops(*lengths) or 0.0)
     self.steps, self.waited = self.steps + 1, self.waited + self.run.feed.wait
-    if step == self.run.experiment.steps:
-      self.flush()
+    super().after_step(step, metrics)
 
-  def on_away(self, phase: str) -> None:
-    self.flush()
-
-  def flush(self) -> None:
-    """Waits for the pending step, and records it if it is one to log."""
-    if self.pending is None:
-      return
-    (step, metrics), self.pending = self.pending, None
+  def look(self, step: int, metrics: dict[str, Any]) -> None:
+    """Waits for a step, and records it if it is one to log."""
     with within("step"):
       next(iter(metrics.values())).block_until_ready()  # A program's outputs are ready together.
     now = time.perf_counter() - self.run.seconds_away()  # A clock that runs while it trains.

@@ -53,6 +53,36 @@ class Part:
     """At the end, also after an error."""
 
 
+class Behind(Part):
+  """Looks at the metrics of a step when the next one has been dispatched.
+
+  So devices never wait for the host, and no more than one step is ever ahead. Before time goes to
+  something else, and at the last step, it looks at once.
+  """
+
+  def start(self, run: Run, step: int) -> None:
+    super().start(run, step)
+    self._pending: tuple[int, dict[str, Any]] | None = None
+
+  def look(self, step: int, metrics: dict[str, Any]) -> None:
+    """At the metrics of update number `step`; it waits for them where it reads them."""
+
+  def after_step(self, step: int, metrics: dict[str, Any]) -> None:
+    self.flush()
+    self._pending = step, metrics
+    if step == self.run.experiment.steps:
+      self.flush()
+
+  def on_away(self, phase: str) -> None:
+    self.flush()
+
+  def flush(self) -> None:
+    """Looks at the pending step, if there is one."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self.look(*pending)
+
+
 class Saver(Part):
   """Saves at the interval, at the last step, and when the run leaves.
 

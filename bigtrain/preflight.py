@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from bigtrain import processes
-from bigtrain.config import Refused
+from bigtrain.config import Refused, listed
 from bigtrain.processes import called, differences, gather
 from bigtrain.run_directory import PACKAGES
 
@@ -123,10 +123,7 @@ def _versions(name: str, told: list[dict]) -> str:
   values = [each["facts"].get(name) for each in told]
   groups = sorted(dict.fromkeys(values), key=values.count, reverse=True)
   where = {v: [t["host"] for x, t in zip(values, told, strict=True) if x == v] for v in groups}
-  named = {
-    v: f"{', '.join(h[:4])}{f' and {len(h) - 4} more' * (len(h) > 4)}" for v, h in where.items()
-  }
-  return "; ".join(f"{v or 'none'} on {hosts}" for v, hosts in named.items())
+  return "; ".join(f"{v or 'none'} on {listed(hosts)}" for v, hosts in where.items())
 
 
 def _see(probe: epath.Path) -> None:

@@ -67,9 +67,7 @@ class Program:
     )
     sums = {"loss": (output.loss_sum, output.weight)} | output.metrics
     metrics: dict[str, Any] = {name: mean(*pair) for name, pair in sums.items()}
-    # Of ids that stand for nothing there is no loss.
-    wrong = guard.out_of_range(self.experiment.model, batch)
-    metrics["loss"] = jnp.where(wrong, jnp.nan, metrics["loss"])
+    metrics["loss"] = guard.loss(self.experiment.model, batch, metrics["loss"])
     norm, faults = global_norm(gradient), self.experiment.faults
     good, score, memory = guard.judge(faults, kept["guard"], metrics["loss"], norm)
     wide, rate = widened(state.model), jnp.float32(1.0)

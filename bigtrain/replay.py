@@ -13,7 +13,7 @@ import jax
 
 from bigtrain.failures import CheckFailed
 from bigtrain.hints import either
-from bigtrain.parts import Part
+from bigtrain.parts import Behind
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
@@ -22,36 +22,32 @@ TOLERANCES = {"loss": 5e-3, "gradient_norm": 5e-2}  # Relative, on another mesh 
 EXACT = "data_digest"
 
 
-class Replay(Part):
+class Replay(Behind):
   """Compares the first step of a run that goes on, and records what comes behind each save."""
 
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
-    self.pending: tuple[int, dict[str, jax.Array]] | None = None
     # Where data are left out the step is not the one that was recorded, and is not recorded either.
     self.restored = step if run.directory.skipped_to(step) is None else None
     new = run.directory.allow_changes or self.restored is None
     self.expected = None if new else run.store.next_step(step)
 
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    self.flush()
     if step - 1 == self.restored and self.expected is not None:
-      self._compare(step, found(metrics), self.expected)
-    elif step - 1 in (self.restored, self.run.store.begun):
-      self.pending = step - 1, metrics
+      self._compare(step, found(metrics), self.expected)  # Now: nothing may come of a wrong one.
+      self.restored = None  # It is recorded already.
+    super().after_step(step, metrics)
 
   def on_leave(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    self.pending = step, metrics
-    self.flush()
+    self._keep(step, metrics)
 
-  def on_away(self, phase: str) -> None:
-    self.flush()
+  def look(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    if step - 1 in (self.restored, self.run.store.begun):
+      self._keep(step - 1, metrics)
 
-  def flush(self) -> None:
-    """Waits for the step behind a save, and keeps it with that."""
-    if self.pending is not None:
-      (step, metrics), self.pending = self.pending, None
-      self.run.store.keep_next(step, found(metrics) | {"where": where(self.run)})
+  def _keep(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Keeps with the save of `step` what the one behind it gave."""
+    self.run.store.keep_next(step, found(metrics) | {"where": where(self.run)})
 
   def _compare(self, step: int, now: dict[str, float], then: dict[str, Any]) -> None:
     same, told = then["where"] == where(self.run), []

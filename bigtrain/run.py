@@ -84,6 +84,11 @@ class Run:
       said.append(f"last loss {losses[-1]:.4f}")
     return f"<Run {', '.join(said)}>"
 
+  @property
+  def sizes(self) -> Sizes:
+    """The rows of the batch at each step."""
+    return Sizes(self.experiment.batch, self.experiment.batch_stages)
+
   @functools.cached_property
   def data(self) -> Data:
     return self.experiment.data.make(self.experiment.seed)
@@ -164,7 +169,7 @@ class Run:
 
   def batch_shape(self, step: int) -> tuple[int, int | None]:
     """Rows of the batch that update `step` (from 0) consumes; tokens of a row, None without any."""
-    rows = Sizes(self.experiment.batch, self.experiment.batch_stages).at(step)
+    rows = self.sizes.at(step)
     if not self.experiment.data.row_length():
       return rows, None
     spec = self.data.stage(step).spec(rows)

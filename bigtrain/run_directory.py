@@ -27,7 +27,7 @@ from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
-from bigtrain.lines import open_lines, read_events, read_rows
+from bigtrain.lines import event, open_lines, read_events, read_rows
 from bigtrain.secrets import redacted
 
 LOCK = "run.lock"
@@ -135,8 +135,7 @@ class RunDirectory:
 
   def event(self, name: str, **fields) -> None:
     """Adds a line to events.jsonl, with the time and without secrets."""
-    head = {"time": round(time.time(), 3), "event": name}
-    self._append("events.jsonl", head | redacted(fields))
+    self._append("events.jsonl", event(name, fields))
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Adds a row to metrics.jsonl, with the time; what is no finite number becomes null."""

@@ -25,10 +25,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bigtrain.config import at_least_0, config
-from bigtrain.exit_codes import Exit
+from bigtrain.exit_codes import UNHELPED, Exit
 
 VARIABLE = "BIGTRAIN_SUPERVISOR"  # Of a child: the parent's process, and the pipe to it.
-FINAL = (Exit.DONE, Exit.REFUSED, Exit.CHECK)  # After these no restart helps.
 FIRST = 600.0  # Seconds to the first sign of life: to import jax from a network file system.
 PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
@@ -85,7 +84,7 @@ class Supervisor:
     in_a_row, newest = 0, -1
     while True:
       code, how = self._once()
-      if code in FINAL or self.asked is not None:
+      if code in (Exit.DONE, *UNHELPED) or self.asked is not None:
         return code
       if (self.told.first or 0) > newest:  # What earlier ones did was not in vain.
         in_a_row, newest = 0, self.told.first or 0

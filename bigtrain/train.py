@@ -19,7 +19,7 @@ import numpy as np
 
 from bigtrain import console, goodput, preflight, processes, sharding, weights
 from bigtrain.config import dump
-from bigtrain.data.feed import Feed, Sizes
+from bigtrain.data.feed import Feed
 from bigtrain.elastic import fitted
 from bigtrain.experiment import Experiment
 from bigtrain.fit import check_fit
@@ -116,9 +116,13 @@ def loop(run: Run, *, restart: bool = False) -> bool:
     writer.start(step)
   check_data(run, step)
   goodput.resume(run.directory, step)
-  sizes, example = Sizes(experiment.batch, experiment.batch_stages), int(run.state.example)
   feed = Feed(
-    run.data, sizes, sharding.batch_sharding(), step=step, example=example, stop=experiment.steps
+    run.data,
+    run.sizes,
+    sharding.batch_sharding(),
+    step=step,
+    example=int(run.state.example),
+    stop=experiment.steps,
   )
   stepped(step)
   with feed, within("loop"):

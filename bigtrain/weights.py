@@ -7,14 +7,13 @@ from typing import Any
 import jax
 
 from bigtrain import checkpoint, leaves
-from bigtrain.config import Refused, nearest
+from bigtrain.config import Refused, listed, nearest
 from bigtrain.interop import huggingface
 from bigtrain.load import near_weights
 from bigtrain.run_directory import RunDirectory
 from bigtrain.state import State
 
 SUFFIX = ".safetensors"  # Of a file of weights; all else is a run directory.
-SHOWN = 4  # Names in a message.
 IsNew = Callable[[str], bool]  # Of a parameter's name.
 
 
@@ -57,7 +56,7 @@ def load(
   read = _of_file if source.endswith(SUFFIX) else _of_run
   part, unused = read(source, part, is_new)
   told = {"begin fresh": list(filter(is_new, names)), "of it left out": unused}
-  lines = [f"weights_from {source}: {_listed(v)} {k}" for k, v in told.items() if v]
+  lines = [f"weights_from {source}: {listed(v)} {k}" for k, v in told.items() if v]
   return part, lines + _other_tokenizer(source, tokenizer_json)
 
 
@@ -102,8 +101,3 @@ def _of_file(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str
 def _of_module(name: str) -> str:
   """A parameter's name within its module: that in a state without its first word."""
   return name.partition(".")[2]
-
-
-def _listed(names: list[str]) -> str:
-  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-  return ", ".join(names[:SHOWN]) + more

@@ -17,10 +17,10 @@ import numpy as np
 from etils import epath
 
 from bigtrain import digest
+from bigtrain.config import listed
 from bigtrain.files import read_json, replace_json
 
 COMMIT = "commit.json"
-NAMES = 4  # In a message.
 POLL = 0.2  # Seconds between looks for what other processes found.
 
 Digests = Mapping[str, list[int]]
@@ -46,7 +46,7 @@ def commit(place: epath.Path, digests: Digests, share: float, within: float) -> 
       return len(chosen)
     found = _together(place, found, time.monotonic() + within)
   if wrong := [name for name, sums in chosen.items() if found[name] != sums]:
-    raise OSError(f"{told(wrong)} read back from {place} are not what was saved")
+    raise OSError(f"{listed(wrong)} read back from {place} are not what was saved")
   replace_json(place / COMMIT, {"time": round(time.time(), 3), "arrays": len(chosen)})
   return len(chosen)
 
@@ -66,12 +66,6 @@ def read_back(place: epath.Path, names: list[str], process: int, of: int) -> dic
       number += 1
     found[name] = total.tolist()
   return found
-
-
-def told(names: list[str]) -> str:
-  """Some names, and how many more there are."""
-  more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-  return ", ".join(names[:NAMES]) + more
 
 
 def _open(place: epath.Path, name: str) -> Any:

@@ -1,5 +1,7 @@
 """A run of a second whose data, parameters or devices go wrong where they are told to."""
 
+import dataclasses
+import json
 import threading
 from typing import Literal
 
@@ -16,7 +18,10 @@ from bigtrain.models.mlp import MLPConfig
 from bigtrain.objectives.classification import Classification
 from bigtrain.optim.schedule import Constant
 from bigtrain.optim.sgd import SGD
+from bigtrain.parts import Part
 from bigtrain.precision import project
+from bigtrain.train import train
+from tests import runs
 
 BATCH = 8
 
@@ -138,3 +143,37 @@ def rolled_back() -> Experiment:
   e = nan_in_step_11()
   e.faults.policy = "roll_back"
   return e
+
+
+class Plant(Part):
+  """Calls a function of the run before the step that follows so many."""
+
+  def __init__(self, before: int, plant):
+    self.before, self.plant = before, plant
+
+  def before_step(self, step):
+    if step == self.before:
+      self.before = -1  # Once, also if the run goes back.
+      self.plant(self.run)
+
+
+def losses(run_dir) -> list[float]:
+  return [row["loss"] for row in runs.read(run_dir, "metrics.jsonl")]
+
+
+def kept(run_dir, name="00000011"):
+  folder = run_dir / "incidents" / name
+  return json.loads((folder / "incident.json").read_text()), folder
+
+
+def trained(e, path, **options):
+  run = train(e, path, quiet=True, **options)
+  return run.directory.path
+
+
+def plant_nan(run):
+  state = run.state
+  spoil = lambda w: w.at[(0,) * w.ndim].set(np.nan)
+  leaves, structure = jax.tree.flatten(state.model)
+  leaves[-1] = jax.jit(spoil)(leaves[-1])
+  run.state = dataclasses.replace(state, model=jax.tree.unflatten(structure, leaves))

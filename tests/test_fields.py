@@ -201,9 +201,9 @@ EXEMPT = {
   "Mesh.sequence": "refused where tensor spans one device; tests/parallel has it",
   "Mesh.ulysses": "refused where context spans one device; tests/parallel has it",
   "Checkpoints.within": "how long a save may take; test_checkpoint_proofs.py has it",
-  "Faults.back": "how far the host rolls back behind a fault; test_incidents.py has it",
+  "Faults.back": "how far the host rolls back behind a fault; test_fault_policies.py has it",
   "Faults.examine": "of how many faults the host looks for the cause; test_incidents.py has it",
-  "Faults.self_check": "what is right passes unseen; test_incidents.py has what is wrong",
+  "Faults.self_check": "what is right passes unseen; test_self_check.py has what is wrong",
   "Evaluation.batch": "every example counts once, whatever the batch: only memory and speed differ",
 }
 # What a model has no use for, and why.

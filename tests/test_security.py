@@ -218,7 +218,7 @@ def test_a_tar_archive_is_no_data(tmp_path):
 @pytest.mark.parametrize("name", ["../train.jsonl.zst", "/etc/passwd", "train/../../x"])
 def test_a_manifest_names_no_file_outside_its_folder(name, tmp_path):
   (tmp_path / "shards").mkdir()
-  (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"file": name}]}))
+  (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"file": name, "sha256": "0"}]}))
   with pytest.raises(Refused, match="which is no shard of that folder"):
     PreparedText(path=str(tmp_path)).inputs()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from etils import epath
 
+from bigtrain import files
 from bigtrain.config import Refused, config, nearest
 
 if TYPE_CHECKING:
@@ -102,9 +103,7 @@ class BPE:
     path = folder / f"{name}.json"
     if not path.exists():
       folder.mkdir(parents=True, exist_ok=True)
-      unfinished = path.with_suffix(".unfinished")
-      unfinished.write_text(self._learn(texts()).to_str())
-      unfinished.replace(path)
+      files.replace(path, self._learn(texts()).to_str())
     return FileTokenizer(path, EOT, self.vocab)
 
   def read(self, path: epath.Path) -> "FileTokenizer | None":

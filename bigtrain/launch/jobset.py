@@ -9,7 +9,7 @@ from typing import Any
 
 from bigtrain.config import Refused, config
 from bigtrain.launch.job import Command, Engine, Job, Rendered
-from bigtrain.launch.script import UNHELPED, command, numbered, prepared
+from bigtrain.launch.script import FINAL, command, numbered, prepared
 from bigtrain.launch.text import as_yaml
 
 PORT = 8476
@@ -61,7 +61,7 @@ class JobSet(Engine):
     name = str(job.name)
     hosts = job.hosts_of_slice()
     labels = {} if self.queue is None else {"kueue.x-k8s.io/queue-name": self.queue}
-    rule = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(UNHELPED)}}
+    rule = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(FINAL)}}
     job_spec = {
       "parallelism": hosts,
       "completions": hosts,

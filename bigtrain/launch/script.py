@@ -2,20 +2,15 @@
 
 import shlex
 
-from bigtrain.exit_codes import Exit
+from bigtrain.exit_codes import UNHELPED, Exit
 from bigtrain.launch.job import Job
 
 MISSING = (126, 127)  # As a shell says it of a command that is not there.
 # After these codes no restart helps; all others are those of a run that can go on.
-UNHELPED = (int(Exit.REFUSED), int(Exit.CHECK), *MISSING)
+FINAL = (*map(int, UNHELPED), *MISSING)
 FAULTS = (int(Exit.FAILED), int(Exit.LEFT), int(Exit.DEADLINE))
-KILLED = (
-  134,
-  135,
-  137,
-  139,
-  143,
-)  # By SIGABRT, SIGBUS, SIGKILL, SIGSEGV, SIGTERM, as a shell says.
+# By SIGABRT, SIGBUS, SIGKILL, SIGSEGV, SIGTERM, as a shell says.
+KILLED = (134, 135, 137, 139, 143)
 
 
 def quoted(word: str) -> str:

@@ -5,7 +5,7 @@ import shlex
 
 from bigtrain.config import Refused, config
 from bigtrain.launch.job import Command, Engine, Job, Rendered
-from bigtrain.launch.script import UNHELPED, command, prepared
+from bigtrain.launch.script import FINAL, command, prepared
 
 SCRIPT = """\
 #!/bin/bash
@@ -87,7 +87,7 @@ class Slurm(Engine):
       options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
       lines="".join(f"{line}\n" for line in prepared(job)),
       train=command(train),
-      unhelped="|".join(map(str, UNHELPED)),
+      unhelped="|".join(map(str, FINAL)),
       grace=job.grace,
       more="".join(f" {option}" for option in more),
       restarts=self.restarts,

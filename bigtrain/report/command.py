@@ -5,6 +5,7 @@ import os
 
 from etils import epath
 
+from bigtrain import files
 from bigtrain.config import Refused, config
 from bigtrain.flags import parse
 from bigtrain.hints import command as spelt
@@ -47,11 +48,9 @@ def report(runs: list[str], out: str | None = None) -> epath.Path:
   found = [read(run) for run in runs]
   check_library()
   path = epath.Path(os.path.expanduser(out) if out else f"{found[0].path}/report.html")
-  aside = path.with_name(f"{path.name}.unfinished")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(page(found, names(found)), encoding="utf-8")
-    aside.replace(path)
+    files.replace(path, page(found, names(found)))
   except OSError as error:
     raise Refused(f"cannot write {path}: {error.strerror or error}; choose --out") from error
   return path

@@ -3,11 +3,13 @@
 `prepared` in tests/runs.py fills a folder with a text; $RUNS_TEXT and $BIGTRAIN_CACHE name it.
 """
 
+import contextlib
 import functools
+import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +59,17 @@ class Bench:
     began = time.monotonic()
     finish(start(self.new(), *STEPS))
     return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def cache_at(path: Path) -> Iterator[None]:
+  """Inside, tokenised data are kept there."""
+  before = os.environ["BIGTRAIN_CACHE"]
+  os.environ["BIGTRAIN_CACHE"] = str(path)
+  try:
+    yield
+  finally:
+    os.environ["BIGTRAIN_CACHE"] = before
 
 
 def start(
@@ -113,34 +126,27 @@ def gone_on(
   fault: str,
   seed: int,
   happened: str,
-  as_promised: bool = True,
+  as_promised: bool,
   processes: int = 1,
-  file: str = "tests/runs.py",
-  steps: tuple[str, ...] = STEPS,
-  again: Callable[[], object] = lambda: None,
-  flags: tuple[str, ...] = (),
 ) -> Result:
   """Starts the run again, to its end, and compares it with the one that nothing happened to.
 
   Args:
     fault, seed, happened: of the result.
     as_promised: whether all was, so far.
-    again: called before it.
-    flags: of that start alone.
   """
   step, newest = steps_of(path), verified(path)
-  again()
   began = time.monotonic()
-  all_of, recovery = start(path, *steps, *flags, file=file, processes=processes), 0.0
+  all_of, recovery = start(path, *STEPS, processes=processes), 0.0
   while not recovery and any(process.poll() is None for process in all_of):
     if time.monotonic() - began > LIMIT:
       break
     recovery = time.monotonic() - began if steps_of(path) > step else 0.0
     time.sleep(0.02)
   ended = finish(all_of)
-  wrong = compared(runs.values(path), runs.values(bench.quiet(processes, file, steps)))
+  wrong = compared(runs.values(path), runs.values(bench.quiet(processes)))
   restored = min(gone_on_from(path, step), step)
-  wrong["lost"] += max(newest - restored, 0) if newest < int(steps[1]) else 0
+  wrong["lost"] += max(newest - restored, 0) if newest < int(STEPS[1]) else 0
   done = set(ended.codes) == {Exit.DONE}
   told = "" if done else f"; then codes {ended.codes}: {ended.errors[0][-300:]}"
   return Result(

@@ -4,7 +4,6 @@ A run that left behind step 12 is copied, something of it is damaged, and it goe
 process: to the rows of a run that nothing happened to, or to a refusal, behind which it still can.
 """
 
-import contextlib
 import functools
 import os
 import random
@@ -19,7 +18,7 @@ from bigtrain.failures import CheckFailed
 from bigtrain.parts import Part
 from bigtrain.train import train
 from tests import runs
-from tools.faults.bench import Bench, finish, start, steps_of
+from tools.faults.bench import Bench, cache_at, finish, start, steps_of
 from tools.faults.damage import flip, pick, truncate
 from tools.faults.result import Result, compared
 from tools.faults.whole import Fault
@@ -42,16 +41,17 @@ class Broken:
       train(runs.base(), bench.folder / "whole", quiet=True)
       train(runs.base(), bench.folder / "left", quiet=True, parts=[Leave()])
     self.expected = runs.values(bench.folder / "whole")
-    self.run, self.cache, self._before = bench.new(), bench.new(), os.environ["BIGTRAIN_CACHE"]
+    self.run, self.cache = bench.new(), bench.new()
     shutil.copytree(bench.folder / "left", self.run)
-    shutil.copytree(self._before, self.cache)
+    shutil.copytree(os.environ["BIGTRAIN_CACHE"], self.cache)
+    self._named = cache_at(self.cache)
 
   def __enter__(self) -> "Broken":
-    os.environ["BIGTRAIN_CACHE"] = str(self.cache)
+    self._named.__enter__()
     return self
 
-  def __exit__(self, *_) -> None:
-    os.environ["BIGTRAIN_CACHE"] = self._before
+  def __exit__(self, *raised) -> None:
+    self._named.__exit__(*raised)
 
   def result(
     self, fault: str, seed: int, happened: str, mend: Callable[[], object] = lambda: None
@@ -148,11 +148,8 @@ def reading_thread(bench: Bench, times: int, seed: int) -> Iterator[Result]:
   for i in range(times):
     rng, path = random.Random(seed + i), bench.new()
     expected = runs.values(bench.quiet(steps=MANY))
-    with contextlib.ExitStack() as stack:
-      cache = bench.new()
-      shutil.copytree(os.environ["BIGTRAIN_CACHE"], cache)
-      stack.callback(os.environ.__setitem__, "BIGTRAIN_CACHE", os.environ["BIGTRAIN_CACHE"])
-      os.environ["BIGTRAIN_CACHE"] = str(cache)
+    shutil.copytree(os.environ["BIGTRAIN_CACHE"], cache := bench.new())
+    with cache_at(cache):
       (process,) = all_of = start(path, *MANY)
       at = rng.randrange(1, 1500)
       runs.wait_until(process, lambda path=path, at=at: steps_of(path) >= at)
