@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from bigtrain import goodput
 from bigtrain.parts import Behind
@@ -53,7 +52,6 @@ class Recorder(Behind):
 
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
-    self.losses: list[jax.Array] = []  # Of the steps since the last row.
     self.peak = peak_flops()
     self.in_tokens = bool(run.experiment.data.row_length())
     self.meter = goodput.Meter(run.directory)
@@ -74,12 +72,10 @@ class Recorder(Behind):
     now = time.perf_counter() - self.run.seconds_away()  # A clock that runs while it trains.
     c = self.run.experiment
     due = step % c.logging.every == 0 or step == c.steps
-    self.losses.append(metrics["loss"])
     if due:
       values = _scalars(metrics)
-      if len(self.losses) > 1:  # A spike of one step shows in no other row.
-        values["loss_max"] = float(np.max([float(x) for x in jax.device_get(self.losses)]))
-      self.losses.clear()
+      if (step - 1) % c.logging.every == 0:  # The row is of this step alone.
+        values.pop("loss_max", None)
       speed = {} if self.since is None else self._speed(now - self.since)
       self.run.record(step, "train", values | speed)
     if "layers" in metrics:

@@ -48,6 +48,7 @@ class Program:
       statistics={
         "consumed": jnp.zeros((), jnp.uint32),
         "guard": guard.begin(e.faults),
+        "highest": jnp.zeros((), jnp.float32),
         **({"amax": seen} if seen else {}),
       },
     )
@@ -77,7 +78,10 @@ class Program:
       updates = jax.tree.map(lambda u: u * rate, updates)
     model = updated(state.model, updates, key)
     consumed = digest.followed(kept["consumed"], digest.of_batch(batch))
-    kept = kept | {"consumed": consumed, "guard": memory}
+    # Since the last row, which a run that leaves between two rows has to know when it goes on.
+    begins, highest = state.step % self.experiment.logging.every == 0, metrics["loss"]
+    highest = jnp.where(begins, highest, jnp.maximum(kept["highest"], highest))
+    kept = kept | {"consumed": consumed, "guard": memory, "highest": highest}
     if seen:
       kept |= {"amax": guard.chosen(good, marks.followed(seen, output.amax), seen)}
     metrics |= {
@@ -88,6 +92,8 @@ class Program:
       "skipped": 1.0 - good,
       "data_digest": consumed,
     }
+    if self.experiment.logging.every > 1:
+      metrics["loss_max"] = highest
     if faults.spike is not None:
       metrics["spike_score"] = score
     if output.loads:

@@ -23,8 +23,9 @@ class State:
   model: Any  # The module with its parameters alone, float32 unless Experiment.weights says else.
   optimizer: optax.OptState
   variables: Any  # The module with all its other variables alone.
-  # Running statistics of the training itself: "consumed", the digest of all batches so far; "amax"
-  # of delayed scaling (marks.py). What an older version did not save begins as zeros.
+  # Running statistics of the training itself: "consumed", the digest of all batches so far;
+  # "highest", the highest loss since the last row; "amax" of delayed scaling (marks.py). What an
+  # older version did not save begins as zeros.
   statistics: dict[str, Any]
 
   @property

@@ -241,17 +241,6 @@ def test_a_run_writes_every_row_once_in_order_and_one_step_late(tmp_path):
   assert rows == [("train", 2), ("train", 4), ("eval", 4), ("train", 5), ("eval", 5)]
 
 
-def test_the_largest_loss_since_the_row_before_is_recorded(recorded):
-  run, recorder, device = recorded
-  run.experiment.logging.every = 3
-  losses = [5.0, 2.0, 4.0, 3.0, 9.0, 1.0]
-  for step, loss in enumerate(losses, 1):
-    device.now += 1
-    recorder.after_step(step, {"loss": jnp.float32(loss)})
-  rows = run.directory.rows("train")
-  assert [(row["loss"], row["loss_max"]) for row in rows] == [(4.0, 5.0), (1.0, 9.0)]
-
-
 def test_a_mean_of_nothing_is_left_out_unless_it_shows_a_fault(recorded):
   run, recorder, device = recorded
   run.experiment.logging.every = 1

@@ -201,3 +201,22 @@ def test_what_is_kept_out_of_the_data_is_told_at_every_start(tmp_path, monkeypat
     assert "kept out of the data: 1 x empty file; first" in capsys.readouterr().err
   told = [event["found"] for event in runs.events(tmp_path / "run", "kept_out")]
   assert len(told) == 2 and told[0] == told[1] and "1 x empty file" in told[0]
+
+
+def test_a_run_that_leaves_between_two_rows_knows_its_highest_loss(tmp_path):
+  class Leave(Part):
+    def before_step(self, step):
+      if step == 5:
+        signal.raise_signal(signal.SIGTERM)
+
+  e = runs.base()
+  e.steps, e.logging.every = 11, 4
+  whole = train(e, tmp_path / "whole", quiet=True)
+  assert train(e, tmp_path / "run", quiet=True, parts=[Leave()]).left
+  train(e, tmp_path / "run", quiet=True)
+  e.logging.every = 1
+  losses = [row["loss"] for row in train(e, tmp_path / "each", quiet=True).directory.rows("train")]
+  highest = {row["step"]: row["loss_max"] for row in whole.directory.rows("train")}
+  expected = {4: max(losses[:4]), 8: max(losses[4:8]), 11: max(losses[8:])}
+  assert highest == pytest.approx(expected, rel=1e-6)
+  assert runs.values(tmp_path / "run") == runs.values(tmp_path / "whole")

@@ -172,13 +172,15 @@ MAY_NOT_END = ("clock", "full-disk", "broken-disk")  # The run goes on, or is st
 
 def one(t: Tormented, name: str, seed: int) -> Result:
   """Does it, and waits until steps go on beyond those that were there."""
-  step, starts = t.step(), len(t.events("start"))
+  step = t.step()
   verified = max((e["step"] for e in t.events("verified") if e["step"] <= step), default=0)
   t.log.write(f"== {name} at step {step}\n")
   t.log.flush()
   began, ended = time.monotonic(), ""
+  resumes, damaged = len(t.events("resume")), len(t.events("damaged"))
   happened = FAULTS[name](t)
-  while t.step() <= step or (len(t.events("start")) == starts and name not in MAY_NOT_END):
+  goes_on = lambda: len(t.events("resume")) > resumes or name in MAY_NOT_END
+  while t.step() <= step or not goes_on():
     if (code := t.process.poll()) == Exit.DONE:
       break
     if code is not None and not ended:
@@ -188,12 +190,14 @@ def one(t: Tormented, name: str, seed: int) -> Result:
       return Result(f"torment-{name}", seed, f"{happened}; no step in {seconds:.0f} s", False)
     time.sleep(0.1)
   recovery = time.monotonic() - began
-  resumed = [e["step"] for e in t.events("resume")] if len(t.events("start")) > starts else [step]
-  restored = min(resumed[-1] if resumed else 0, step)
-  lost = 0 if name == "bit" else max(verified - restored, 0)
-  kept = not lost and not ended and (name != "bit" or bool(t.events("damaged")))
+  resumed = [e["step"] for e in t.events("resume")][resumes:]
+  restored = min(resumed[-1] if resumed else step, step)
+  lost = 0
+  if len(t.events("damaged")) == damaged:
+    lost = max(verified - restored, 0)
+    happened += "; it lies in nothing that is read" if name == "bit" else ""
   return Result(
-    f"torment-{name}", seed, f"at step {step}: {happened}{ended}", kept,
+    f"torment-{name}", seed, f"at step {step}: {happened}{ended}", not lost and not ended,
     recovery=round(recovery, 1), lost=lost, again=step - restored,
   )  # fmt: skip
 
