@@ -140,8 +140,9 @@ class Store:
       self._keep_next()
 
   def next_step(self, step: int) -> dict[str, Any] | None:
-    """What `keep_next` kept with that save; None if that was nothing."""
-    return files.read_json(self.path / str(step) / NEXT)
+    """What `keep_next` kept with that save; None if that was nothing, {} if it is damaged."""
+    path = self.path / str(step) / NEXT
+    return (files.read_json(path) or {}) if path.exists() else None
 
   def _keep_next(self) -> None:
     with self._keeping:  # The thread of a save comes here too.

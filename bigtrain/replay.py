@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TOLERANCES = {"loss": 5e-3, "gradient_norm": 5e-2}  # Relative, on another mesh or machine.
 EXACT = "data_digest"
+NAMES = (*TOLERANCES, EXACT)
 
 
 class Replay(Behind):
@@ -31,6 +32,10 @@ class Replay(Behind):
     self.restored = step if run.directory.skipped_to(step) is None else None
     new = run.directory.allow_changes or self.restored is None
     self.expected = None if new else run.store.next_step(step)
+    if self.expected is not None and not _is_whole(self.expected):
+      run.directory.event("not_replayed", step=step)
+      run.say(f"what step {step + 1} gave before cannot be read (next.json): it is not compared")
+      self.expected = None
 
   def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     if step - 1 == self.restored and self.expected is not None:
@@ -70,8 +75,13 @@ class Replay(Behind):
 
 def found(metrics: dict[str, jax.Array]) -> dict[str, float]:
   """What is compared of a step."""
-  names = (*TOLERANCES, EXACT)
-  return {name: float(jax.device_get(metrics[name])) for name in names}
+  return {name: float(jax.device_get(metrics[name])) for name in NAMES}
+
+
+def _is_whole(record: Any) -> bool:
+  if not isinstance(record, dict) or not isinstance(record.get("where"), dict):
+    return False
+  return all(isinstance(record.get(name), float) for name in NAMES)
 
 
 def where(run: "Run") -> dict[str, Any]:

@@ -116,13 +116,29 @@ class RunDirectory:
   def skip(self, step: int, example: int) -> None:
     """Remembers that a run which goes on from `step` does so with the data from `example` on."""
     if self.writes:
-      skips = files.read_json(self.path / SKIPS) or {}
-      earlier = {at: to for at, to in skips.items() if int(at) < step}
+      earlier = {at: to for at, to in self._skips().items() if int(at) < step}
       files.replace_json(self.path / SKIPS, earlier | {str(step): example})
 
   def skipped_to(self, step: int) -> int | None:
-    """The example with which a run goes on from `step`, if it is another than the state's."""
-    return (files.read_json(self.path / SKIPS) or {}).get(str(step))
+    """The example with which a run goes on from `step`, if it is another than the state's.
+
+    Raises:
+      Refused: what was noted of that is damaged.
+    """
+    return self._skips().get(str(step))
+
+  def _skips(self) -> dict[str, int]:
+    if not (path := self.path / SKIPS).exists():
+      return {}
+    found = files.read_json(path)
+    is_skip = lambda at, to: at.isdecimal() and type(to) is int
+    if not isinstance(found, dict) or not all(is_skip(*skip) for skip in found.items()):
+      raise Refused(
+        f"{path} is damaged: it tells which data were left out after a fault. Put it back from a "
+        "copy, or remove it: the run then meets those data again, and does again what its policy "
+        "says"
+      )
+    return found
 
   @property
   def tokenizer(self) -> epath.Path:
@@ -147,7 +163,7 @@ class RunDirectory:
     """Forgets what was recorded of steps that a restored run will do again; returns the metrics."""
     if not self.writes:
       return []
-    skips = files.read_json(self.path / SKIPS) or {}
+    skips = self._skips()
     if any(int(at) > step for at in skips):
       left = {at: to for at, to in skips.items() if int(at) <= step}
       files.replace_json(self.path / SKIPS, left)

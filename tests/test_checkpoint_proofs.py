@@ -188,6 +188,17 @@ def test_on_another_mesh_the_first_step_is_the_same_to_a_tolerance(left):
   assert runs.events(left, "replayed")[0]["exact"] is False
 
 
+@pytest.mark.parametrize(
+  "text",
+  ["", "{", "[1]", "{}", '{"loss": 1.0, "gradient_norm": 1.0, "data_digest": "1", "where": {}}'],
+)
+def test_a_first_step_of_which_nothing_can_be_read_is_told(text, left, capsys):
+  (left / "checkpoints/12/next.json").write_text(text)
+  train(runs.base(), left)
+  assert runs.events(left, "not_replayed") and not runs.events(left, "replayed")
+  assert "it is not compared" in capsys.readouterr().err
+
+
 def test_superseded_steps():
   keep = Checkpoints(keep=2, keep_every=10)
   assert checkpoint.superseded([5, 10, 15, 20, 25], keep) == [5, 15]

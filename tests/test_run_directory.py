@@ -144,6 +144,19 @@ def test_data_that_another_course_of_the_run_left_out_are_forgotten(tmp_path):
   assert directory.skipped_to(5) is None
 
 
+@pytest.mark.parametrize("text", ["", '{"5": 8', "[5]", '{"5": "80"}', '{"five": 80}'])
+def test_a_damaged_note_of_data_left_out_is_refused(text, tmp_path):
+  (tmp_path / "skips.json").write_text(text)
+  directory = RunDirectory(tmp_path)
+  for read in (
+    directory.skipped_to,
+    directory.drop_rows_after,
+    lambda step: directory.skip(step, 8),
+  ):
+    with pytest.raises(Refused, match=r"skips\.json is damaged.*or remove it"):
+      read(5)
+
+
 def test_other_processes_write_nothing(tmp_path):
   directory = RunDirectory(tmp_path / "run", writes=False)
   directory.begin(toys.experiment(), None, allow_changes=False)
