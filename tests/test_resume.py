@@ -220,3 +220,29 @@ def test_a_run_that_leaves_between_two_rows_knows_its_highest_loss(tmp_path):
   expected = {4: max(losses[:4]), 8: max(losses[4:8]), 11: max(losses[8:])}
   assert highest == pytest.approx(expected, rel=1e-6)
   assert runs.values(tmp_path / "run") == runs.values(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_goes_on_does_not_compile_its_step_again(processes, tmp_path):
+  (tmp_path / "compiled").mkdir(mode=0o700)
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # Such a small one too.
+  }
+
+  def begin():
+    each = runs.joined(processes) if processes > 1 else [{}]
+    mesh = ("--mesh.fsdp", "-1")
+    return [runs.start(tmp_path / "run", *mesh, **own, **cache) for own in each]
+
+  def programs():
+    return {path.name for path in (tmp_path / "compiled").glob("jit_step*-cache")}
+
+  leaving = begin()
+  runs.wait_until(leaving[0], lambda: runs.lines(tmp_path / "run/metrics.jsonl") >= 5)
+  leaving[0].send_signal(signal.SIGTERM)
+  assert [runs.finish(process)[0] for process in leaving] == [Exit.LEFT] * processes
+  compiled = programs()
+  assert compiled
+  assert [runs.finish(process)[0] for process in begin()] == [Exit.DONE] * processes
+  assert programs() == compiled
