@@ -39,6 +39,8 @@ ITEM = "default"  # Where in the directory of a step format 1 had its arrays.
 DAMAGED = "damaged"  # Where what cannot be read is set aside.
 NEXT = "next.json"
 GONE = ".deleted"
+# Orbax reckons its limits by the wall clock, which may be set; a save is limited in `Background`.
+NEVER = 10 * 365 * 86400  # Seconds.
 FRESH = "statistics."  # Leaves that begin as zeros where an older version did not save them.
 
 # Orbax logs, with its traceback, what it also raises, and that a reader only reads.
@@ -113,7 +115,7 @@ class Store:
     with self._failing():
       if self._writer is None:
         handler = ocp.PyTreeCheckpointHandler()
-        self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=int(keep.within))
+        self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=NEVER)
       args = ocp.args.PyTreeSave(flat, custom_metadata=about)
       self._writer.save(self.path / str(step), args=args)
     writer = self._writer

@@ -1,9 +1,11 @@
 """Checkpoints that prove themselves: read back, verified when restored, replayed, never lost."""
 
+import itertools
 import json
 import shutil
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -105,6 +107,14 @@ def test_a_save_that_takes_too_long_fails_at_the_next_step(tmp_path, monkeypatch
     while True:
       opened.check()
   go_on.set()
+
+
+def test_a_wall_clock_that_goes_on_by_leaps_fails_no_save(tmp_path, monkeypatch):
+  now, leaps = time.time, itertools.count()
+  monkeypatch.setattr(time, "time", lambda: now() + 7200 * next(leaps))
+  with store(tmp_path) as opened:
+    opened.save(1, TREE, toys.experiment())
+  assert opened.steps() == [1]
 
 
 @pytest.fixture(scope="module")
