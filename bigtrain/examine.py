@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigtrain import checks, evidence, guard, processes, self_check, sharding
+from bigtrain import checks, evidence, guard, preflight, processes, self_check, sharding
 from bigtrain.checks import Check, Checked
 from bigtrain.config import configs
 from bigtrain.data.feed import put
@@ -120,7 +120,9 @@ class Examination:
     data, size = self.run.data.stage(step), self.run.sizes.at(step)
     first = self.run.feed.example_at(step)
     read = lambda rows: data.batch(first, size, rows)
-    return put(read, size, sharding.batch_sharding())
+    # Who cannot read it must not leave the others alone in what all of them compute.
+    with preflight.together("a batch"):
+      return put(read, size, sharding.batch_sharding())
 
   def _with_other_batches(self, own: Check) -> None:
     """Does the step with a batch near it, of the same shapes; one that is fine, if there is."""
@@ -172,7 +174,7 @@ class Examination:
   def _devices(self, again: Checked, twice: Checked) -> str:
     """What is wrong with devices, by the self-check or by a step that is not twice the same."""
     wrong = "; ".join(f"{self_check.place(d)}: {w}" for d, w in self_check.wrong().items())
-    if wrong := processes.any_said(wrong):
+    if wrong := processes.all_said(wrong):
       return wrong
     exact = jax.default_backend() != "gpu"
     return "the same step gave two results" if _differ(again, twice, exact=exact) else ""

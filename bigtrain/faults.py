@@ -31,9 +31,5 @@ class Faults:
   def check(self) -> None:
     if self.spike is not None and self.spike <= 0:
       raise Refused(f"faults.spike is {self.spike}; give standard deviations above 0, or None")
-    leasts = {"window": 2, "patience": 1, "back": 0, "recovery": 1, "examine": 0}
-    for name, least in leasts.items():
-      if getattr(self, name) < least:
-        raise Refused(f"faults.{name} is {getattr(self, name)}; give {least} or more")
     if not 0 < self.factor < 1:
       raise Refused(f"faults.factor is {self.factor}; give a number between 0 and 1")

@@ -15,7 +15,7 @@ from bigtrain.experiment import ModelConfig
 from bigtrain.faults import Faults
 
 Memory = dict[str, jax.Array]  # In State.statistics; zeros at first.
-FLOOR = 0.01  # The least deviation, as a share of the median: a loss can stand still for a while.
+FLOOR = 0.01  # The least deviation, as a share of loss or norm: they can stand still for a while.
 
 
 def begin(c: Faults) -> Memory:
@@ -49,7 +49,7 @@ def judge(c: Faults, memory: Memory, loss, norm) -> tuple[jax.Array, jax.Array, 
     keeps = good & jnp.isfinite(now).all()
     rolled = jnp.concatenate([recent[:, 1:], now[:, None]], axis=1)
     after["recent"] = jnp.where(keeps, rolled, recent)
-    before = jnp.where(spike & usual, 0, memory["accepted"])
+    before = jnp.where(spike & usual & good, 0, memory["accepted"])
     after["accepted"] = jnp.minimum(before + keeps, c.window)
   after["faults_in_a_row"] = jnp.where(good, 0, memory["faults_in_a_row"] + 1)
   if c.policy == "lower_rate":
@@ -87,14 +87,20 @@ def loss(model: ModelConfig, batch: Mapping[str, jax.Array], mean_loss) -> jax.A
 
 
 def z_scores(recent: jax.Array, now: jax.Array) -> jax.Array:
-  """Deviations of `now`, (n,), above the medians of `recent`, (n, window), in robust units."""
+  """Deviations of `now` above the medians of `recent`, (2, window), in robust units.
+
+  Both are of losses and of logarithms of gradient norms.
+  """
   median = jnp.median(recent, axis=1)
   spread = 1.4826 * jnp.median(jnp.abs(recent - median[:, None]), axis=1)
-  return (now - median) / jnp.maximum(spread, FLOOR * jnp.maximum(jnp.abs(median), 1e-6))
+  one = jnp.stack([jnp.maximum(jnp.abs(median[0]), 1e-6), 1.0])  # A share is a difference of logs.
+  return (now - median) / jnp.maximum(spread, FLOOR * one)
 
 
-def rate(c: Faults, memory: Memory) -> jax.Array:
-  """What the learning rate is multiplied by."""
+def rate(c: Faults, memory: Memory) -> jax.Array | None:
+  """What the learning rate is multiplied by; None where the policy is another."""
+  if c.policy != "lower_rate":
+    return None
   return c.factor ** memory["lowered"].astype(jnp.float32)
 
 
@@ -115,7 +121,7 @@ def guarded(transformation: optax.GradientTransformation) -> optax.GradientTrans
 
   def update(updates, state, params=None, *, good: Any = True, **extra):
     updates, after = transformation.update(updates, state, params, **extra)
-    nothing = jax.tree.map(jnp.zeros_like, updates)
+    nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)  # -0.0 + 0.0 is another zero.
     return chosen(good, updates, nothing), chosen(good, after, state)
 
   return optax.GradientTransformationExtraArgs(transformation.init, update)

@@ -14,6 +14,7 @@ from bigtrain import checks, evidence, examine, processes
 from bigtrain.evidence import Incident
 from bigtrain.failures import CheckFailed
 from bigtrain.parts import Behind
+from bigtrain.phases import within
 from bigtrain.run import Back
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Incidents(Behind):
   def start(self, run: "Run", step: int) -> None:
     super().start(run, step)
     self.begun = step
-    self.in_a_row = 0  # Faults.
+    self.in_a_row = int(jax.device_get(run.state.statistics["guard"]["faults_in_a_row"]))
 
   def look(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Waits for a step, and does what is to be done if it was a fault."""
@@ -90,5 +91,6 @@ class Incidents(Behind):
 
   def _saved(self) -> list[int]:
     """The steps of all finished saves, as the first process sees them."""
-    self.run.store.wait()
+    with within("save"):
+      self.run.store.wait()
     return processes.gather(self.run.store.steps())[0]

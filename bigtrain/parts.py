@@ -108,21 +108,22 @@ class Signals(Part):
   when there is nothing to save.
   """
 
-  def start(self, run: Run, step: int) -> None:
-    super().start(run, step)
-    self.first = step
+  def __init__(self):
+    # Not at a start: a run that rolls back begins again, and may be told to leave meanwhile.
     self.received: str | None = None
-    self.before: dict[int, Any] = getattr(self, "before", {})
+    self.before: dict[int, Any] = {}
+    self.steps = 0  # Of this process.
 
   def after_step(self, step: int, metrics) -> None:
+    self.steps += 1
     if not self.before and threading.current_thread() is threading.main_thread():
       # JAX itself catches SIGTERM where there are several processes, and tells all of them.
       caught = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
       self.before = {number: signal.signal(number, self._handle) for number in caught}
     if jax.process_count() > 1:
-      # Counted from this start: jax agrees on one more than the last count that it was told, which
-      # is 0 before the first step, and it asks for that very one.
-      if multihost_utils.reached_preemption_sync_point(step - self.first):
+      # Not the step, which may go back: jax agrees on one more than the last count it was told,
+      # which is 0 before the first step, and it asks for that very one.
+      if multihost_utils.reached_preemption_sync_point(self.steps):
         self.received = self.received or "SIGTERM"
       else:
         return
@@ -143,7 +144,7 @@ class Signals(Part):
       os.kill(os.getpid(), signal.SIGTERM)
 
   def close(self) -> None:
-    for number, handler in getattr(self, "before", {}).items():
+    for number, handler in self.before.items():
       signal.signal(number, handler)
 
 

@@ -77,12 +77,12 @@ def together(what: str) -> Iterator[None]:
   """In here all processes do the same; where one is refused or fails, all of them hear of it.
 
   Raises:
-    Refused, OSError: its own on the process that failed, and one of that kind on the others.
+    Its own error on the process that failed; on the others Refused if it was, or OSError.
   """
   failure = None
   try:
     yield
-  except (Refused, OSError) as error:
+  except Exception as error:
     failure = error
   refused = isinstance(failure, Refused)
   own = {"host": socket.gethostname(), "refused": refused, "why": failure and str(failure)}

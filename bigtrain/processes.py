@@ -97,6 +97,11 @@ def any_said(text: str) -> str:
   return next(filter(None, gather(text)), "")
 
 
+def all_said(text: str) -> str:
+  """Meets all processes; what any of them said, in their order."""
+  return "; ".join(filter(None, gather(text)))
+
+
 def differences(told: Sequence[dict]) -> dict[str, list[str]]:
   """By name of a fact, the processes with another than most: each told its host and its facts."""
   found = {}

@@ -71,11 +71,10 @@ class Program:
     metrics["loss"] = guard.loss(self.experiment.model, batch, metrics["loss"])
     norm, faults = global_norm(gradient), self.experiment.faults
     good, score, memory = guard.judge(faults, kept["guard"], metrics["loss"], norm)
-    wide, rate = widened(state.model), jnp.float32(1.0)
-    updates, optimizer = self.transformation.update(gradient, state.optimizer, wide, good=good)
-    if faults.policy == "lower_rate":
-      rate = guard.rate(faults, memory)
-      updates = jax.tree.map(lambda u: u * rate, updates)
+    wide, rate = widened(state.model), guard.rate(faults, memory)
+    updates, optimizer = self.transformation.update(
+      gradient, state.optimizer, wide, good=good, lowered=rate
+    )
     model = updated(state.model, updates, key)
     consumed = digest.followed(kept["consumed"], digest.of_batch(batch))
     # Since the last row, which a run that leaves between two rows has to know when it goes on.
@@ -87,7 +86,7 @@ class Program:
     metrics |= {
       "weights": {name: weight for name, (_, weight) in sums.items()},
       "weight": output.weight,
-      "learning_rate": self.learning_rate(state.step) * rate,
+      "learning_rate": self.learning_rate(state.step) * (1.0 if rate is None else rate),
       "gradient_norm": norm,
       "skipped": 1.0 - good,
       "data_digest": consumed,

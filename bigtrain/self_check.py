@@ -36,7 +36,7 @@ SPAN = 17  # Elements are -8 to 8: all sums are exact in any order, also of prod
 class SelfCheck(Part):
   """Ends the run where a device computes wrong, or replicas of the state differ.
 
-  All processes end, by a message of the process whose device it is.
+  All processes end, by a message that names the devices of all of them.
   """
 
   def start(self, run: "Run", step: int) -> None:
@@ -61,7 +61,7 @@ class SelfCheck(Part):
       for what, devices in found.items()
       if devices
     ]
-    if said := processes.any_said(" and ".join(told)):
+    if said := processes.all_said(" and ".join(told)):
       self.run.directory.event("bad_device", step=step, found=said)
       raise CheckFailed(
         f"at step {step} {said}. Nothing was saved since; take that device out of the job and go "

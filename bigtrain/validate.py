@@ -17,6 +17,7 @@ from bigtrain.data.sources import check_apart
 from bigtrain.experiment import Experiment
 from bigtrain.hints import to_set
 from bigtrain.mesh import AXES, OTHER_NAMES, USUAL
+from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.schedule import Schedule
 from bigtrain.parallel.expert import Dropless
 from bigtrain.products import Delayed
@@ -39,6 +40,7 @@ LEAST = {
   "faults.patience": 1,
   "faults.back": 0,
   "faults.recovery": 1,
+  "faults.examine": 0,
   "logging.every": 1,
   "logging.layers_every": 0,
 }
@@ -73,6 +75,7 @@ def validate(experiment: Experiment, devices: int | None = None, *, data: bool =
     _check_token_types,
     *((apart, _check_classes, _check_inputs) if data else ()),
     _check_width,
+    _check_lower_rate,
   )
   _all(
     *(functools.partial(check, experiment) for check in checks),
@@ -244,6 +247,14 @@ def _check_inputs(e: Experiment) -> None:
 def _check_width(e: Experiment) -> None:
   if (width := e.model.width()) is not None:
     e.optimizer.make(max(e.steps, 1), width)
+
+
+def _check_lower_rate(e: Experiment) -> None:
+  if e.faults.policy == "lower_rate" and not isinstance(e.optimizer, Optimizer):
+    raise Refused(
+      f"faults.policy is lower_rate, but the learning rate of {type(e.optimizer).__name__} is its "
+      "own: derive it from bigtrain.optim.optimizer.Optimizer, or take another policy"
+    )
 
 
 def _batches(e: Experiment) -> list[tuple[str, int]]:

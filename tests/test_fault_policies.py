@@ -94,6 +94,18 @@ def test_roll_back_is_a_run_that_was_given_the_later_data(rolled):
   assert runs.saved(rolled) == [12, 16]
 
 
+def test_a_signal_while_it_rolls_back_is_heeded(tmp_path, rolled):
+  class Leave(Part):
+    def on_away(self, phase):
+      if phase == "restore":
+        signal.raise_signal(signal.SIGTERM)
+
+  assert train(rolling(), tmp_path, quiet=True, parts=[Leave()]).left
+  assert runs.events(tmp_path, "rollback") and runs.saved(tmp_path)[-1] < 12
+  trained(rolling(), tmp_path)
+  assert runs.values(tmp_path) == runs.values(rolled)
+
+
 @pytest.mark.parametrize("before", [8, 9])
 def test_a_crash_behind_a_rollback_changes_nothing(tmp_path, rolled, before):
   class Crash(Part):
@@ -134,6 +146,19 @@ def test_so_many_faults_in_a_row_end_the_run(tmp_path):
   assert [event["step"] for event in runs.events(tmp_path, "incident")] == [11, 12, 13]
 
 
+def test_faults_in_a_row_are_counted_over_restarts(tmp_path):
+  class Leave(Part):
+    def before_step(self, step):
+      if step == 11:
+        signal.raise_signal(signal.SIGTERM)
+
+  e = faulty.base()
+  e.data.at, e.faults.patience = tuple(range(80, 200)), 3
+  assert train(e, tmp_path, quiet=True, parts=[Leave()]).left
+  with pytest.raises(CheckFailed, match=r"step 13: .* it is the 3th step in a row"):
+    trained(e, tmp_path)
+
+
 def test_so_many_spikes_in_a_row_are_the_new_normal(tmp_path):
   e = faulty.base()
   e.data.at, e.data.how, e.data.to = tuple(range(80, 200)), "scale", -60.0
@@ -166,8 +191,6 @@ def test_a_fault_in_a_step_to_be_saved_is_not_saved(tmp_path, fault, to, saved):
   [
     ({"spike": 0.0}, r"faults.spike is 0.0; give standard deviations above 0"),
     ({"factor": 1.0}, r"faults.factor is 1.0; give a number between 0 and 1"),
-    ({"window": 1}, r"faults.window is 1; give 2 or more"),
-    ({"patience": 0}, r"faults.patience is 0; give 1 or more"),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, said):

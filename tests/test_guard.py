@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bigtrain import guard
@@ -41,10 +42,27 @@ def test_scores_are_those_of_numpy_and_faults_are_not_remembered():
       for seen, now in zip(kept, pair, strict=True):
         median = np.median(seen[-16:])
         spread = 1.4826 * np.median(np.abs(seen[-16:] - median))
-        of.append((now - median) / max(spread, 0.01 * abs(median)))
+        least = (
+          abs(median) if seen is kept[0] else 1.0
+        )  # A share of a norm is a difference of logs.
+        of.append((now - median) / max(spread, 0.01 * least))
       np.testing.assert_allclose(scores[i], max(of), rtol=1e-3)
     if good[i]:
       kept[0].append(pair[0]), kept[1].append(pair[1])
+
+
+@pytest.mark.parametrize("norm", [1e-4, 1.0, 100.0])
+def test_a_norm_that_stands_still_may_move_by_its_own_size(norm):
+  norms = [norm] * 16 + [norm * 1.05, norm * 1.2]
+  good, scores = judged(Faults(spike=8.0, window=16), np.ones(18), np.array(norms))
+  assert good == [True] * 17 + [False]
+  np.testing.assert_allclose(scores[16:], [np.log(1.05) / 0.01, np.log(1.2) / 0.01], rtol=1e-3)
+
+
+def test_what_is_not_finite_is_no_new_normal():
+  losses = [1.0, 1.1] * 8 + [5.0] * 3 + [np.inf, 30.0]
+  good, scores = judged(Faults(spike=8.0, window=8, patience=3), losses, np.ones(21))
+  assert good == [True] * 16 + [False] * 4 + [True] and scores[-1] > 100
 
 
 def test_after_some_patience_a_higher_loss_is_the_new_normal():
@@ -56,6 +74,14 @@ def test_after_some_patience_a_higher_loss_is_the_new_normal():
 def test_without_a_limit_only_what_is_not_finite_is_a_fault():
   good, scores = judged(Faults(), [1.0, 1e30, np.inf, 1.0], [1.0, 1.0, 1.0, np.nan])
   assert good == [True, True, False, False] and np.isnan(scores).all()
+
+
+def test_what_is_not_applied_changes_no_bit():
+  w = {"w": jnp.array([0.0, -0.0, 1.0])}
+  tx = guard.guarded(optax.sgd(0.1))
+  updates, _ = tx.update(w, tx.init(w), w, good=jnp.bool_(False))
+  after = optax.apply_updates(w, updates)
+  np.testing.assert_array_equal(*(np.asarray(x["w"]).view(np.uint32) for x in (after, w)))
 
 
 def test_a_lowered_rate_recovers():

@@ -5,6 +5,7 @@ import pytest
 
 from bigtrain import evidence, examine
 from bigtrain.data.text import TextData
+from bigtrain.exit_codes import Exit
 from bigtrain.faults import Faults
 from tests import faulty, runs
 from tests.faulty import BATCH, Plant, Powers, kept, losses, plant_nan, trained
@@ -31,6 +32,14 @@ def test_nan_in_the_data_is_found_and_its_row_kept(tmp_path):
   assert event["path"] == "incidents/00000011" and event["cause"] == "data"
   rows = runs.read(path, "metrics.jsonl")
   assert [row["step"] for row in rows if row["skipped"]] == [11]
+
+
+def test_a_batch_that_one_process_cannot_read_again_leaves_none_alone(tmp_path):
+  each = [runs.start(tmp_path, file="tests/unread.py", **own) for own in runs.joined(2)]
+  ended = [runs.finish(process) for process in each]
+  assert [code for code, _ in ended] == [Exit.DONE] * 2, ended
+  (event,) = runs.events(tmp_path, "incident")
+  assert event["step"] == 11 and "(process 1): a planted error" in event["note"]
 
 
 @pytest.mark.usefixtures("prepared")

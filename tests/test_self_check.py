@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigtrain import digest, self_check
+from bigtrain import digest, processes, self_check
 from bigtrain.failures import CheckFailed
 from bigtrain.mesh import Mesh
 from tests import faulty, runs
@@ -31,6 +31,12 @@ def test_a_device_that_computes_wrong_is_named_and_ends_the_run_before_it_saves(
   assert runs.saved(tmp_path) == [4, 8]
   (event,) = runs.events(tmp_path, "bad_device")
   assert event["step"] == 12 and "device 3" in event["found"]
+
+
+def test_what_every_process_says_is_told(monkeypatch):
+  said = ["", "device 0 of process 1", "device 4 of process 2"]
+  monkeypatch.setattr(processes, "gather", lambda _: said)
+  assert processes.all_said("") == "device 0 of process 1; device 4 of process 2"
 
 
 @pytest.mark.parametrize("little", [True, False])

@@ -7,6 +7,7 @@ import abc
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -148,6 +149,8 @@ def scale_by_rates(
 ) -> optax.GradientTransformation:
   """Times the learning rate, and times the factor of each parameter, downhill.
 
+  The update takes an argument `lowered`: a factor of all learning rates (Faults.policy).
+
   Raises:
     Refused: when it meets parameters, if one of `patterns` is found in no path of them.
   """
@@ -162,8 +165,9 @@ def scale_by_rates(
         )
     return common.init(params)
 
-  def update(updates, state, params=None):
+  def update(updates, state, params=None, *, lowered: Any = None, **_):
     updates, state = common.update(updates, state, params)
-    return own.update(updates, optax.EmptyState())[0], state
+    updates, _ = own.update(updates, optax.EmptyState())
+    return updates if lowered is None else jax.tree.map(lambda u: u * lowered, updates), state
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from bigtrain.optim.adam import AdEMAMix
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.average import averaged
 from bigtrain.optim.clip import by_global_norm, by_unit
+from bigtrain.optim.lamb import LAMB
 from bigtrain.optim.lion import Lion
 from bigtrain.optim.muon import Muon
 from bigtrain.optim.optimizer import Optimizer
@@ -277,3 +281,29 @@ def test_an_optimizer_that_returns_no_direction_is_refused():
 
   with pytest.raises(Refused, match=r"Forgetful.direction\(\) returned None"):
     Forgetful(lr=0.1).make(10)
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [
+    SGD(lr=0.1, average=0.9, weight_decay=0.1, rates=(("w", 0.5),)),
+    AdamW(lr=0.01, average=0.99),
+    LAMB(lr=0.01),
+    ScheduleFreeAdamW(lr=0.01, schedule=Constant(warmup=2)),
+  ],
+  ids=lambda optimizer: type(optimizer).__name__,
+)
+def test_a_lowered_rate_is_a_lower_learning_rate(optimizer):
+  tx, low = (o.make(10) for o in (optimizer, dataclasses.replace(optimizer, lr=optimizer.lr / 4)))
+  r = np.random.default_rng(0)
+  normal = lambda: {"w": jnp.asarray(r.normal(size=(3, 4)), jnp.float32)}
+  w = normal()
+  state = tx.init(w)
+  for _ in range(4):
+    updates, state = jax.jit(tx.update)(normal(), state, w)
+    w = optax.apply_updates(w, updates)
+  gradient = normal()
+  lowered = lambda *a: tx.update(*a, lowered=jnp.float32(0.25))
+  got, wanted = (jax.jit(f)(gradient, state, w) for f in (lowered, low.update))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), got, wanted)
+  assert not np.allclose(got[0]["w"], jax.jit(tx.update)(gradient, state, w)[0]["w"], rtol=0.1)
