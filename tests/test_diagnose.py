@@ -6,6 +6,7 @@ the records of real runs, sick and healthy.
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from bigtrain import cli, diagnose, load
 from bigtrain.columns import Columns, columns
 from bigtrain.diagnose import Records
 from bigtrain.diagnose.records import course
+from bigtrain.failures import CheckFailed
 from bigtrain.run_directory import RunDirectory
 from bigtrain.train import train
+from tests import faulty
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,8 +151,16 @@ def test_a_check_tells_its_sickness_and_no_other_beyond_its_threshold_only(kind)
 
 def test_every_check_is_found_where_it_stands():
   names = {check.__name__ for check in diagnose.checks()}
-  assert len(names) == len(NEAR)
-  assert {"vanishing_gradients", "loss_spikes", "input_bound"} <= names
+  assert len(names) == len(NEAR) + 4  # Of events alone: further down.
+  assert {
+    "faults",
+    "failed",
+    "hangs",
+    "bad_machines",
+    "vanishing_gradients",
+    "loss_spikes",
+    "input_bound",
+  } <= names
 
 
 def test_a_healthy_record_is_told_nothing():
@@ -314,3 +325,57 @@ def test_the_course_of_a_long_run_is_found_quickly_and_is_that_of_all_its_rows()
   assert (found.start, found.end) == (np.median(loss[:2_000]), np.median(loss[-2_000:]))
   # Medians around each of a million rows would take hours.
   assert course(np.tile(loss, 50)).noise == pytest.approx(found.noise, rel=0.01)
+
+
+INCIDENT = {"event": "incident", "step": 40, "cause": "data", "first_bad": "batch/inputs"}
+PATH = {"path": "incidents/00000040"}
+FAILED = {"event": "error", "error": "CheckFailed: x", "time": 1}
+
+
+@pytest.mark.parametrize(
+  ("events", "kind", "said", "severity"),
+  [
+    ([INCIDENT | PATH], "updates not applied", r"step 40 is data.*inputs \(incidents/0", "advice"),
+    (
+      [INCIDENT | {"step": s, "cause": "unknown" if s < 30 else "data"} for s in range(20, 40)],
+      "updates not applied",
+      r"20, the last at 39; the cause of step 30 is data",
+      "trouble",
+    ),
+    ([INCIDENT, INCIDENT], "updates not applied", r"that of step 40;", "advice"),
+    (
+      [{"event": "start"}, {"event": "error", "error": "CheckFailed: x"}],
+      "failed",
+      "Failed: x",
+      "",
+    ),
+    ([{"event": "hang", "phase": "save"}] * 3, "hangs", "3 times a deadline passed: 3 in save", ""),
+    ([{"event": "bad_device", "step": 4, "found": "device 3"}], "bad device", "device 3", ""),
+    ([{"event": "damaged", "step": 8, "why": "w"}], "damaged checkpoints", "of step 8: w", ""),
+    ([{"event": "straggler", "process": 2}] * 3, "slow host", "process 2 was 3 times", "advice"),
+  ],
+)
+def test_what_went_wrong_outside_of_learning_is_told(events, kind, said, severity):
+  (finding,) = diagnose.diagnose(records(events=events))
+  assert finding.kind == kind and re.search(said, finding.evidence)
+  assert finding.severity == (severity or "trouble")
+
+
+def test_what_is_over_is_not_told():
+  failed, again = (
+    {"event": "error", "error": "x"},
+    [{"event": "start"}, {"event": "end", "time": 1}],
+  )
+  slow = [{"event": "straggler", "process": p} for p in range(3)]
+  events = [{"event": "start", "time": 0}, failed, *again, *slow]
+  assert diagnose.diagnose(records(events=events)) == []
+
+
+def test_a_run_whose_loss_was_never_a_number_is_not_well(tmp_path, capsys):
+  e = faulty.base()
+  e.data.at, e.faults.patience = tuple(range(0, 200)), 3
+  with pytest.raises(CheckFailed):
+    train(e, tmp_path / "run", quiet=True)
+  assert cli.main(["diagnose", str(tmp_path / "run")]) == 0
+  told = capsys.readouterr().out
+  assert "updates not applied" in told and "failed" in told and "nothing is wrong" not in told
