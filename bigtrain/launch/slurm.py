@@ -4,9 +4,12 @@ import re
 import shlex
 
 from bigtrain.config import Refused, config
+from bigtrain.exit_codes import UNHELPED, Exit
 from bigtrain.launch.job import Command, Engine, Job, Rendered
-from bigtrain.launch.script import FINAL, command, prepared
+from bigtrain.launch.script import LASTING, MISSING, command, prepared, quoted
 
+# srun's code is the highest of all hosts: what no restart helps is told above those of signals.
+ABOVE = 200
 SCRIPT = """\
 #!/bin/bash
 {options}
@@ -14,23 +17,29 @@ SCRIPT = """\
 # What each host runs. SIGTERM comes to it and to bigtrain, of which it has to hear how it left.
 host() {{
 trap : TERM
+trap '
+  code=$?
+  case $code in {missing}) exit {refused} ;; {unhelped}) exit $(({above} + code)) ;; esac
+' EXIT
 {lines}{train}
-code=$?
-case $code in {unhelped}) scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ;; esac
-exit $code
 }}
 export -f host
 
 srun --kill-on-bad-exit=0 --wait={grace}{more} bash -c host
 code=$?
-case $code in 0|{unhelped}) exit $code ;; esac
-if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
-  echo "bigtrain: ended with code $code, and was restarted {restarts} times already" >&2
+case $code in 0) exit 0 ;; {final}) exit $((code - {above})) ;; esac
+# Starts in a row that ended soon; SLURM's own count never begins anew.
+row={out}/$SLURM_JOB_ID.row
+failed=$(($(cat "$row" 2> /dev/null || echo 0) + 1))
+[ $SECONDS -le {lasting} ] || failed=1
+if [ $failed -gt {restarts} ]; then
+  echo "bigtrain: ended with code $code, and was restarted {restarts} times in a row" >&2
   exit $code
 fi
 # A job that was cancelled stays so.
 if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
   echo "bigtrain: ended with code $code; requeued" >&2
+  echo $failed > "$row"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code
@@ -51,7 +60,6 @@ class Slurm(Engine):
   cpus: int | None = None  # Of a host; those that the partition gives to a task unless given.
   image: str | None = None  # A container, where the cluster has pyxis.
   options: tuple[str, ...] = ()  # More of sbatch, without dashes: "constraint=h100".
-  restarts: int = 100  # How often it requeues itself.
 
   def check(self, job: Job) -> None:
     for value in (self.partition, self.account, self.qos, self.time, self.image, *self.options):
@@ -59,8 +67,6 @@ class Slurm(Engine):
         raise Refused(f"{value!r} holds a character that cannot be printed")
     if wrong := [each for each in self.options if not re.match("[a-z]", each)]:
       raise Refused(f"--engine.options {wrong[0]!r}: give options of sbatch, as constraint=h100")
-    if self.restarts < 0:
-      raise Refused(f"--engine.restarts {self.restarts}: give 0 or more")
     if self.cpus is not None and self.cpus < 1:
       raise Refused(f"--engine.cpus {self.cpus}: give 1 or more")
 
@@ -87,10 +93,16 @@ class Slurm(Engine):
       options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
       lines="".join(f"{line}\n" for line in prepared(job)),
       train=command(train),
-      unhelped="|".join(map(str, FINAL)),
+      missing="|".join(map(str, MISSING)),
+      refused=ABOVE + Exit.REFUSED,
+      unhelped="|".join(str(int(code)) for code in UNHELPED),
+      above=ABOVE,
+      final="|".join(str(ABOVE + code) for code in UNHELPED),
+      out=quoted(out),
+      lasting=LASTING,
       grace=job.grace,
       more="".join(f" {option}" for option in more),
-      restarts=self.restarts,
+      restarts=job.restarts,
     )
     script = f"{out}/{job.name}.sbatch"
     return Rendered({script: text}, (Command(("sbatch", script)),))
