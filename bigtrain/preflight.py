@@ -24,6 +24,7 @@ from etils import epath
 
 from bigtrain import processes
 from bigtrain.config import FILE_MODULE, Refused, listed
+from bigtrain.launch.job import DEVICES, LAUNCH
 from bigtrain.lines import add_event, read_events
 from bigtrain.processes import called, differences, gather
 from bigtrain.run_directory import PACKAGES
@@ -33,9 +34,6 @@ FURTHER = ("libtpu", "jax-cuda13-plugin", "tensorstore", "ml-dtypes", "tokamax")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # Programs that differ by these wait for each other.
 SKEW = 1.0  # Seconds between clocks that are worth a word; nothing computed depends on them.
 VISIBLE = 20.0  # Seconds that a file system may take to show a file to another host.
-# What `bigtrain launch` says in the environment (launch/job.py): the platform and how many devices
-# all processes have together; and the launch, with how often it may start without progress.
-DEVICES, LAUNCH = "BIGTRAIN_DEVICES", "BIGTRAIN_LAUNCH"
 
 
 def check_devices(begun: bool = False) -> None:
@@ -49,8 +47,10 @@ def check_devices(begun: bool = False) -> None:
   """
   if not (meant := os.environ.get(DEVICES)):
     return
-  platform, count = meant.split()
-  here = f"{jax.local_device_count()} {jax.devices()[0].platform}"
+  platform, _, count = meant.partition(" ")
+  if not count.isdecimal():
+    raise Refused(f"{DEVICES} is {meant!r}; give a platform and how many devices, as in 'gpu 16'")
+  here = f"{jax.local_device_count()} {jax.local_devices()[0].platform}"
   own = {"facts": {"devices": here}, "begun": begun}
   told = gather({"host": socket.gethostname()} | own)
   found = [each["facts"]["devices"].split() for each in told]

@@ -11,7 +11,8 @@ from bigtrain.secrets import is_secret
 
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"  # What Kubernetes, the strictest, takes, with room.
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
-# What `train` is told of it (preflight.py).
+# What `train` is told in the environment (preflight.py): the devices of all processes, "gpu 16";
+# and which launch this is, with how often it may go on from no newer checkpoint, "3fa9c1d2 100".
 DEVICES, LAUNCH = "BIGTRAIN_DEVICES", "BIGTRAIN_LAUNCH"
 FULL_HOST = 8  # Chips of a v5e or v6e host that is a whole slice; of a larger slice it has 4.
 

@@ -187,6 +187,9 @@ def test_other_devices_than_were_launched_are_refused_with_the_host(monkeypatch,
   with pytest.raises(Refused, match=refused) if refused else contextlib.nullcontext():
     preflight.check_devices()
   preflight.check_devices(begun=True)  # A run that may go on with what is there.
+  monkeypatch.setenv("BIGTRAIN_DEVICES", "16")
+  with pytest.raises(Refused, match="'16'; give a platform and how many"):
+    preflight.check_devices()
 
 
 def test_a_single_process_without_the_chips_is_refused_before_it_compiles(tmp_path, capsys):
