@@ -4,22 +4,24 @@ import re
 import shlex
 
 from bigtrain.config import Refused, config
-from bigtrain.exit_codes import UNHELPED, Exit
 from bigtrain.launch.job import Command, Engine, Job, Rendered
-from bigtrain.launch.script import LASTING, MISSING, command, prepared, quoted
+from bigtrain.launch.script import FINAL, LASTING, command, prepared, quoted
 
-# srun's code is the highest of all hosts: what no restart helps is told above those of signals.
-ABOVE = 200
 SCRIPT = """\
 #!/bin/bash
 {options}
 
 # What each host runs. SIGTERM comes to it and to bigtrain, of which it has to hear how it left.
+# srun returns the signal of a host that it killed rather than the code of one that was refused: so
+# that one takes the job's right to be requeued away.
 host() {{
 trap : TERM
 trap '
   code=$?
-  case $code in {missing}) exit {refused} ;; {unhelped}) exit $(({above} + code)) ;; esac
+  case $code in {final})
+    scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ||
+      echo "bigtrain: code $code is final, but there is no working scontrol to say so" >&2
+  esac
 ' EXIT
 {lines}{train}
 }}
@@ -27,7 +29,7 @@ export -f host
 
 srun --kill-on-bad-exit=0 --wait={grace}{more} bash -c host
 code=$?
-case $code in 0) exit 0 ;; {final}) exit $((code - {above})) ;; esac
+case $code in 0|{final}) exit $code ;; esac
 # Starts in a row that ended soon; SLURM's own count never begins anew.
 row={out}/$SLURM_JOB_ID.row
 failed=$(($(cat "$row" 2> /dev/null || echo 0) + 1))
@@ -40,7 +42,8 @@ fi
 if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
   echo "bigtrain: ended with code $code; requeued" >&2
   echo $failed > "$row"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" ||
+    echo "bigtrain: not requeued: the code of a host was final" >&2
 fi
 exit $code
 """
@@ -93,11 +96,7 @@ class Slurm(Engine):
       options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
       lines="".join(f"{line}\n" for line in prepared(job)),
       train=command(train),
-      missing="|".join(map(str, MISSING)),
-      refused=ABOVE + Exit.REFUSED,
-      unhelped="|".join(str(int(code)) for code in UNHELPED),
-      above=ABOVE,
-      final="|".join(str(ABOVE + code) for code in UNHELPED),
+      final="|".join(map(str, FINAL)),
       out=quoted(out),
       lasting=LASTING,
       grace=job.grace,

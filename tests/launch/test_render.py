@@ -102,7 +102,7 @@ def _shell(made: Job) -> tuple[str, bytes]:
     return RECEIVE, command.stdin.encode()
   if isinstance(made.engine, Slurm):
     (text,) = rendered(made).files.values()
-    return text[: text.index("srun")] + "host", b""
+    return text[: text.index("\nsrun ")] + "\nhost", b""
   if isinstance(made.engine, SkyPilot):
     return tree(made)["run"], b""
   pod = tree(made)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -222,7 +222,12 @@ done
 exit ${highest:-0}"""
   put(tmp_path / "srun", of_hosts)
   put(tmp_path / "squeue", "echo RUNNING")
-  put(tmp_path / "scontrol", '[ "$*" = "requeue 7" ] && echo >> requeued')
+  of_job = """
+case $* in
+  "update JobId=7 Requeue=0") touch final ;;
+  "requeue 7") [ ! -e final ] && echo >> requeued ;;
+esac"""
+  put(tmp_path / "scontrol", of_job)
   environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
 
   def run(made: Job) -> tuple[int, int]:
@@ -246,9 +251,10 @@ def test_slurm_counts_failed_starts_in_a_row_and_one_that_lasted_begins_anew(on_
 @pytest.mark.parametrize(
   "setup, code, requeued",
   [
-    ('[ "$SLURM_PROCID" = 0 ] || kill -KILL $$; exit 2', 2, 0),
-    ('[ "$SLURM_PROCID" = 0 ] && kill -KILL $$; exit 4', 4, 0),
-    ("no_such_command; exit", 2, 0),
+    ('[ "$SLURM_PROCID" = 0 ] || kill -KILL $$; exit 2', 137, 0),
+    ('[ "$SLURM_PROCID" = 0 ] && kill -KILL $$; exit 4', 137, 0),
+    ("exit 2", 2, 0),
+    ("no_such_command; exit", 127, 0),
     ("kill -KILL $$", 137, 1),
     ("exit 3", 3, 1),
     ("exit 0", 0, 0),
@@ -256,6 +262,12 @@ def test_slurm_counts_failed_starts_in_a_row_and_one_that_lasted_begins_anew(on_
 )
 def test_on_slurm_what_was_refused_on_one_host_is_not_requeued(on_slurm, setup, code, requeued):
   assert on_slurm(job(Slurm(), setup=setup)) == (code, requeued)
+
+
+def test_a_container_without_scontrol_says_what_that_means(on_slurm, tmp_path, capfd):
+  put(tmp_path / "srun", "PATH=/nowhere /bin/bash -c host")
+  assert on_slurm(job(Slurm(), setup="exit 2")) == (2, 0)
+  assert "code 2 is final, but there is no working scontrol" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
