@@ -45,7 +45,8 @@ def initialize() -> None:
     # Unless deactivated, jax asks the launcher which local devices this process may use.
     _join("BIGTRAIN_COORDINATOR", cluster_detection_method="deactivate", **_explicit())
   elif (launcher := _launcher()) is not None:
-    _join(launcher)
+    # For SLURM and Open MPI jax takes one device a process unless told; an empty list is no limit.
+    _join(launcher, **({"local_device_ids": []} if _has_host() else {}))
 
 
 def is_first() -> bool:
@@ -169,6 +170,19 @@ def _launcher() -> str | None:
   if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
     return "JOB_COMPLETION_INDEX"
   return None
+
+
+def _has_host() -> bool:
+  """Whether this is the only process that SLURM or Open MPI started on its host.
+
+  It then takes all devices there, unless JAX_LOCAL_DEVICE_IDS says which.
+  """
+  if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    return False
+  if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    return os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+  tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS")
+  return tasks is not None and tasks == os.environ.get("SLURM_STEP_NUM_NODES")
 
 
 def _tpu_attached() -> bool:

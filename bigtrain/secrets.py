@@ -55,6 +55,11 @@ def redacted(value: Any) -> Any:
   return value
 
 
+def is_secret(name: str, value: str) -> bool:
+  """Whether a variable of that name holds a secret: by its name, or by the form of its value."""
+  return _is_secret(name, value) or _field(name, value) != value
+
+
 def _is_flag(word: Any) -> bool:
   return isinstance(word, str) and word.startswith("-") and "=" not in word
 

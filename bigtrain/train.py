@@ -20,7 +20,7 @@ import numpy as np
 from bigtrain import console, goodput, preflight, processes, sharding, weights
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed
-from bigtrain.elastic import fitted
+from bigtrain.elastic import begun_on, fitted
 from bigtrain.experiment import Experiment
 from bigtrain.fit import check_fit
 from bigtrain.parts import Part, default_parts
@@ -68,6 +68,7 @@ def train(
   began, experiment = time.perf_counter(), copy.deepcopy(experiment)
   processes.initialize()
   directory, asked = RunDirectory(run_dir, writes=processes.is_first()), experiment
+  preflight.check_devices(elastic and begun_on(experiment, directory.events()) is not None)
   if elastic:
     experiment = fitted(experiment, directory.events())
   validate(experiment, jax.device_count())

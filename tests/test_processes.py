@@ -196,6 +196,56 @@ def test_a_launcher_that_announces_several_processes_is_left_to_jax(
   assert [set(settings) for settings in joined] == [{"initialization_timeout"}] * several
 
 
+ON_SLURM = STEP | {
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "localhost",
+  "SLURM_PROCID": "0",
+  "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+  "variables, all_of_host",
+  [
+    (STEP | {"SLURM_STEP_NUM_NODES": "2"}, True),
+    (STEP | {"SLURM_STEP_NUM_NODES": "1"}, False),  # A process for each device.
+    (STEP | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "1,2"}, False),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+  ],
+)
+def test_a_process_that_has_its_host_to_itself_takes_all_devices(
+  monkeypatch, joined, variables, all_of_host
+):
+  announce(monkeypatch, **variables)
+  processes.initialize()
+  [settings] = joined
+  assert settings.pop("initialization_timeout")
+  assert settings == ({"local_device_ids": []} if all_of_host else {})
+
+
+@pytest.mark.parametrize(
+  "variables, visible",
+  [
+    ({"SLURM_STEP_NUM_NODES": "2"}, "all"),
+    ({"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "3"}, "3"),
+    ({"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "1,2"}, "1,2"),
+  ],
+)
+def test_jax_itself_sees_so_many_gpus_of_a_slurm_node(variables, visible):
+  """What jax makes of what it is given. It reads another count, so that it waits for nobody."""
+  code = """
+from bigtrain import processes
+processes.initialize()
+import jax
+print("visible:", jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value)
+"""
+  alone = {"SLURM_NTASKS": "1", "JAX_COORDINATOR_PORT": str(free_port())}
+  with started(code, **ON_SLURM | variables | alone) as child:
+    out, error = child.communicate(timeout=60)
+  assert f"visible: {visible}\n" in out, error
+
+
 def test_a_tpu_slice_known_to_its_metadata_server_is_left_to_jax(monkeypatch, joined):
   hosts = []
 

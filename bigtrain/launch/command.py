@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import secrets
 import shlex
 import subprocess
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from bigtrain.console import say
 from bigtrain.exit_codes import Exit
 from bigtrain.flags import parse
 from bigtrain.launch.held import hold
-from bigtrain.launch.job import NAME, Command, Job, Rendered
+from bigtrain.launch.job import LAUNCH, NAME, Command, Job, Rendered
 from bigtrain.launch.jobset import JobSet
 from bigtrain.launch.remote import Gcloud, Held, Ssh
 from bigtrain.launch.skypilot import SkyPilot
@@ -69,6 +70,8 @@ def command(arguments: list[str]) -> int | None:
   check_types(job)
   job.check()
   _check_experiment(experiment, job)
+  started = f"{LAUNCH}={secrets.token_hex(4)} {job.restarts}"
+  job = dataclasses.replace(job, environment=(started, *job.environment))
   train = [*shlex.split(job.command), "train", name, "--dir", str(job.dir), *of_train]
   out = flags.out or f"launched/{job.name}"
   if flags.dry_run:
@@ -162,7 +165,7 @@ def _run(job: Job, rendered: Rendered) -> int:
   if rendered.held:
     assert isinstance(job.engine, Held)
     engine = job.engine
-    return hold(rendered.commands, restarts=engine.restarts, grace=job.grace, pause=engine.pause)
+    return hold(rendered.commands, restarts=job.restarts, grace=job.grace, pause=engine.pause)
   return max(map(_call, rendered.commands))
 
 

@@ -10,27 +10,29 @@ from collections.abc import Iterator, Sequence
 
 from bigtrain.exit_codes import Exit
 from bigtrain.launch.job import Command
-from bigtrain.launch.script import MISSING
+from bigtrain.launch.script import LASTING, MISSING
 
 LONGEST = 300.0  # Seconds before a restart at most, however often it was doubled.
-LASTING = 600.0  # A start that lasted so many seconds was no failed one: the pause begins anew.
 LATE = 30.0  # Seconds that a host has to end its process by itself, after the grace.
 
 
 def hold(commands: Sequence[Command], *, restarts: int, grace: int, pause: float) -> int:
-  """Runs the processes until they are done, refused, or restarted too often.
+  """Runs the processes until they are done, refused, or restarted too often in a row.
+
+  A start that lasted is the first of a new row. Whether it made progress is not seen here: those
+  that made none `train` refuses itself (preflight.py).
 
   Args:
     commands: one for each process; its standard input is kept open after what it reads.
-    restarts: how often all of them are started again.
+    restarts: how often in a row all of them are started again.
     grace: seconds that the others have when one has ended.
     pause: seconds before the first restart.
 
   Returns:
     The exit code: of the processes, or LEFT after SIGINT or SIGTERM.
   """
-  wait = pause
-  for attempt in range(restarts + 1):
+  failed, wait = 0, pause
+  while True:
     began = time.monotonic()
     with _signals() as asked:
       codes = _attempt(commands, grace, asked)
@@ -41,15 +43,16 @@ def hold(commands: Sequence[Command], *, restarts: int, grace: int, pause: float
       if (code := _verdict(codes)) in (Exit.DONE, Exit.REFUSED, Exit.CHECK):
         _say(f"ended; exit codes: {told}")
         return code
-      if attempt == restarts:
-        break
-      wait = pause if time.monotonic() - began > LASTING else wait
-      _say(f"exit codes: {told}; restart {attempt + 1} of {restarts} in {wait:.0f} s")
+      if time.monotonic() - began > LASTING:
+        failed, wait = 0, pause
+      if failed == restarts:
+        _say(f"exit codes: {told}; restarted {restarts} times in a row")
+        return code
+      failed += 1
+      _say(f"exit codes: {told}; restart {failed} of {restarts} in {wait:.0f} s")
       if asked.wait(wait):
         return Exit.LEFT
     wait = min(2 * wait, LONGEST)
-  _say(f"exit codes: {told}; restarted {restarts} times already")
-  return code
 
 
 def _verdict(codes: Sequence[int]) -> int:

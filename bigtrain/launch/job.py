@@ -7,10 +7,13 @@ import shlex
 
 from bigtrain.config import Refused, config
 from bigtrain.plan.topologies import Topology, topology
+from bigtrain.secrets import is_secret
 
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"  # What Kubernetes, the strictest, takes, with room.
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
-SECRET = r"(?i)(?:^|_)(?:token|key|secret|passwd|password|credentials?)(?:$|_)"
+# What `train` is told in the environment (preflight.py): the devices of all processes, "gpu 16";
+# and which launch this is, with how often it may go on from no newer checkpoint, "3fa9c1d2 100".
+DEVICES, LAUNCH = "BIGTRAIN_DEVICES", "BIGTRAIN_LAUNCH"
 FULL_HOST = 8  # Chips of a v5e or v6e host that is a whole slice; of a larger slice it has 4.
 
 
@@ -81,6 +84,7 @@ class Job:
   secrets: tuple[str, ...] = ()  # Variables whose values are known here and written nowhere.
   compiled: str | None = None  # A folder or bucket of compiled programs that all hosts share.
   grace: int = 120  # Seconds to save once told to leave; and for others, when one process ended.
+  restarts: int = 100  # How often in a row it goes on from no newer checkpoint; then it ends.
 
   def topology(self) -> Topology | None:
     return None if self.chips is None else topology(self.chips, self.slices)
@@ -116,8 +120,10 @@ class Job:
     return 0 if there is None else math.prod(there.shape) // self.hosts_of_slice()
 
   def variables(self) -> dict[str, str]:
-    """The environment, with the place of compiled programs."""
-    found = dict(each.split("=", 1) for each in self.environment)
+    """The environment: what was given, the place of compiled programs, the devices to be found."""
+    there = self.topology()
+    found = {} if there is None else {DEVICES: f"{there.chip.platform} {there.chips}"}
+    found |= dict(each.split("=", 1) for each in self.environment)
     return found | ({"JAX_COMPILATION_CACHE_DIR": self.compiled} if self.compiled else {})
 
   def check(self) -> None:
@@ -130,11 +136,13 @@ class Job:
     for what, value in {"hosts": self.hosts, "slices": self.slices, "grace": self.grace}.items():
       if value is not None and value < 1:
         raise Refused(f"--{what} {value}: give 1 or more")
+    if self.restarts < 0:
+      raise Refused(f"--restarts {self.restarts}: give 0 or more")
     for each in self.environment:
-      name, equals, _ = each.partition("=")
+      name, equals, value = each.partition("=")
       if not equals or not re.fullmatch(VARIABLE, name):
         raise Refused(f"--environment: give NAME=value for each, not {name!r}")
-      if re.search(SECRET, name):
+      if is_secret(name, value):
         raise Refused(
           f"--environment {name}=...: this looks like a secret, which would be written down; set "
           f"{name} where you launch, and give --secrets {name}"

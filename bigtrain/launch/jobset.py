@@ -13,6 +13,9 @@ from bigtrain.launch.script import FINAL, command, numbered, prepared
 from bigtrain.launch.text import as_yaml
 
 PORT = 8476
+# JobSet counts all restarts and never begins anew. A fault every four hours takes years to reach
+# this; who counts in a row is `train` itself (preflight.py), by the run's checkpoints.
+RESTARTS = 10_000
 LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 # By kind of chip: of Google's node labels, the one that names it; and the resource.
 NODES = {
@@ -37,7 +40,6 @@ class JobSet(Engine):
   spot: bool = False  # On nodes that may be taken away.
   cpus: str | None = None  # Of a host, as "8" or "500m".
   memory: str | None = None  # Of a host, as "64Gi".
-  restarts: int = 100  # How often all pods are made anew.
 
   def check(self, job: Job) -> None:
     if not self.image:
@@ -80,7 +82,7 @@ class JobSet(Engine):
       },
       "spec": {
         "failurePolicy": {
-          "maxRestarts": self.restarts,
+          "maxRestarts": RESTARTS,
           # What was refused once is refused again; all else is restarted.
           "rules": [
             {

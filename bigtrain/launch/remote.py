@@ -41,13 +41,11 @@ exit "$code"
 class Held(Engine):
   """Processes that the launcher starts, watches and starts again."""
 
-  restarts: int = 100  # How often all are started again.
   pause: float = 5.0  # Seconds before the first restart; each later one waits twice as long.
 
   def check(self, job: Job) -> None:
-    for what, value in {"restarts": self.restarts, "pause": self.pause}.items():
-      if value < 0:
-        raise Refused(f"--engine.{what} {value}: give 0 or more")
+    if self.pause < 0:
+      raise Refused(f"--engine.pause {self.pause}: give 0 or more")
 
   def rendered(
     self,
@@ -124,6 +122,8 @@ class Gcloud(Held):
       raise Refused("--chips: say which TPU VMs these are, as --chips v5e:4x4")
     if len(self.nodes) != job.slices:
       raise Refused(f"--engine.nodes are {len(self.nodes)}, and the job has {job.slices} slices")
+    if len(set(self.nodes)) < len(self.nodes):
+      raise Refused("--engine.nodes names a TPU VM twice: each is one slice")
     for value in (*self.nodes, self.zone, *([] if self.project is None else [self.project])):
       if not re.fullmatch(r"[a-z][-a-z0-9:.]*", value):
         raise Refused(f"{value!r} is no name at Google: --engine.nodes, --engine.zone, .project")

@@ -8,9 +8,7 @@ from bigtrain.launch.job import Job
 MISSING = (126, 127)  # As a shell says it of a command that is not there.
 # After these codes no restart helps; all others are those of a run that can go on.
 FINAL = (*map(int, UNHELPED), *MISSING)
-FAULTS = (int(Exit.FAILED), int(Exit.LEFT), int(Exit.DEADLINE))
-# By SIGABRT, SIGBUS, SIGKILL, SIGSEGV, SIGTERM, as a shell says.
-KILLED = (134, 135, 137, 139, 143)
+LASTING = 600  # Seconds; a start that lasted longer failed at something else than starting.
 
 
 def quoted(word: str) -> str:

@@ -4,19 +4,31 @@ import math
 from typing import Any
 
 from bigtrain.config import Refused, config
+from bigtrain.exit_codes import Exit
 from bigtrain.launch.job import Command, Engine, Job, Rendered
 from bigtrain.launch.jobset import PORT
-from bigtrain.launch.script import FAULTS, KILLED, command, numbered, prepared
+from bigtrain.launch.script import FINAL, command, numbered, prepared
 from bigtrain.launch.text import as_yaml
 
 # How Google names accelerators, and by how much it counts a chip [cloud.google.com/tpu].
 SLICES = {"v5e": ("tpu-v5litepod", 1), "v5p": ("tpu-v5p", 2), "v6e": ("tpu-v6e", 1)}
+# It restarts all if the code of any host is a given one, and says this one of each host that it
+# killed itself because another ended: after a refusal too. So it stands for no fault of its own.
+ENDED_WITH_OTHERS = 137
+FAULTS = [code for code in range(1, 256) if code not in (*FINAL, ENDED_WITH_OTHERS)]
+RUN = """\
+trap : TERM
+{train}
+code=$?
+[ $code != {ended} ] || code={failed}
+exit $code
+"""
 
 
 @config
 class SkyPilot(Engine):
-  """A managed job. SkyPilot restarts it after each code but that of a refusal, without a limit:
-  it counts restarts only of codes that it cannot tell apart."""
+  """A managed job. SkyPilot restarts it after each code but the final ones, without a limit: it
+  counts restarts only of codes that it cannot tell apart. `train` counts them (preflight.py)."""
 
   infra: str | None = None  # Where, as "gcp/us-east5" or "kubernetes"; anywhere unless given.
   image: str | None = None  # A container.
@@ -42,7 +54,8 @@ class SkyPilot(Engine):
       '"$SKYPILOT_NUM_NODES"',
       '"$SKYPILOT_NODE_RANK"',
     )
-    lines = [*prepared(job), *([] if job.platform() == "tpu" else found), f"exec {command(train)}"]
+    lines = [*prepared(job), *([] if job.platform() == "tpu" else found)]
+    run = RUN.format(train=command(train), ended=ENDED_WITH_OTHERS, failed=int(Exit.FAILED))
     tree = {
       "name": job.name,
       "workdir": self.workdir,
@@ -60,10 +73,10 @@ class SkyPilot(Engine):
         "job_recovery": {
           "strategy": "FAILOVER",
           "max_restarts_on_errors": 0,
-          "recover_on_exit_codes": [*FAULTS, *KILLED],
+          "recover_on_exit_codes": FAULTS,
         },
       },
-      "run": "\n".join(lines) + "\n",
+      "run": "".join(f"{line}\n" for line in lines) + run,
     }
     path = f"{out}/{job.name}.sky.yaml"
     given = [word for name in job.secrets for word in ("--secret", name)]

@@ -5,33 +5,45 @@ import shlex
 
 from bigtrain.config import Refused, config
 from bigtrain.launch.job import Command, Engine, Job, Rendered
-from bigtrain.launch.script import FINAL, command, prepared
+from bigtrain.launch.script import FINAL, LASTING, command, prepared, quoted
 
 SCRIPT = """\
 #!/bin/bash
 {options}
 
 # What each host runs. SIGTERM comes to it and to bigtrain, of which it has to hear how it left.
+# srun returns the signal of a host that it killed rather than the code of one that was refused: so
+# that one takes the job's right to be requeued away.
 host() {{
 trap : TERM
+trap '
+  code=$?
+  case $code in {final})
+    scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ||
+      echo "bigtrain: code $code is final, but there is no working scontrol to say so" >&2
+  esac
+' EXIT
 {lines}{train}
-code=$?
-case $code in {unhelped}) scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ;; esac
-exit $code
 }}
 export -f host
 
 srun --kill-on-bad-exit=0 --wait={grace}{more} bash -c host
 code=$?
-case $code in 0|{unhelped}) exit $code ;; esac
-if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
-  echo "bigtrain: ended with code $code, and was restarted {restarts} times already" >&2
+case $code in 0|{final}) exit $code ;; esac
+# Starts in a row that ended soon; SLURM's own count never begins anew.
+row={out}/$SLURM_JOB_ID.row
+failed=$(($(cat "$row" 2> /dev/null || echo 0) + 1))
+[ $SECONDS -le {lasting} ] || failed=1
+if [ $failed -gt {restarts} ]; then
+  echo "bigtrain: ended with code $code, and was restarted {restarts} times in a row" >&2
   exit $code
 fi
 # A job that was cancelled stays so.
 if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
   echo "bigtrain: ended with code $code; requeued" >&2
-  scontrol requeue "$SLURM_JOB_ID"
+  echo $failed > "$row"
+  scontrol requeue "$SLURM_JOB_ID" ||
+    echo "bigtrain: not requeued: the code of a host was final" >&2
 fi
 exit $code
 """
@@ -51,7 +63,6 @@ class Slurm(Engine):
   cpus: int | None = None  # Of a host; those that the partition gives to a task unless given.
   image: str | None = None  # A container, where the cluster has pyxis.
   options: tuple[str, ...] = ()  # More of sbatch, without dashes: "constraint=h100".
-  restarts: int = 100  # How often it requeues itself.
 
   def check(self, job: Job) -> None:
     for value in (self.partition, self.account, self.qos, self.time, self.image, *self.options):
@@ -59,8 +70,6 @@ class Slurm(Engine):
         raise Refused(f"{value!r} holds a character that cannot be printed")
     if wrong := [each for each in self.options if not re.match("[a-z]", each)]:
       raise Refused(f"--engine.options {wrong[0]!r}: give options of sbatch, as constraint=h100")
-    if self.restarts < 0:
-      raise Refused(f"--engine.restarts {self.restarts}: give 0 or more")
     if self.cpus is not None and self.cpus < 1:
       raise Refused(f"--engine.cpus {self.cpus}: give 1 or more")
 
@@ -87,10 +96,12 @@ class Slurm(Engine):
       options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
       lines="".join(f"{line}\n" for line in prepared(job)),
       train=command(train),
-      unhelped="|".join(map(str, FINAL)),
+      final="|".join(map(str, FINAL)),
+      out=quoted(out),
+      lasting=LASTING,
       grace=job.grace,
       more="".join(f" {option}" for option in more),
-      restarts=self.restarts,
+      restarts=job.restarts,
     )
     script = f"{out}/{job.name}.sbatch"
     return Rendered({script: text}, (Command(("sbatch", script)),))

@@ -48,6 +48,7 @@ def launch(run_dir: Path, *arguments: str, train: tuple[str, ...] = ()) -> subpr
   fixed = ["--dir", str(run_dir), "--folder", str(runs.ROOT), "--grace", "10"]
   fixed += ["--command", f"{sys.executable} -m bigtrain.cli"]
   fixed += ["--environment", "JAX_PLATFORMS=cpu", "JAX_NUM_CPU_DEVICES=1", "A=it's; $(false) `x`"]
+  fixed += ["BIGTRAIN_DEVICES=cpu 2"]  # Whatever chips are named.
   return subprocess.Popen(
     [*command, *fixed, *arguments, "--", "--quiet", *train],
     cwd=runs.ROOT,

@@ -134,6 +134,14 @@ def test_the_codes_of_all_processes_are_one(codes, expected):
   assert held._verdict(codes) == expected
 
 
+def test_a_start_that_lasted_is_the_first_of_a_new_row(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(held, "LASTING", 0.3)
+  script = f"echo >> {tmp_path}/starts; [ $(wc -l < {tmp_path}/starts) -lt 4 ] || exit 0; sleep 0.5"
+  lasts = Command(("bash", "-c", f"{script}; exit 1"), name="here")
+  assert held.hold([lasts], restarts=1, grace=1, pause=0.01) == Exit.DONE
+  assert capsys.readouterr().err.count("restart 1 of 1") == 3
+
+
 def test_what_fails_each_time_is_started_so_often_and_no_more(capsys):
   fails = Command(("bash", "-c", "exit 1"), name="here")
   assert held.hold([fails, fails], restarts=2, grace=1, pause=0.01) == Exit.FAILED

@@ -14,6 +14,7 @@ from bigtrain.annotations import check_types
 from bigtrain.cli import main
 from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
+from bigtrain.launch import slurm
 from bigtrain.launch.job import Job
 from bigtrain.launch.jobset import JobSet
 from bigtrain.launch.remote import RECEIVE, Gcloud, Ssh
@@ -59,9 +60,7 @@ def of_engine(engine, **fields) -> Job:
 def test_hostile_words_reach_the_command_as_they_are_and_run_nothing(engine, tmp_path):
   """The shell of a host is run, with a program in place of bigtrain that says what it was given."""
   (tmp_path / "bin").mkdir()
-  for name, text in {"bigtrain": 'printf "%s\\0" "$PWD" "$A" "$@"', "scontrol": "true"}.items():
-    (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-    (tmp_path / "bin" / name).chmod(0o755)
+  put(tmp_path / "bin" / "bigtrain", 'printf "%s\\0" "$PWD" "$A" "$@"')
   folder = tmp_path / "it's $(here)"
   folder.mkdir()
   made = of_engine(engine, folder=str(folder), environment=(f"A={HOSTILE}",))
@@ -89,6 +88,12 @@ def test_hostile_words_reach_the_command_as_they_are_and_run_nothing(engine, tmp
   assert not list(tmp_path.rglob("hacked"))
 
 
+def put(path: Path, text: str) -> None:
+  """A program."""
+  path.write_text(f"#!/bin/bash\n{text}\n")
+  path.chmod(0o755)
+
+
 def _shell(made: Job) -> tuple[str, bytes]:
   """What the shell of a host is given, and what it reads."""
   if isinstance(made.engine, (Ssh, Gcloud)):
@@ -97,7 +102,7 @@ def _shell(made: Job) -> tuple[str, bytes]:
     return RECEIVE, command.stdin.encode()
   if isinstance(made.engine, Slurm):
     (text,) = rendered(made).files.values()
-    return text[: text.index("srun")] + "host", b""
+    return text[: text.index("\nsrun ")] + "\nhost", b""
   if isinstance(made.engine, SkyPilot):
     return tree(made)["run"], b""
   pod = tree(made)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -167,9 +172,8 @@ def test_job_sets_and_tasks_are_what_their_published_schemas_allow(schemas, chip
 
 
 def test_a_job_set_recreates_all_but_what_was_refused():
-  made = job(JobSet(image="image:1", restarts=7), chips="v5p:2x2x4", slices=2)
+  made = job(JobSet(image="image:1"), chips="v5p:2x2x4", slices=2)
   spec = tree(made)["spec"]
-  assert spec["failurePolicy"]["maxRestarts"] == 7
   (rule,) = spec["failurePolicy"]["rules"]
   assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
   (slices,) = spec["replicatedJobs"]
@@ -184,15 +188,86 @@ def test_a_job_set_recreates_all_but_what_was_refused():
   }
   assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
   script = pod["containers"][0]["command"][2]
-  assert "BIGTRAIN_" not in script and "MEGASCALE_NUM_SLICES:=2" in script  # jax knows TPU hosts.
+  assert (
+    "BIGTRAIN_PROCESS" not in script and "MEGASCALE_NUM_SLICES:=2" in script
+  )  # jax knows TPU hosts.
 
 
-def test_skypilot_goes_on_after_each_code_but_that_of_a_refusal():
+def test_skypilot_goes_on_after_each_code_but_those_of_a_refusal():
   recovery = tree(job(SkyPilot(), hosts=2))["resources"]["job_recovery"]
   assert recovery["max_restarts_on_errors"] == 0
   codes = set(recovery["recover_on_exit_codes"])
-  assert {Exit.FAILED, Exit.LEFT, Exit.DEADLINE, 137} <= codes
-  assert not {Exit.REFUSED, Exit.CHECK} & codes
+  # 137 is what SkyPilot says of the other hosts, of which one was refused.
+  assert codes == set(range(1, 256)) - {Exit.REFUSED, Exit.CHECK, 126, 127, 137}
+
+
+@pytest.mark.parametrize("ends, code", [("exit 2", 2), ("kill -KILL $$", 1), ("kill -HUP $$", 129)])
+def test_a_killed_process_is_told_from_one_that_skypilot_ended(tmp_path, ends, code):
+  put(tmp_path / "bigtrain", ends)
+  script = tree(job(SkyPilot(), hosts=2))["run"]
+  environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SKYPILOT_NODE_IPS": "10.0.0.1"}
+  assert subprocess.run(["bash", "-c", script], env=environment).returncode == code
+
+
+@pytest.fixture
+def on_slurm(tmp_path, monkeypatch):
+  """Runs a batch script with two hosts, in place of SLURM; its code, and how often it requeued."""
+  (tmp_path / "launched" / "study").mkdir(parents=True)
+  of_hosts = """
+for i in 0 1; do
+  SLURM_PROCID=$i bash -c host
+  code=$?
+  [ $code -le ${highest:-0} ] || highest=$code
+done
+exit ${highest:-0}"""
+  put(tmp_path / "srun", of_hosts)
+  put(tmp_path / "squeue", "echo RUNNING")
+  of_job = """
+case $* in
+  "update JobId=7 Requeue=0") touch final ;;
+  "requeue 7") [ ! -e final ] && echo >> requeued ;;
+esac"""
+  put(tmp_path / "scontrol", of_job)
+  environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+
+  def run(made: Job) -> tuple[int, int]:
+    (text,) = rendered(made).files.values()
+    code = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment).returncode
+    requeued = tmp_path / "requeued"
+    return code, len(requeued.read_text().splitlines()) if requeued.exists() else 0
+
+  return run
+
+
+def test_slurm_counts_failed_starts_in_a_row_and_one_that_lasted_begins_anew(on_slurm, monkeypatch):
+  fails = job(Slurm(), setup="exit 1", restarts=1)
+  assert [on_slurm(fails), on_slurm(fails)] == [(1, 1), (1, 1)]
+  monkeypatch.setattr(slurm, "LASTING", -1)
+  assert [on_slurm(fails), on_slurm(fails)] == [(1, 2), (1, 3)]
+  monkeypatch.undo()
+  assert on_slurm(fails) == (1, 3)
+
+
+@pytest.mark.parametrize(
+  "setup, code, requeued",
+  [
+    ('[ "$SLURM_PROCID" = 0 ] || kill -KILL $$; exit 2', 137, 0),
+    ('[ "$SLURM_PROCID" = 0 ] && kill -KILL $$; exit 4', 137, 0),
+    ("exit 2", 2, 0),
+    ("no_such_command; exit", 127, 0),
+    ("kill -KILL $$", 137, 1),
+    ("exit 3", 3, 1),
+    ("exit 0", 0, 0),
+  ],
+)
+def test_on_slurm_what_was_refused_on_one_host_is_not_requeued(on_slurm, setup, code, requeued):
+  assert on_slurm(job(Slurm(), setup=setup)) == (code, requeued)
+
+
+def test_a_container_without_scontrol_says_what_that_means(on_slurm, tmp_path, capfd):
+  put(tmp_path / "srun", "PATH=/nowhere /bin/bash -c host")
+  assert on_slurm(job(Slurm(), setup="exit 2")) == (2, 0)
+  assert "code 2 is final, but there is no working scontrol" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,6 +290,23 @@ def test_hosts_follow_from_the_chips(chips, slices, hosts, expected):
   assert f"--nodes={expected}\n" in next(iter(rendered(made).files.values()))
 
 
+def test_chips_are_what_each_process_is_told_to_find():
+  two = {"chips": "h100:8", "slices": 2}
+  for engine in (Slurm(), JobSet(image="image:1"), SkyPilot(), Ssh(machines=("a", "b"))):
+    found = rendered(job(engine, **two))
+    texts = [*found.files.values(), *(each.stdin or "" for each in found.commands)]
+    assert any("export BIGTRAIN_DEVICES='gpu 16'" in text for text in texts)
+  assert job(Slurm(), chips="v5e:2x4").variables() == {"BIGTRAIN_DEVICES": "tpu 8"}
+  assert not job(Slurm(), hosts=2).variables()
+  given = job(Slurm(), environment=("BIGTRAIN_DEVICES=cpu 2",), **two).variables()
+  assert given == {"BIGTRAIN_DEVICES": "cpu 2"}
+
+
+def test_plain_values_are_no_secrets():
+  plain = ("TOKENIZERS_PARALLELISM=false", "NCCL_DEBUG=INFO", "XLA_FLAGS=--xla_a=true", "AUTHOR=me")
+  assert len(job(Slurm(), environment=plain).variables()) == 4
+
+
 @pytest.mark.parametrize(
   "engine, fields, message",
   [
@@ -224,6 +316,11 @@ def test_hosts_follow_from_the_chips(chips, slices, hosts, expected):
     (Slurm(), {"chips": "v9:4x4"}, "there is no chip 'v9'"),
     (Slurm(), {"environment": ("A B=1",)}, "give NAME=value"),
     (Slurm(), {"environment": ("HF_TOKEN=x",)}, "looks like a secret.*give --secrets HF_TOKEN"),
+    (Slurm(), {"environment": ("PGPASSWORD=swordfish",)}, "looks like a secret"),
+    (Slurm(), {"environment": ("APIKEY=abc",)}, "looks like a secret"),
+    (Slurm(), {"environment": (f"MODEL=hf_{'a1' * 12}",)}, "looks like a secret"),
+    (Slurm(), {"environment": ("STORE=s3://me:word@host",)}, "looks like a secret"),
+    (Slurm(), {"restarts": -1}, "--restarts -1: give 0 or more"),
     (Slurm(), {"secrets": ("A=b",)}, "takes names of variables"),
     (Slurm(), {"command": "a 'b"}, "No closing quotation"),
     (Slurm(), {"command": ""}, "--command is empty"),
@@ -244,6 +341,7 @@ def test_hosts_follow_from_the_chips(chips, slices, hosts, expected):
     (Ssh(machines=("a",), port=0), {}, "give 1 to 65535"),
     (Gcloud(nodes=("a",), zone="z"), {}, "say which TPU VMs"),
     (Gcloud(nodes=("a",), zone="z"), {"chips": "v5e:4x4", "slices": 2}, "has 2 slices"),
+    (Gcloud(nodes=("a", "a"), zone="z"), {"chips": "v5e:4x4", "slices": 2}, "a TPU VM twice"),
     (Gcloud(nodes=("--x",), zone="z"), {"chips": "v5e:4x4"}, "no name at Google"),
   ],
 )

@@ -134,9 +134,16 @@ def test_a_refused_job_is_not_requeued(tmp_path):
 
 def test_a_job_requeues_itself_only_so_often(tmp_path):
   run_dir = tmp_path / "run"
-  job = submit(run_dir, "--engine.restarts", "1", "--setup", "exit 1")
+  job = submit(run_dir, "--restarts", "1", "--setup", "exit 1")
   wait(job, "FAILED")
-  assert shown(job)["Restarts"] == "1" and "was restarted 1 times already" in log(run_dir)
+  assert shown(job)["Restarts"] == "1" and "was restarted 1 times in a row" in log(run_dir)
+
+
+def test_a_refusal_of_one_host_outweighs_the_death_of_another(tmp_path):
+  run_dir = tmp_path / "run"
+  job = submit(run_dir, "--setup", '[ "$SLURM_PROCID" = 0 ] || kill -KILL $$; exit 2')
+  wait(job, "FAILED")
+  assert shown(job)["Restarts"] == "0" and "the code of a host was final" in log(run_dir)
 
 
 def _is_above(pid: int, child: int) -> bool:
