@@ -344,7 +344,7 @@ FAILED = {"event": "error", "error": "CheckFailed: x", "time": 1}
     ),
     ([INCIDENT, INCIDENT], "updates not applied", r"that of step 40;", "advice"),
     (
-      [{"event": "start"}, {"event": "error", "error": "CheckFailed: x"}],
+      [{"event": "start", "time": 0}, FAILED],
       "failed",
       "Failed: x",
       "",
