@@ -23,7 +23,7 @@ if TYPE_CHECKING:
   from bigtrain.data.tokenizers import Tokenizer
   from bigtrain.run import Run
 
-Cause = Literal["data", "precision", "optimizer", "hardware", "unknown"]
+Cause = Literal["data", "precision", "optimizer", "hardware", "unknown", "not examined"]
 ROWS = 64  # Of a batch that are kept, at most.
 Batch = dict[str, np.ndarray]
 
@@ -40,7 +40,7 @@ class Incident:
   policy: str
   examples: tuple[int, int]  # From the first to before the last.
   checkpoint: int | None  # The newest one from before.
-  cause: Cause = "unknown"
+  cause: Cause = "not examined"
   first_bad: str | None = None  # Of the tensors, in the order of computation.
   layers: Mapping[str, float] = dataclasses.field(default_factory=dict)  # Their sizes.
   rows: tuple[int, ...] = ()  # Of the batch, the worst ones first.

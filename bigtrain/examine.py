@@ -77,7 +77,7 @@ def examine(run: "Run", found: Incident) -> Incident:
     return Examination(run, found).conclude()
   except Exception as error:
     note = f"the examination failed: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
-    return dataclasses.replace(found, note=note)
+    return dataclasses.replace(found, cause="unknown", note=note)
 
 
 class Examination:

@@ -13,6 +13,7 @@ import jax
 from bigtrain import checks, evidence, examine, processes
 from bigtrain.evidence import Incident
 from bigtrain.failures import CheckFailed
+from bigtrain.hints import either, to_set
 from bigtrain.parts import Behind
 from bigtrain.phases import within
 from bigtrain.run import Back
@@ -48,20 +49,26 @@ class Incidents(Behind):
     told = {name: getattr(found, name) for name in ("kind", "cause", "first_bad")}
     more = {"note": found.note} if found.note else {}
     self.run.directory.event("incident", step=step, **told, path=path, **more)
-    self.run.say(found.told)
+    self.run.say(f"{found.told}{f'; kept in {path}' if path else ''}")
     self._follow(found)
 
   def _follow(self, found: Incident) -> None:
     c = self.run.experiment.faults
     if c.policy == "stop":
-      raise CheckFailed(f"{found.told}; the run stops, as faults.policy says")
+      skip = (
+        f"{to_set('faults.policy', 'skip')} {either('allow_changes', 'and allow_changes=True')}"
+      )
+      raise CheckFailed(
+        f"step {found.step}: its update was not applied, cause: {found.cause}; the run stops, as "
+        f"faults.policy says, at that step each time; go on without it: {skip}"
+      )
     if c.policy == "roll_back":
       self._roll_back(found)
     elif found.kind == "nonfinite" and self.in_a_row >= c.patience:
       # As many spikes are the new normal: the guard takes the next one.
       raise CheckFailed(
-        f"{found.told}; it is the {self.in_a_row}th step in a row whose update was not applied, so "
-        f"the run stops (faults.patience)"
+        f"step {found.step}: updates of {self.in_a_row} steps in a row were not applied, the last "
+        f"one's cause: {found.cause}; the run stops (faults.patience)"
       )
     else:
       self.run.directory.event("skip", step=found.step)
@@ -73,15 +80,18 @@ class Incidents(Behind):
     useless = found.step - 1 == self.begun and (found.cause == "optimizer" or self._is_spoilt())
     before = [s for s in known if s < (self.begun if useless else found.step)]
     if known and not before:
-      raise CheckFailed(f"{found.told}; no checkpoint is from before that, so the run stops")
+      raise CheckFailed(
+        f"step {found.step}: its update was not applied, cause: {found.cause}; no checkpoint is from "
+        "before that, so the run stops"
+      )
     # `back` may be further than what is kept.
     to = max((s for s in before if s < found.step - c.back), default=min(before, default=0))
     last, times = self.rolled_back
     self.rolled_back = to, (times + 1 if to <= last else 1)
     if self.rolled_back[1] > c.patience:
       raise CheckFailed(
-        f"{found.told}; rolling back to step {to} did not help {c.patience} times, so the run "
-        f"stops (faults.patience)"
+        f"step {found.step}: its update was not applied, cause: {found.cause}; rolling back to step "
+        f"{to} did not help {c.patience} times, so the run stops (faults.patience)"
       )
     self.run.back_to = Back(found.step, to, self.run.feed.example_at(found.step))
 

@@ -42,7 +42,7 @@ def faults(r: Records) -> Iterator[Finding]:
   )
   yield Finding(
     "updates not applied",
-    f"{which}; the cause of step {told.get('step')} is {cause}{first}{where}",
+    f"{which}; the cause of step {told.get('step')} is {told.get('cause')}{first}{where}",
     REMEDIES.get(cause, UNKNOWN),
     severity="trouble" if len(found) > OFTEN * r.train["step"][-1] else "advice",
     explains=("divergence",),
