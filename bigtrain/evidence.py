@@ -48,6 +48,10 @@ class Incident:
   note: str = ""  # What of this could not be done.
 
   @property
+  def brief(self) -> str:
+    return f"step {self.step}: its update was not applied, cause: {self.cause}"
+
+  @property
   def told(self) -> str:
     """For people."""
     what = "is not finite" if self.score is None else f"spikes, by {self.score:.1f} deviations"

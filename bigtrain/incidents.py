@@ -59,8 +59,7 @@ class Incidents(Behind):
         f"{to_set('faults.policy', 'skip')} {either('allow_changes', 'and allow_changes=True')}"
       )
       raise CheckFailed(
-        f"step {found.step}: its update was not applied, cause: {found.cause}; the run stops, as "
-        f"faults.policy says, at that step each time; go on without it: {skip}"
+        f"{found.brief}; the run stops, as faults.policy says, at that step each time; go on without it: {skip}"
       )
     if c.policy == "roll_back":
       self._roll_back(found)
@@ -80,18 +79,15 @@ class Incidents(Behind):
     useless = found.step - 1 == self.begun and (found.cause == "optimizer" or self._is_spoilt())
     before = [s for s in known if s < (self.begun if useless else found.step)]
     if known and not before:
-      raise CheckFailed(
-        f"step {found.step}: its update was not applied, cause: {found.cause}; no checkpoint is from "
-        "before that, so the run stops"
-      )
+      raise CheckFailed(f"{found.brief}; no checkpoint is from before that, so the run stops")
     # `back` may be further than what is kept.
     to = max((s for s in before if s < found.step - c.back), default=min(before, default=0))
     last, times = self.rolled_back
     self.rolled_back = to, (times + 1 if to <= last else 1)
     if self.rolled_back[1] > c.patience:
       raise CheckFailed(
-        f"step {found.step}: its update was not applied, cause: {found.cause}; rolling back to step "
-        f"{to} did not help {c.patience} times, so the run stops (faults.patience)"
+        f"{found.brief}; rolling back to step {to} did not help {c.patience} times, so the run stops "
+        "(faults.patience)"
       )
     self.run.back_to = Back(found.step, to, self.run.feed.example_at(found.step))
 
