@@ -55,11 +55,10 @@ class Incidents(Behind):
   def _follow(self, found: Incident) -> None:
     c = self.run.experiment.faults
     if c.policy == "stop":
-      skip = (
-        f"{to_set('faults.policy', 'skip')} {either('allow_changes', 'and allow_changes=True')}"
-      )
+      skip = to_set("faults.policy", "skip")
       raise CheckFailed(
-        f"{found.brief}; the run stops, as faults.policy says, at that step each time; go on without it: {skip}"
+        f"{found.brief}; the run stops, as faults.policy says, at that step each time; go on without "
+        f"it by {skip} {either('allow_changes', 'and allow_changes=True')}"
       )
     if c.policy == "roll_back":
       self._roll_back(found)
@@ -86,8 +85,8 @@ class Incidents(Behind):
     self.rolled_back = to, (times + 1 if to <= last else 1)
     if self.rolled_back[1] > c.patience:
       raise CheckFailed(
-        f"{found.brief}; rolling back to step {to} did not help {c.patience} times, so the run stops "
-        "(faults.patience)"
+        f"{found.brief}; rolling back to step {to} did not help {c.patience} times, so the run "
+        "stops (faults.patience)"
       )
     self.run.back_to = Back(found.step, to, self.run.feed.example_at(found.step))
 
