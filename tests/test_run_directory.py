@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from bigtrain import load
 from bigtrain.config import Refused
 from bigtrain.run_directory import RunDirectory
 from tests import toys
@@ -101,7 +102,8 @@ def test_a_start_that_was_killed_leaves_nothing_in_the_way(tmp_path):
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path, name, torn):
   whole = '{"step": 2, "kind": "train", "event": "x"}\n'
   (tmp_path / name).write_text(whole + torn)
-  directory = RunDirectory(tmp_path)
+  load.write(toys.experiment(), tmp_path)
+  directory = begin(tmp_path)
   assert len(directory.rows("train")) == (name == "metrics.jsonl")
   directory.row(3, "train", {}) if name == "metrics.jsonl" else directory.event("x")
   directory.close()
