@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import signal
 import sys
@@ -11,8 +12,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from bigtrain import Checkpoints, Mesh, checkpoint, digest, written
+from bigtrain import Checkpoints, Mesh, checkpoint, digest, replay, written
 from bigtrain.checkpoint import NothingWhole, SaveFailed, Store
 from bigtrain.cli import main
 from bigtrain.exit_codes import Exit
@@ -86,6 +88,18 @@ def test_a_share_is_read_back_and_other_saves_read_others(tmp_path):
     opened.wait()
     counts = [event["arrays"] for event in opened.news()]
   assert all(5 < n < 25 for n in counts) and len(set(counts)) > 1, counts
+
+
+def test_hosts_read_the_same_share_wherever_they_have_mounted_it(tmp_path, monkeypatch):
+  digests = {f"a{i}": [0] for i in range(30)}
+  place, there = tmp_path / "here/7", tmp_path / "there"
+  place.mkdir(parents=True)
+  there.symlink_to(place.parent)
+  read = []
+  monkeypatch.setattr(written, "read_back", lambda _, names, *__: read.append(names) or digests)
+  for path in (place, there / "7"):
+    written.commit(epath.Path(path), digests, 0.5, 1.0)
+  assert read[0] == read[1] and 5 < len(read[0]) < 25
 
 
 def test_processes_read_disjoint_blocks_that_add_up(tmp_path):
@@ -189,6 +203,25 @@ def test_a_first_step_that_is_another_stops_the_run(left, name):
     train(runs.base(), left, quiet=True)
   assert runs.saved(left) == before
   train(runs.base(), left, quiet=True, allow_changes=True)
+
+
+@pytest.mark.parametrize("then", [1.0, math.nan])
+@pytest.mark.parametrize("where", ["the same", "another mesh"])
+def test_a_first_step_that_is_no_number_is_the_same_only_if_it_was_none(
+  left, monkeypatch, then, where
+):
+  path = left / "checkpoints/12/next.json"
+  values = json.loads(path.read_text()) | {"loss": then}
+  if where != "the same":
+    values["where"]["mesh"] = {"fsdp": 99}
+  path.write_text(json.dumps(values))
+  found = replay.found
+  monkeypatch.setattr(replay, "found", lambda metrics: found(metrics) | {"loss": math.nan})
+  if math.isnan(then):
+    train(runs.base(), left, quiet=True)
+  else:
+    with pytest.raises(CheckFailed, match=r"loss is nan and was 1\.0"):
+      train(runs.base(), left, quiet=True)
 
 
 def test_on_another_mesh_the_first_step_is_the_same_to_a_tolerance(left):
