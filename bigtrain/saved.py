@@ -11,6 +11,7 @@ that does not answer: that may pass, and says nothing of the checkpoint.
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -203,7 +204,10 @@ def words(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-  return words(_root(error))[:150]
+  """Its first words, and the system's, which tensorstore has behind long paths."""
+  said = words(_root(error))
+  system = re.search(r"\[OS error .*?\]", said[150:])
+  return said[:150] + (f" ... {system[0]}" if system else "")
 
 
 def _root(error: BaseException) -> BaseException:
