@@ -32,11 +32,35 @@ def event(name: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_lines(path: epath.Path):
-  """A JSON-lines file to add to; a last line that a kill cut short is dropped first."""
-  if path.exists() and not (data := path.read_bytes()).endswith(b"\n") and data:
-    whole = data[: data.rfind(b"\n") + 1]
+  """A JSON-lines file to add to, whoever else does: nothing that is there is changed."""
+  torn = _is_torn(path)
+  file = path.open("a")
+  if torn:  # By a kill, or another is just writing.
+    file.write("\n")
+  return file
+
+
+def drop_torn(path: epath.Path) -> None:
+  """Drops a last line that a kill cut short; for the run itself, while no other writes there."""
+  if not _is_torn(path):
+    return
+  data = path.read_bytes()
+  whole = data[: data.rfind(b"\n") + 1]
+  if "://" in str(path):
     files.replace(path, whole.decode(errors="replace"))
-  return path.open("a")
+  else:
+    os.truncate(path, len(whole))  # In place: another may have it open.
+
+
+def _is_torn(path: epath.Path) -> bool:
+  if not path.exists():
+    return False
+  with path.open("rb") as file:
+    file.seek(0, os.SEEK_END)
+    if not file.tell():
+      return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def read_events(path: epath.Path) -> list[dict[str, Any]]:

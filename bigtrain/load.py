@@ -22,7 +22,7 @@ from typing import Any, TypeVar, get_origin
 
 from etils import epath
 
-from bigtrain import config
+from bigtrain import config, files
 from bigtrain.config import Refused, nearest
 from bigtrain.experiment import Experiment
 
@@ -112,9 +112,7 @@ def write(experiment: Any, run_dir: str | os.PathLike, file: Path | None = None)
   if file is not None and not _same_file(file, run_dir / config.FILE):
     texts = {config.FILE: file.read_text(encoding="utf-8")} | texts
   for name, text in texts.items():
-    unfinished = run_dir / f"{name}.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(run_dir / name)
+    files.replace(run_dir / name, text)
 
 
 def read(run_dir: str | os.PathLike, kind: type[T] = Experiment) -> tuple[T, Path | None]:

@@ -6,6 +6,7 @@ only if it is the same: to the bit where nothing of the machine or the mesh has 
 a tolerance; the data to the bit always.
 """
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +56,15 @@ class Replay(Behind):
     self.run.store.keep_next(step, found(metrics) | {"where": where(self.run)})
 
   def _compare(self, step: int, now: dict[str, float], then: dict[str, Any]) -> None:
-    same, told = then["where"] == where(self.run), []
+    unchanged, told = then["where"] == where(self.run), []
     # A GPU's compiler chooses among algorithms by their speed, anew each time.
-    exact = same and jax.default_backend() != "gpu"
+    exact = unchanged and jax.default_backend() != "gpu"
     for name, value in now.items():
       rtol = 0.0 if exact or name == EXACT else TOLERANCES[name]
       before = then[name]
-      # NaN is not equal to itself, and says nothing.
-      if abs(value - before) > rtol * abs(before):
+      # What was no number may be none again.
+      same = math.isnan(value) and math.isnan(before)
+      if not same and not math.isclose(value, before, rel_tol=rtol):
         told.append(f"{name} is {value!r} and was {before!r}")
     self.run.directory.event("replayed", step=step, exact=exact, differs=told)
     if told:

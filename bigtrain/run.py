@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from bigtrain import checkpoint, console, goodput, load, marks, processes
+from bigtrain import checkpoint, console, goodput, load, marks, processes, saved
 from bigtrain.checkpoint import Store
 from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused, nearest
@@ -278,7 +278,7 @@ def load_run(run_dir: str | os.PathLike, step: int | None = None) -> Run:
   run = Run(experiment, directory, mesh)
   with run.in_mesh():
     abstract = Program(experiment, mesh).abstract()
-    run.state = checkpoint.newest(directory.checkpoints, abstract, step)
+    run.state = saved.newest(directory.checkpoints, abstract, step)
   return run
 
 

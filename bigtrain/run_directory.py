@@ -27,10 +27,12 @@ from bigtrain import config, files, load
 from bigtrain.config import Refused
 from bigtrain.experiment import Experiment
 from bigtrain.hints import either
-from bigtrain.lines import event, open_lines, read_events, read_rows
+from bigtrain.lines import drop_torn, event, open_lines, read_events, read_rows
 from bigtrain.secrets import redacted
 
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 LOCK = "run.lock"
+SAVED = ("verified", "damaged")  # Events that tell that there was a checkpoint.
 SKIPS = "skips.json"  # Data that were left out after a fault, by the step of the checkpoint.
 # Troubles of a disk that has worked before, and may work again.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
@@ -91,8 +93,9 @@ class RunDirectory:
     try:
       self._lock()
       load.write(experiment, self.path, source)
-      text = json.dumps(environment(), indent=2)
-      (self.path / "environment.json").write_text(text + "\n")
+      files.replace(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+      for name in (METRICS, EVENTS):
+        drop_torn(self.path / name)
     except OSError as error:
       if error.errno in PASSING and self._has_trained():
         raise  # What is no longer there when the run is started again.
@@ -151,13 +154,13 @@ class RunDirectory:
 
   def event(self, name: str, **fields) -> None:
     """Adds a line to events.jsonl, with the time and without secrets."""
-    self._append("events.jsonl", event(name, fields))
+    self._append(EVENTS, event(name, fields))
 
   def row(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Adds a row to metrics.jsonl, with the time; what is no finite number becomes null."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     head = {"step": step, "kind": kind, "time": round(time.time(), 3)}
-    self._append("metrics.jsonl", head | finite)
+    self._append(METRICS, head | finite)
 
   def drop_rows_after(self, step: int) -> list[dict[str, Any]]:
     """Forgets what was recorded of steps that a restored run will do again; returns the metrics."""
@@ -167,7 +170,7 @@ class RunDirectory:
     if any(int(at) > step for at in skips):
       left = {at: to for at, to in skips.items() if int(at) <= step}
       files.replace_json(self.path / SKIPS, left)
-    path = self.path / "metrics.jsonl"
+    path = self.path / METRICS
     if not path.exists():
       return []
     if (file := self._files.pop(path.name, None)) is not None:  # It is of the old rows.
@@ -178,12 +181,17 @@ class RunDirectory:
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
-    path = self.path / "metrics.jsonl"
+    path = self.path / METRICS
     return [row for row in read_rows(path) if row["kind"] == kind]
 
   def events(self) -> list[dict[str, Any]]:
     """All events, in order."""
-    return read_events(self.path / "events.jsonl")
+    return read_events(self.path / EVENTS)
+
+  def has_saved(self) -> bool:
+    """Whether this run has had a checkpoint since it last began at step 0."""
+    tell = [e["event"] for e in self.events() if e["event"] in (*SAVED, "initialise")]
+    return bool(tell) and tell[-1] in SAVED
 
   def _lock(self) -> None:
     """Keeps out a second start of the same run; the lock goes with the process."""
@@ -218,7 +226,7 @@ class RunDirectory:
       raise OSError(error.errno, error.strerror, os.fspath(self.path / name)) from error
 
   def _has_trained(self) -> bool:
-    return (self.path / "metrics.jsonl").exists() or bool(self._saved())
+    return (self.path / METRICS).exists() or bool(self._saved())
 
   def _saved(self) -> list[int]:
     """The steps of the checkpoints, by the names of their directories."""
@@ -250,7 +258,7 @@ def _changes() -> str:
 
 def _foreign(name: str) -> bool:
   """Whether this is more than a start leaves that ended before it wrote config.json."""
-  left = (config.FILE, LOCK, "events.jsonl", "hangs")
+  left = (config.FILE, LOCK, EVENTS, "hangs")
   return name not in left and not name.endswith(".unfinished")
 
 

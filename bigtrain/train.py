@@ -17,12 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigtrain import console, goodput, preflight, processes, sharding, weights
+from bigtrain import checkpoint, console, goodput, preflight, processes, sharding, weights
+from bigtrain.checkpoint import NothingWhole
 from bigtrain.config import dump
 from bigtrain.data.feed import Feed
 from bigtrain.elastic import begun_on, fitted
 from bigtrain.experiment import Experiment
 from bigtrain.fit import check_fit
+from bigtrain.hints import either
 from bigtrain.parts import Part, default_parts
 from bigtrain.phases import stepped, within
 from bigtrain.program import Program, enable_compilation_cache
@@ -153,14 +155,23 @@ def begin(run: Run, program: Program, *, restart: bool) -> int:
 
   Returns:
     How many steps it has completed.
+
+  Raises:
+    NothingWhole: of what it saved nothing is, and `restart` is False.
   """
   like, source = program.abstract(), run.experiment.weights_from
   back = run.back_to
-  if run.store.steps() or not restart:
-    with run.away("restore"):
-      found = run.store.newest(like, run.tell_damaged, until=back and back.to)
-    if found is not None:
-      return go_on(run, *found)
+  with run.away("restore"):
+    found = run.store.newest(like, run.tell_damaged, until=back and back.to)
+  if found is not None:
+    return go_on(run, *found)
+  with preflight.together("the checkpoints"):
+    if processes.is_first() and not restart and run.directory.has_saved():
+      raise NothingWhole(
+        f"{run.directory.path} has had checkpoints and none is whole: put one back into "
+        f"{run.store.path} (what was found damaged is under {checkpoint.DAMAGED}/ there), or begin "
+        f"again at step 0: {either('restart', 'restart=True')}"
+      )
   if source is not None:
     weights.check_source(source)
   with run.away("initialise"):

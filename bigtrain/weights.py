@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from bigtrain import checkpoint, leaves
+from bigtrain import leaves, saved
 from bigtrain.config import Refused, listed, nearest
 from bigtrain.interop import huggingface
 from bigtrain.load import near_weights
@@ -24,8 +24,7 @@ def check_source(source: str) -> None:
     kind = "file" if source.endswith(SUFFIX) else "directory"
     raise Refused(f"weights_from: there is no {kind} {source}{near_weights(source, SUFFIX)}")
   if not source.endswith(SUFFIX):
-    with checkpoint.newest_of(place.checkpoints):
-      pass
+    saved.newest_of(place.checkpoints)
 
 
 def load(
@@ -63,9 +62,9 @@ def load(
 def _of_run(source: str, part: dict[str, Any], is_new: IsNew) -> tuple[dict[str, Any], list[str]]:
   flat = leaves.flatten(part)
   wanted = {name: leaf for name, leaf in flat.items() if not is_new(_of_module(name))}
-  with checkpoint.newest_of(RunDirectory(source, writes=False).checkpoints) as (store, step):
-    have = {name: of for name, of in store.leaves(step).items() if name.split(".")[0] in part}
-    found = store.restore(step, {k: _as_saved(x, have.get(k, "")) for k, x in wanted.items()})
+  checkpoints, step = saved.newest_of(RunDirectory(source, writes=False).checkpoints)
+  have = {name: of for name, of in checkpoints.leaves(step).items() if name.split(".")[0] in part}
+  found = checkpoints.restore(step, {k: _as_saved(x, have.get(k, "")) for k, x in wanted.items()})
   found = {name: x.astype(wanted[name].dtype) for name, x in found.items()}
   unused = [_of_module(name) for name in have if name not in wanted]
   return leaves.unflatten(flat | found, part), unused

@@ -38,7 +38,8 @@ def commit(place: epath.Path, digests: Digests, share: float, within: float) -> 
   Raises:
     OSError: what is there is not what was to be saved, or others did not say in time.
   """
-  chosen = {name: sums for name, sums in digests.items() if _chance(f"{place}{name}") < share}
+  # By the step: hosts may have mounted the run under other paths.
+  chosen = {name: x for name, x in digests.items() if _chance(f"{place.name}/{name}") < share}
   found = read_back(place, list(chosen), jax.process_index(), jax.process_count())
   if jax.process_count() > 1:
     replace_json(place / f"verified-{jax.process_index()}.json", found)
@@ -47,8 +48,17 @@ def commit(place: epath.Path, digests: Digests, share: float, within: float) -> 
     found = _together(place, found, time.monotonic() + within)
   if wrong := [name for name, sums in chosen.items() if found[name] != sums]:
     raise OSError(f"{listed(wrong)} read back from {place} are not what was saved")
-  replace_json(place / COMMIT, {"time": round(time.time(), 3), "arrays": len(chosen)})
+  mark(place)
   return len(chosen)
+
+
+def mark(place: epath.Path) -> None:
+  """Marks a save as one that was found to be what was to be saved."""
+  replace_json(place / COMMIT, {"time": round(time.time(), 3)})
+
+
+def is_committed(place: epath.Path) -> bool:
+  return (place / COMMIT).exists()
 
 
 def read_back(place: epath.Path, names: list[str], process: int, of: int) -> dict[str, list[int]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import bigtrain
-from bigtrain import Checkpoints, Mesh, checkpoint
+from bigtrain import Checkpoints, Mesh, saved
 from bigtrain.checkpoint import SaveFailed, Store
 from bigtrain.config import Refused
 from bigtrain.leaves import flatten
@@ -58,7 +58,7 @@ def test_a_checkpoint_restores_bit_for_bit_onto_any_mesh(trained, axes):
   mesh = axes and Mesh(**axes).make()
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
     abstract = Program(trained.experiment, mesh).abstract()
-    state = checkpoint.newest(trained.directory.checkpoints, abstract)
+    state = saved.newest(trained.directory.checkpoints, abstract)
   expected, restored = flatten(trained.state), flatten(state)
   assert expected.keys() == restored.keys()
   for name, leaf in restored.items():
@@ -151,13 +151,13 @@ def test_a_leaf_that_is_missing_or_of_another_shape_is_refused_by_name(tmp_path)
   path = RunDirectory(tmp_path).checkpoints
   want = lambda name, shape, dtype: {"model": {name: jax.ShapeDtypeStruct(shape, dtype)}}
   with pytest.raises(Refused, match=r"checkpoint .*/3 has no model.upp_DF; did you mean 'model"):
-    checkpoint.newest(path, want("upp_DF", (4, 8), np.float32))
+    saved.newest(path, want("upp_DF", (4, 8), np.float32))
   with pytest.raises(
     Refused, match=r"\[4,8\], not float32\[4,9\]; .* undo that change, or .*another run directory"
   ):
-    checkpoint.newest(path, want("up_DF", (4, 9), np.float32))
+    saved.newest(path, want("up_DF", (4, 9), np.float32))
   with pytest.raises(Refused, match=r"model.up_DF as float32\[4,8\], not int32\[4,8\]"):
-    checkpoint.newest(path, want("up_DF", (4, 8), np.int32))
+    saved.newest(path, want("up_DF", (4, 8), np.int32))
 
 
 @pytest.mark.parametrize("damaged", ["_METADATA", "manifest.ocdbt", "d/*"])
@@ -172,23 +172,21 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damaged, steps, remed
   for file in (path / "5").glob(damaged):
     file.write_bytes(file.read_bytes()[:20])
   with pytest.raises(Refused, match=rf"checkpoint {path}/5 cannot be read: .*{remedy}") as refused:
-    checkpoint.newest(path, {"x": jax.ShapeDtypeStruct((3000,), np.float64)})
+    saved.newest(path, {"x": jax.ShapeDtypeStruct((3000,), np.float64)})
   assert "\n" not in str(refused.value) and len(str(refused.value)) < 800
   if len(steps) == 2:
     shutil.rmtree(path / "5")
     like = {"x": jax.ShapeDtypeStruct((3000,), np.float64)}
     with jax.enable_x64(True):
-      np.testing.assert_array_equal(checkpoint.newest(path, like)["x"], tree["x"])
+      np.testing.assert_array_equal(saved.newest(path, like)["x"], tree["x"])
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
   with monkeypatch.context() as newer:
-    newer.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    newer.setattr(saved, "FORMAT", saved.FORMAT + 1)
     save(tmp_path, 1)
   with pytest.raises(Refused, match=r"has format 3, and this version of bigtrain reads up to 2"):
-    checkpoint.newest(
-      RunDirectory(tmp_path).checkpoints, {"x": jax.ShapeDtypeStruct((3,), np.float64)}
-    )
+    saved.newest(RunDirectory(tmp_path).checkpoints, {"x": jax.ShapeDtypeStruct((3,), np.float64)})
 
 
 def test_the_newest_are_kept_and_every_mth_for_ever(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import signal
 import sys
@@ -11,14 +12,16 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from bigtrain import Checkpoints, Mesh, checkpoint, digest, written
-from bigtrain.checkpoint import Damaged, NothingWhole, SaveFailed, Store
+from bigtrain import Checkpoints, Mesh, checkpoint, digest, replay, written
+from bigtrain.checkpoint import NothingWhole, SaveFailed, Store
 from bigtrain.cli import main
 from bigtrain.exit_codes import Exit
 from bigtrain.failures import CheckFailed
 from bigtrain.parts import Part
 from bigtrain.run_directory import RunDirectory
+from bigtrain.saved import Damaged
 from bigtrain.train import train
 from tests import runs, toys
 
@@ -50,8 +53,7 @@ def test_a_save_is_read_back_and_marked(tmp_path):
     opened.wait()
     (event,) = opened.news()
     assert (event["name"], event["step"], event["arrays"]) == ("verified", 3, 2)
-  commit = json.loads((tmp_path / "checkpoints/3" / written.COMMIT).read_text())
-  assert commit["arrays"] == 2
+    assert opened.committed() == [3]
 
 
 def test_a_save_that_reads_back_as_something_else_fails_and_the_one_before_stays(
@@ -88,6 +90,18 @@ def test_a_share_is_read_back_and_other_saves_read_others(tmp_path):
   assert all(5 < n < 25 for n in counts) and len(set(counts)) > 1, counts
 
 
+def test_hosts_read_the_same_share_wherever_they_have_mounted_it(tmp_path, monkeypatch):
+  digests = {f"a{i}": [0] for i in range(30)}
+  place, there = tmp_path / "here/7", tmp_path / "there"
+  place.mkdir(parents=True)
+  there.symlink_to(place.parent)
+  read = []
+  monkeypatch.setattr(written, "read_back", lambda _, names, *__: read.append(names) or digests)
+  for path in (place, there / "7"):
+    written.commit(epath.Path(path), digests, 0.5, 1.0)
+  assert read[0] == read[1] and 5 < len(read[0]) < 25
+
+
 def test_processes_read_disjoint_blocks_that_add_up(tmp_path):
   mesh = Mesh(data=2, fsdp=4).make()
   placed = jax.device_put(TREE["w"], jax.NamedSharding(mesh, jax.P("fsdp", "data")))
@@ -104,7 +118,7 @@ def test_a_save_that_takes_too_long_fails_at_the_next_step(tmp_path, monkeypatch
   monkeypatch.setattr(written, "commit", lambda *_: go_on.wait())
   opened = store(tmp_path, within=1.0)
   opened.save(1, TREE, toys.experiment())
-  with pytest.raises(SaveFailed, match=r"it was not durable and verified in 1 s; there is no earl"):
+  with pytest.raises(SaveFailed, match=r"it was not durable and verified in 1 s; no earlier"):
     while True:
       opened.check()
   go_on.set()
@@ -167,7 +181,7 @@ def test_where_nothing_is_whole_a_flag_is_needed_to_begin_anew(left, twelve):
       flip(file)
   command = ["train", str(runs.ROOT / "tests/runs.py"), "--dir", str(left), "--quiet"]
   for _ in range(2):
-    with pytest.raises(NothingWhole, match=r"no checkpoint in .* is whole, .*damaged.* restart=T"):
+    with pytest.raises(NothingWhole, match=r"none is whole: put .*damaged.* restart=T"):
       train(runs.base(), left, quiet=True)
   assert main([*command, "--restart"]) == Exit.DONE
   assert runs.values(left) == twelve[1]
@@ -191,6 +205,25 @@ def test_a_first_step_that_is_another_stops_the_run(left, name):
   train(runs.base(), left, quiet=True, allow_changes=True)
 
 
+@pytest.mark.parametrize("then", [1.0, math.nan])
+@pytest.mark.parametrize("where", ["the same", "another mesh"])
+def test_a_first_step_that_is_no_number_is_the_same_only_if_it_was_none(
+  left, monkeypatch, then, where
+):
+  path = left / "checkpoints/12/next.json"
+  values = json.loads(path.read_text()) | {"loss": then}
+  if where != "the same":
+    values["where"]["mesh"] = {"fsdp": 99}
+  path.write_text(json.dumps(values))
+  found = replay.found
+  monkeypatch.setattr(replay, "found", lambda metrics: found(metrics) | {"loss": math.nan})
+  if math.isnan(then):
+    train(runs.base(), left, quiet=True)
+  else:
+    with pytest.raises(CheckFailed, match=r"loss is nan and was 1\.0"):
+      train(runs.base(), left, quiet=True)
+
+
 def test_on_another_mesh_the_first_step_is_the_same_to_a_tolerance(left):
   path = left / "checkpoints/12/next.json"
   values = json.loads(path.read_text())
@@ -212,6 +245,7 @@ def test_a_first_step_of_which_nothing_can_be_read_is_told(text, left, capsys):
 
 
 def test_superseded_steps():
-  keep = Checkpoints(keep=2, keep_every=10)
-  assert checkpoint.superseded([5, 10, 15, 20, 25], keep) == [5, 15]
-  assert checkpoint.superseded([5], keep) == []
+  keep, steps = Checkpoints(keep=2, keep_every=10), [5, 10, 15, 20, 25]
+  assert checkpoint.superseded(steps, steps, keep) == [5, 15]
+  assert checkpoint.superseded(steps, [5, 15, 20], keep) == [5]
+  assert checkpoint.superseded(steps, [20], keep) == []

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import json
+import os
 
 import pytest
 
+from bigtrain import lines, load
 from bigtrain.config import Refused
 from bigtrain.run_directory import RunDirectory
 from tests import toys
@@ -101,13 +103,36 @@ def test_a_start_that_was_killed_leaves_nothing_in_the_way(tmp_path):
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path, name, torn):
   whole = '{"step": 2, "kind": "train", "event": "x"}\n'
   (tmp_path / name).write_text(whole + torn)
-  directory = RunDirectory(tmp_path)
+  load.write(toys.experiment(), tmp_path)
+  directory = begin(tmp_path)
   assert len(directory.rows("train")) == (name == "metrics.jsonl")
   directory.row(3, "train", {}) if name == "metrics.jsonl" else directory.event("x")
   directory.close()
   text = (tmp_path / name).read_text()
   assert text.startswith(whole) and len(text.splitlines()) == 2 and text.endswith("\n")
   assert [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_second_writer_takes_no_line_from_the_first(tmp_path):
+  """As the watchdog, that sees a line which the run is just writing."""
+  directory = begin(tmp_path)
+  directory.event("first")
+  file = directory._files["events.jsonl"]
+  file.write('{"time": 1, "ev')
+  file.flush()
+  lines.add_event(tmp_path, "straggler", process=1)
+  file.write("\n")
+  directory.event("save", step=3)
+  assert [e["event"] for e in directory.events()] == ["first", "straggler", "save"]
+
+
+def test_what_a_start_writes_is_on_the_disk(tmp_path, monkeypatch):
+  synced, fsync = [], os.fsync
+  note = lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")) or fsync(number)
+  monkeypatch.setattr(os, "fsync", note)
+  begin(tmp_path)
+  names = ("config.json", "environment.json")
+  assert {f"{tmp_path}/{name}.unfinished" for name in names} <= set(synced)
 
 
 def test_rows_after_the_restored_step_are_dropped(tmp_path):

@@ -32,6 +32,7 @@ from bigtrain.diagnose import read as read_records
 from bigtrain.exit_codes import Exit
 from bigtrain.experiment import Checkpoints
 from bigtrain.run_directory import RunDirectory, environment
+from bigtrain.saved import Saved
 from bigtrain.secrets import HIDDEN, redacted
 from tests import toys
 
@@ -132,8 +133,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(tmp_path, mark):
     before = path.read_bytes()
     path.write_bytes(pickle.dumps(Bomb(mark)))
     try:
-      with Store(tmp_path / "checkpoints") as store:
-        store.restore(1, state)
+      Saved(tmp_path / "checkpoints").restore(1, state)
     except Exception as error:
       assert not isinstance(error, pickle.UnpicklingError), path
     gc.collect()  # Orbax's other reads, which fail too.

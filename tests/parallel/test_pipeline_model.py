@@ -16,6 +16,7 @@ from bigtrain.optim.muon import Muon
 from bigtrain.parallel.pipeline import Pipeline
 from bigtrain.program import Program
 from bigtrain.run_directory import RunDirectory
+from bigtrain.saved import Saved
 from bigtrain.state import combine
 from bigtrain.validate import validate
 from tests import packed
@@ -169,8 +170,7 @@ def test_a_checkpoint_of_stages_restores_without_them_and_back(tmp_path):
     with Store(path, Checkpoints()) as store:
       if not store.steps():
         store.save(1, jax.device_put(state, places), e)
-    with Store(path) as store:
-      restored = store.restore(1, other)
+    restored = Saved(path).restore(1, other)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), state)
 
 

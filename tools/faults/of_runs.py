@@ -81,15 +81,14 @@ def make_checkpoint(folder: Path) -> list[Path]:
 def read_checkpoint(folder: Path) -> Any:
   import jax
 
-  from bigtrain.checkpoint import Store
   from bigtrain.run_directory import RunDirectory
+  from bigtrain.saved import Saved
   from tools.faults.saving import tree
 
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree(0))
-  with Store(RunDirectory(folder).checkpoints) as store:
-    steps = store.steps()
-    found = store.restore(3, like) if 3 in steps else None
-    store.next_step(3)
+  saved = Saved(RunDirectory(folder).checkpoints)
+  found = saved.restore(3, like) if 3 in saved.steps() else None
+  saved.next_step(3)
   if found is not None and any(
     not np.array_equal(value, tree(3)[name]) for name, value in found.items()
   ):
