@@ -169,8 +169,8 @@ class Heart(threading.Thread):
         if self._seen[p][0] != value:
           self._seen[p] = value, self.heard
       if any(map(self._is_at_work, self.beats().values())):
-        self.at_work = self.heard
-        self.client.key_value_set(WORK, str(self._number), allow_overwrite=True)
+        self.at_work, self._work = self.heard, str(self._number)
+        self.client.key_value_set(WORK, self._work, allow_overwrite=True)
 
   def _is_at_work(self, beat: Beat) -> bool:
     """Whether this process waits for nobody, is heard of, and has not taken too long."""
