@@ -125,6 +125,17 @@ sys.exit(code)
 """
 
 
+def stop_and_go_on(process, seconds: float) -> None:
+  """A supervisor with its child; it wakes first, and finds that nothing was told."""
+  both = child_of(process), process.pid
+  for pid in both:
+    os.kill(pid, signal.SIGSTOP)
+  time.sleep(seconds)
+  for pid in reversed(both):
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(0.5)
+
+
 @contextlib.contextmanager
 def supervisor(tmp_path, child: str, silence: float = 180.0):
   """A supervisor that is a process, once its child has started."""
@@ -155,21 +166,16 @@ for _ in range(600):
 
 def test_a_supervisor_that_was_stopped_with_its_child_does_not_end_it(tmp_path):
   ready = tmp_path / "ready"
-  # It is stopped just before it would tell: who wakes first finds that it did not.
   child = f"""
 tell(step=1)
 open({str(ready)!r}, "w").close()
-until = time.monotonic() + 5
+until = time.monotonic() + 6
 while time.monotonic() < until:
-  time.sleep(0.8)
+  time.sleep(0.2)
   tell(step=2)
 """
-  with supervisor(tmp_path, child, silence=2.0) as process:
-    of_it = child_of(process)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-      process.send_signal(number)
-      os.kill(of_it, number)
-      time.sleep(3.0 * (number == signal.SIGSTOP))
+  with supervisor(tmp_path, child, silence=3.0) as process:
+    stop_and_go_on(process, 4.0)
     assert process.wait(20) == Exit.DONE
     assert "no sign of life" not in process.stderr.read()
 
@@ -220,6 +226,15 @@ def test_a_killed_run_is_started_again_and_changes_no_row(tmp_path):
   (restart,) = runs.events(tmp_path / "run", "restart")
   assert restart["cause"] == "killed by SIGKILL" and restart["attempt"] == 1
   assert "killed by SIGKILL at step" in err and "restart 1 of 10 in 0.1 s" in err
+
+
+def test_a_supervised_run_that_was_stopped_as_a_whole_goes_on(tmp_path):
+  limits = ("--deadlines.silence", "3", "--deadlines.step", "3", "--deadlines.input", "3")
+  process = runs.start(tmp_path, *LONG, *limits, "--steps", "200")
+  runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 5)
+  stop_and_go_on(process, 6.0)
+  code, err = runs.finish(process)
+  assert code == Exit.DONE and "restart" not in err, err
 
 
 def test_what_is_refused_is_refused_once(tmp_path):
