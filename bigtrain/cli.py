@@ -146,7 +146,8 @@ class RunFlags:
   dir: str | None = None  # Run directory; runs/<file>[-<function>][-smoke] unless given.
   smoke: bool = False  # Shrink the experiment, to end within a minute on two CPU cores.
   quiet: bool = False  # No progress on the console.
-  allow_changes: bool = False  # Go on with a run whose config was another.
+  # Go on with a run whose config was another; supervised, no longer once it has made steps so.
+  allow_changes: bool = False
   restart: bool = False  # Begin again at step 0 if none of the run's checkpoints is whole.
   profile: Profile = Profile()
   elastic: bool = False  # Go on with a run also on other devices than it began on.
@@ -179,6 +180,7 @@ def train(arguments: list[str]) -> int | None:
   from bigtrain.validate import validate
 
   flags.deadlines.check()
+  flags.deadlines.check_save(experiment.checkpoints.within)
   validate(experiment)
   run_dir = flags.dir or source.run_dir(smoke=flags.smoke)
   from bigtrain.parts import Profiler

@@ -1,6 +1,6 @@
 """Deadlines: how long each phase of a run may last (phases.py). Who sees to that is watchdog.py."""
 
-from bigtrain.config import at_least_0, config
+from bigtrain.config import Refused, at_least_0, config
 
 
 @config
@@ -25,11 +25,26 @@ class Deadlines:
   def check(self) -> None:
     at_least_0(self, "deadlines")
 
+  def check_save(self, within: float) -> None:
+    """Refuses a save that may take longer than the run waits for it at its end."""
+    if 0 < self.save < within:
+      raise Refused(
+        f"checkpoints.within lets a save take {within:g} s, and deadlines.save ends the run after "
+        f"{self.save:g}: give --deadlines.save {within:g}, or a smaller --checkpoints.within"
+      )
+
+
+def setting(phase: str) -> str:
+  """The field that limits a phase."""
+  name = "step" if phase == "loop" else phase
+  return name if hasattr(Deadlines, name) else "other"
+
 
 def limit(deadlines: Deadlines, phase: str, median: float) -> float:
   """The seconds that a phase may last; `median` are those of a step."""
   if phase == "join":  # BIGTRAIN_TIMEOUT limits it.
     return 0
-  if phase in ("step", "loop"):
-    return deadlines.step and max(deadlines.step, deadlines.step_times * median)
-  return getattr(deadlines, phase, deadlines.other)
+  most = getattr(deadlines, setting(phase))
+  if setting(phase) == "step":
+    return most and max(most, deadlines.step_times * median)
+  return most

@@ -162,12 +162,12 @@ def _phases(events: list[Record]) -> list[Stretch]:
     name, ended = event["event"], event["time"]
     if "seconds" in event and name not in BESIDE:
       found.append(Stretch(PHASES.get(name, "other"), ended - event["seconds"], ended))
+      saved = ended if name == "save" else None
     if name == "compile" and compiled is None:
       compiled = ended
-    if name == "save":
-      saved = ended
-    elif name in ("end", "left") and saved is not None:
-      found.append(Stretch("checkpoint", saved, ended))  # Until the last one was durable.
+    # Until the last one was durable; a run that was stopped at once, with a cause, saved none.
+    if name in ("end", "left") and saved is not None and "cause" not in event:
+      found.append(Stretch("checkpoint", saved, ended))
   began, ended = events[0]["time"], events[-1]["time"]
   return [Stretch("start-up", began, ended if compiled is None else compiled), *found]
 

@@ -6,6 +6,9 @@ has to last (stacks, events) goes to files of the run directory instead; a proce
 hear from the store any more knows that process 0 is the one in trouble.
 
 How old a beat is goes by the clock of who reads it: clocks of machines differ.
+
+A process that waits for others cannot tell work from a hang. Process 0, which knows what all do,
+says whenever one is at work that its own limit allows; until then nobody has waited in vain.
 """
 
 import contextlib
@@ -16,13 +19,17 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from bigtrain.deadlines import Deadlines, limit
 from bigtrain.phases import doing
 
 BEAT = "bigtrain/beat/"
-END = "bigtrain/end"  # The first process that ends in trouble says so here.
+JOB = "bigtrain/job/"  # What all processes hear.
+END = f"{JOB}end"  # The first process that ends in trouble says so here.
+WORK = f"{JOB}work"  # Process 0 writes something new here as long as a process is at work.
 GONE = "bigtrain/gone/"
 ALL = "all"
 WAITING = ("step", "agree")  # Phases in which a process waits for the others.
+MAY_WAIT = (*WAITING, "loop")  # Parts look at what a step gave.
 OVER = "end"  # The phase of one that is done.
 LEAST = 0.02  # Seconds at each step that are worth a word.
 
@@ -107,13 +114,19 @@ class Heart(threading.Thread):
   Args:
     client: of jax's coordination service.
     process, processes: which this is, from 0, and of how many.
-    every: seconds between beats.
+    deadlines: of the phases of all.
   """
 
-  def __init__(self, client: Any, process: int, processes: int, every: float):
+  def __init__(self, client: Any, process: int, processes: int, deadlines: Deadlines):
     super().__init__(name="heartbeats", daemon=True)
-    self.client, self.process, self.processes, self.every = client, process, processes, every
+    self.client, self.process, self.processes = client, process, processes
+    self.deadlines = deadlines
+    # Seconds between beats: few, by any limit of who waits, as a word about others takes three.
+    waits = [most / 4 for most in (deadlines.step, deadlines.agree) if most]
+    self.every = min([5.0, (deadlines.silence or 80.0) / 8, *waits])
     self.heard = time.monotonic()  # When the store last answered.
+    self.at_work = self.heard  # When a process that others may wait for last was.
+    self._work = ""  # What the store had of that.
     self.ending: Ending | None = None
     self._seen: dict[int, tuple[str, float]] = dict.fromkeys(range(processes), ("", self.heard))
     self._stopped = threading.Event()
@@ -144,15 +157,26 @@ class Heart(threading.Thread):
     now = time.monotonic()
     told = (self._number, doing.name, doing.step, now - doing.since, doing.own_seconds())
     self.client.key_value_set(f"{BEAT}{self.process}", json.dumps(told), allow_overwrite=True)
-    found = dict(self.client.key_value_dir_get(END)).get(f"{END}/0")
+    found = dict(self.client.key_value_dir_get(JOB))
     self.heard = time.monotonic()
-    if found is not None and self.ending is None:
-      self.ending = Ending(*json.loads(found))
+    if END in found and self.ending is None:
+      self.ending = Ending(*json.loads(found[END]))
+    if (work := found.get(WORK, "")) != self._work:
+      self.at_work, self._work = self.heard, work
     if self.process == 0:
       for key, value in self.client.key_value_dir_get(BEAT):
         p = int(key.rpartition("/")[2])
         if self._seen[p][0] != value:
           self._seen[p] = value, self.heard
+      if any(map(self._is_at_work, self.beats().values())):
+        self.at_work, self._work = self.heard, str(self._number)
+        self.client.key_value_set(WORK, self._work, allow_overwrite=True)
+
+  def _is_at_work(self, beat: Beat) -> bool:
+    """Whether this process waits for nobody, is heard of, and has not taken too long."""
+    most, seconds = limit(self.deadlines, beat.phase, 0.0), beat.busy + beat.silent
+    heard = beat.silent < self.soon and (not most or seconds < most)
+    return heard and beat.phase not in (*MAY_WAIT, OVER)
 
   def beats(self) -> dict[int, Beat]:
     """What every process last told; on process 0 alone."""
@@ -165,9 +189,9 @@ class Heart(threading.Thread):
   def announce(self, ending: Ending) -> Ending:
     """Tells all that the job is to end; returns what is believed, which is who said so first."""
     with contextlib.suppress(Exception):  # Another one did, or the store is gone.
-      self.client.key_value_set(f"{END}/0", json.dumps(ending))
+      self.client.key_value_set(END, json.dumps(ending))
     with contextlib.suppress(Exception):
-      ending = Ending(*json.loads(dict(self.client.key_value_dir_get(END))[f"{END}/0"]))
+      ending = Ending(*json.loads(dict(self.client.key_value_dir_get(JOB))[END]))
     return ending
 
   def goodbye(self, patience: float) -> None:

@@ -57,8 +57,8 @@ class Incidents(Behind):
     if c.policy == "stop":
       skip = to_set("faults.policy", "skip")
       raise CheckFailed(
-        f"{found.brief}; the run stops, as faults.policy says, at that step each time; go on without "
-        f"it by {skip} {either('allow_changes', 'and allow_changes=True')}"
+        f"{found.brief}; the run stops, as faults.policy says, at that step each time; go on "
+        f"without it by {skip} {either('allow_changes', 'and allow_changes=True')}"
       )
     if c.policy == "roll_back":
       self._roll_back(found)

@@ -44,7 +44,7 @@ class Doing:
     now = sum(self.seconds[name] for name in STEPPING)
     if self.first is None:
       self.first = step
-    else:
+    elif step > self.first + 1:  # At the first one processes wait for who compiled longest.
       self.steps.append(now - self._before)
     self._before, self.step, self.stepped = now, step, self.since
 

@@ -27,7 +27,7 @@ from bigtrain.config import FILE_MODULE, Refused, listed
 from bigtrain.launch.job import DEVICES, LAUNCH
 from bigtrain.lines import add_event, read_events
 from bigtrain.processes import called, differences, gather
-from bigtrain.run_directory import PACKAGES
+from bigtrain.run_directory import PACKAGES, PASSING
 
 # Besides what a run records: what compiles, and what saves.
 FURTHER = ("libtpu", "jax-cuda13-plugin", "tensorstore", "ml-dtypes", "tokamax")
@@ -74,7 +74,8 @@ def check(run_dir: epath.Path) -> list[str]:
 
   Raises:
     Refused: on all processes, where hosts have different packages or code, or one of them cannot
-      see or write the run directory, or too many starts in a row made no progress.
+      write the run directory, or too many starts in a row made no progress.
+    OSError: on all of them, where one cannot see it, or not write it just now.
   """
   with together("the run directory"):
     if processes.is_first():
@@ -216,7 +217,8 @@ def _see(probe: epath.Path) -> None:
   until = time.monotonic() + VISIBLE
   while not probe.exists():
     if time.monotonic() > until:
-      raise Refused(
+      # No refusal: a file system that is late today may not be when all are started again.
+      raise OSError(
         f"{probe.parent} is not what the first process sees there; name a folder that all hosts "
         "share, or a bucket"
       )
@@ -231,4 +233,6 @@ def _write(path: epath.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("")
   except OSError as error:
+    if error.errno in PASSING:
+      raise
     raise Refused(f"{path.parent} cannot be written: {error.strerror or error}") from error

@@ -26,7 +26,7 @@ from bigtrain.phases import Late, within
 
 SETTINGS = ("BIGTRAIN_COORDINATOR", "BIGTRAIN_PROCESSES", "BIGTRAIN_PROCESS")
 TIMEOUT = 300  # Seconds; jax's own default.
-_met = threading.Event()  # Set when the processes have come together.
+_met = threading.Event()  # Set when the processes have come together, or there is one.
 
 
 def initialize() -> None:
@@ -36,22 +36,25 @@ def initialize() -> None:
     Refused: wrong or partial settings, or the launcher's are not what jax needs.
     Late: the others could not be reached in time.
   """
-  if jax.distributed.is_initialized():
-    _met.set()
-    return
-  if os.environ.get("BIGTRAIN_PROCESSES") == "1":
-    return
-  if any(map(os.environ.get, SETTINGS)):
+  if jax.distributed.is_initialized() or os.environ.get("BIGTRAIN_PROCESSES") == "1":
+    pass
+  elif any(map(os.environ.get, SETTINGS)):
     # Unless deactivated, jax asks the launcher which local devices this process may use.
     _join("BIGTRAIN_COORDINATOR", cluster_detection_method="deactivate", **_explicit())
   elif (launcher := _launcher()) is not None:
     # For SLURM and Open MPI jax takes one device a process unless told; an empty list is no limit.
     _join(launcher, **({"local_device_ids": []} if _has_host() else {}))
+  _met.set()
 
 
 def is_first() -> bool:
   """Whether this is the process that writes logs and talks to people."""
   return jax.process_index() == 0
+
+
+def number() -> int | None:
+  """Which process this is, from 0; None before `initialize` is done. It touches no device."""
+  return distributed.global_state.process_id if _met.is_set() else None
 
 
 def coordination() -> tuple[Any, int, int] | None:
@@ -225,7 +228,6 @@ def _join(announced: str, **settings) -> None:
   elif errors:
     cause = str(errors[0]).strip().split("\n")[0]
   else:
-    _met.set()
     return
   kind = Late if late else Refused  # Who comes too late may be there when all are started again.
   raise kind(

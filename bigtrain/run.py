@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from bigtrain import checkpoint, console, goodput, load, marks, processes, saved
+from bigtrain import checkpoint, console, goodput, load, marks, preflight, processes, saved
 from bigtrain.checkpoint import Store
 from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused, nearest
@@ -245,7 +245,9 @@ class Run:
       with Store(self.directory.checkpoints, self.experiment.checkpoints) as self.store:
         yield
         enter("save")  # Until all that was saved is verified.
-        self.store.wait()
+        # All end alike: one that is started again alone would never meet the others.
+        with preflight.together("the last save"):
+          self.store.wait()
         self.tell_saves()
       self.account = goodput.close(self.directory, "left" if self.left else "end")
       for writer in () if self.left else self.writers:

@@ -29,6 +29,8 @@ from bigtrain.exit_codes import UNHELPED, Exit
 
 VARIABLE = "BIGTRAIN_SUPERVISOR"  # Of a child: the parent's process, and the pipe to it.
 FIRST = 600.0  # Seconds to the first sign of life: to import jax from a network file system.
+TICK = 0.2  # Seconds between looks at the child.
+KILL = 60.0  # Seconds in which a killed child has to be gone; who waits for a dead disk is not.
 PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
 
@@ -39,7 +41,7 @@ class Restarts:
   limit: int = 10  # Restarts in a row that went on from no newer checkpoint, then it gives up.
   wait: float = 5.0  # Seconds before the first one; each later one waits twice as long.
   longest: float = 300.0  # Seconds that it waits at most.
-  silence: float = 180.0  # Seconds without a sign of life, after which the run is ended.
+  silence: float = 180.0  # Seconds without a sign of life, after which the run is ended; 0: never.
 
   def check(self) -> None:
     at_least_0(self, "restarts")
@@ -53,7 +55,12 @@ class Told:
   first: int | None = None  # The step that it goes on from, when it knows.
   step: int = 0
   phase: str = "start"
-  process: int = 0  # Which of the job it is.
+  process: int | None = None  # Which of the job it is, once it knows.
+
+  @property
+  def has_stepped(self) -> bool:
+    """Whether what the run directory tells is of its steps (replay.py is two behind)."""
+    return self.first is not None and self.step > self.first + 2
 
 
 class Supervisor:
@@ -62,10 +69,13 @@ class Supervisor:
   Args:
     command: of the child.
     restarts: how often and when.
+    later: the command once a child has made steps; None for the same.
   """
 
-  def __init__(self, command: Sequence[str], restarts: Restarts):
-    self.command, self.restarts = list(command), restarts
+  def __init__(
+    self, command: Sequence[str], restarts: Restarts, later: Sequence[str] | None = None
+  ):
+    self.command, self.restarts, self.later = list(command), restarts, list(later or command)
     self.told = Told()
     self.asked: int | None = None  # The signal by which this process was asked to leave.
     self._child: subprocess.Popen | None = None
@@ -89,6 +99,11 @@ class Supervisor:
       if (self.told.first or 0) > newest:  # What earlier ones did was not in vain.
         in_a_row, newest = 0, self.told.first or 0
       at = f"{how} at step {self.told.step}, in {self.told.phase}"
+      if self._child is not None:
+        say(f"{at}; process {self._child.pid} cannot be killed and holds the run: giving up")
+        return code
+      if self.told.has_stepped:
+        self.command = self.later
       if in_a_row == self.restarts.limit:
         say(f"{at}; giving up after {in_a_row} restarts without a newer checkpoint")
         return code
@@ -104,7 +119,7 @@ class Supervisor:
     """Runs the child to its end: its exit code, and how that was in words."""
     read, write = os.pipe()
     environment = os.environ | {VARIABLE: f"{os.getpid()} {write}"}
-    self.told = Told(dir=self.told.dir)
+    self.told = Told(dir=self.told.dir, process=self.told.process)
     try:
       # Of a group of its own, so that Ctrl-C comes to it once: from here.
       self._child = subprocess.Popen(
@@ -112,13 +127,13 @@ class Supervisor:
       )
     finally:
       os.close(write)
-    with self._child, open(read, "rb", buffering=0) as pipe:
+    with open(read, "rb", buffering=0) as pipe:
       if self.asked is not None:  # Just before there was a child to tell.
         self._pass_on(signal.SIGTERM)
       silent = self._follow(self._child, pipe)
-      status = self._child.wait()
-    self._child = None
-    if silent:
+    if (status := self._child.poll()) is not None:
+      self._child = None
+    if silent or status is None:
       return Exit.DEADLINE, "ended without a sign of life"
     if status == -signal.SIGTERM and self.asked is not None:  # Before it could have saved anything.
       return Exit.LEFT, "left"
@@ -129,25 +144,31 @@ class Supervisor:
 
   def _follow(self, child: subprocess.Popen, pipe) -> bool:
     """Listens until the child has ended; whether that was for its silence."""
-    heard, rest, limit = time.monotonic(), b"", max(self.restarts.silence, FIRST)
+    silence, rest, sources = self.restarts.silence, b"", [self._wake_read, pipe]
+    silent, limit, looked = 0.0, max(silence, FIRST), time.monotonic()
     while child.poll() is None:
-      ready, _, _ = select.select([pipe, self._wake_read], [], [], 0.2)
+      ready, _, _ = select.select(sources, [], [], TICK)
+      now = time.monotonic()
+      silent += min(now - looked, 5 * TICK)  # This process may have been stopped with its child.
+      looked = now
       if self._wake_read in ready:
         os.read(self._wake_read, 100)
       if pipe in ready:
-        if not (data := pipe.read(65536)):
-          time.sleep(0.1)  # Its end is closed: it is about to end.
-          continue
-        heard, limit = time.monotonic(), self.restarts.silence
+        if data := pipe.read(65536):
+          silent, limit = 0.0, silence
+        else:
+          sources.remove(pipe)  # Its end is closed: it is about to end.
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
           self.told = dataclasses.replace(self.told, **json.loads(line))
-      if time.monotonic() - heard > limit:
-        say(f"no sign of life for {limit:.0f} s: the run is ended")
+      if silence and silent > limit:
+        say(f"no sign of life for {limit:.0f} s (--restarts.silence): the run is ended")
         child.send_signal(signal.SIGABRT)  # At which it writes its stacks, if it can.
         with contextlib.suppress(subprocess.TimeoutExpired):
-          child.wait(min(10.0, self.restarts.silence))
+          child.wait(min(10.0, silence))
         child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          child.wait(KILL)
         return True
     return False
 
@@ -170,7 +191,7 @@ class Supervisor:
 
   def _record(self, **fields) -> None:
     """An event in the run directory; of the first process alone, as all events."""
-    if self.told.dir is None or self.told.process:
+    if self.told.dir is None or self.told.process != 0:
       return
     from bigtrain.lines import add_event
 
@@ -186,6 +207,9 @@ class _Flags:
 def command(arguments: Sequence[str]) -> int:
   """`bigtrain train ARGUMENTS`, of which --supervise is one, as a child.
 
+  --allow_changes is for what is different now: once a child has gone on with that, later ones are
+  checked again.
+
   Raises:
     Refused: a wrong --restarts. The child refuses whatever else is wrong.
   """
@@ -199,7 +223,8 @@ def command(arguments: Sequence[str]) -> int:
   flags.restarts.check()
   rest = [word for word in arguments if word != "--supervise"]
   child = [sys.executable, "-m", "bigtrain.cli", "train", *rest]
-  return Supervisor(child, flags.restarts).run()
+  later = [word for word in child if word.replace("-", "_") != "__allow_changes"]
+  return Supervisor(child, flags.restarts, later).run()
 
 
 def tie() -> Callable[[dict[str, Any]], None] | None:

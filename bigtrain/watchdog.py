@@ -3,7 +3,8 @@
 A thread looks once a moment at what the main thread does (phases.py) and for how long. When the
 limit of that phase has passed on any process, every process writes the stacks of all its threads to
 RUN/hangs/, the first one writes an event that says who is missing and where, and all leave with
-exit code 5, so that a supervisor restarts them.
+exit code 5, so that a supervisor restarts them. As long as another process is at work within its
+own limit, the time of one that waits has not begun (heartbeats.py).
 
 Two things need more than a thread of Python's. Code that holds Python's lock stops this thread too:
 then faulthandler, whose timer is a thread of C, writes the stacks to standard error and leaves with
@@ -18,12 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 from bigtrain import hangs
-from bigtrain.deadlines import Deadlines, limit
+from bigtrain.deadlines import Deadlines, limit, setting
 from bigtrain.exit_codes import Exit
-from bigtrain.heartbeats import Beat, Ending, Heart, latecomers, missing, stragglers
+from bigtrain.heartbeats import MAY_WAIT, Beat, Ending, Heart, latecomers, missing, stragglers
 from bigtrain.lines import add_event
 from bigtrain.phases import doing, enter
 
@@ -89,8 +91,8 @@ class Watchdog:
     last, told = time.monotonic(), 0.0
     while not self._stopped.wait(TICK):
       now = time.monotonic()
-      if (gap := now - last - TICK) > 1:
-        self._excused = doing.since, gap + self._excused[1] * (self._excused[0] == doing.since)
+      if now - last - TICK > 1:
+        self._excuse(last + TICK, now)
       last = now
       if self.heart is None:
         self.heart = self._join()
@@ -102,30 +104,38 @@ class Watchdog:
       if self.heart is not None and self.heart.process == 0:
         self._name_stragglers(self.heart, now)
 
+  def _excuse(self, stopped: float, now: float) -> None:
+    """A process that was stopped and goes on, as in a laptop's sleep, did not hang meanwhile."""
+    since = doing.since
+    before = self._excused[1] if self._excused[0] == since else 0.0
+    self._excused = since, before + now - max(stopped, since)  # It may have got on already.
+
   def _trouble(self, now: float) -> tuple[int, str] | None:
     """Why this process has to end now, with its exit code; None if all is well."""
     phase, since = doing.name, doing.since
-    # A process that was stopped and goes on, as in a laptop's sleep, does not hang.
     seconds = now - since - self._excused[1] * (self._excused[0] == since)
+    if self.heart is not None and phase in MAY_WAIT:
+      seconds = min(seconds, now - self.heart.at_work)
     most = limit(self.deadlines, phase, doing.median())
     if most and seconds > most:
       if phase == "end" and self.code is not None:
         return self.code, f"waited {seconds:.0f} s for the end of other processes"
-      return Exit.DEADLINE, f"{phase} has lasted {seconds:.0f} s, and its limit is {most:.0f} s"
-    if self.heart is None or phase == "end":
+      about = f"{most:.0f} s (--deadlines.{setting(phase)})"
+      return Exit.DEADLINE, f"{phase} has lasted {seconds:.0f} s, and its limit is {about}"
+    if self.heart is None or (phase == "end" and self.code is None):
       return None
     if (ending := self.heart.ending) is not None:
       self._heard = self._heard or now
       if ending.code == Exit.DEADLINE or now - self._heard > GRACE:
         return ending.code, str(ending)
       return None
-    if most := self.deadlines.silence:
+    if phase != "end" and (most := self.deadlines.silence):
+      about = f"for {most:.0f} s (--deadlines.silence)"
       if self.heart.process and now - self.heart.heard > most:
-        return Exit.DEADLINE, f"process 0 has not been heard of for {now - self.heart.heard:.0f} s"
+        return Exit.DEADLINE, f"process 0 has not been heard of {about}"
       silent = [p for p, beat in self.heart.beats().items() if beat.silent > most]
       if self.heart.process == 0 and silent:
-        names = ", ".join(map(str, silent))
-        return Exit.DEADLINE, f"process {names} has not been heard of for {most:.0f} s"
+        return Exit.DEADLINE, f"process {', '.join(map(str, silent))} has not been heard of {about}"
     return None
 
   def _end(self, code: int, text: str) -> None:
@@ -184,30 +194,38 @@ class Watchdog:
       if now - self._named.get(late.process, -AGAIN) >= AGAIN and doing.name != "end":
         self._named[late.process] = now
         seconds = round(late.seconds, 3)
-        self._event("straggler", process=late.process, seconds=seconds, why=late.why)
+        about = {"process": late.process, "seconds": seconds, "why": late.why}
+        _bounded(PATIENCE, self._event, "straggler", **about)  # The disk may hang too.
         hangs.say(late.process, f"keeps the others waiting: {late.why}")
 
   def _join(self) -> Heart | None:
     """The heart of this process, once it has met the others; None if there are none."""
-    room = sys.modules.get("bigtrain.processes")  # It imports jax, which takes its time.
-    if room is None or (found := room.coordination()) is None:
+    if (room := _processes()) is None or (found := room.coordination()) is None:
       return None
-    heart = Heart(*found, every=min(5.0, (self.deadlines.silence or 80.0) / 8))
+    client, process, processes = found
+    heart = Heart(client, process, processes, self.deadlines)
     heart.start()
     return heart
 
   def _tell(self) -> None:
     """Sends a sign of life to the supervisor, if there is one, and holds off what ends it."""
-    if self.deadlines.silence and (self.line is not None or self.heart is not None):
+    if self.deadlines.silence and self.heart is not None:
       faulthandler.dump_traceback_later(self.deadlines.silence, exit=True, file=STDERR)
     if self.line is not None:
+      room = _processes()
+      process = room.number() if room is not None else None
       about = {"step": doing.step, "first": doing.first, "phase": doing.name}
-      self.line(about | {"process": self._number(), "dir": os.fspath(self.run_dir)})
+      self.line(about | {"process": process, "dir": os.fspath(self.run_dir)})
 
 
-def _bounded(seconds: float, function: Callable[..., object], *args) -> None:
+def _processes() -> ModuleType | None:
+  """The room of that name once it is there: it imports jax, which takes its time."""
+  return sys.modules.get("bigtrain.processes")
+
+
+def _bounded(seconds: float, function: Callable[..., object], /, *args, **fields) -> None:
   """Calls a function that may never return, and waits for it so long."""
-  thread = threading.Thread(target=function, args=args, daemon=True)
+  thread = threading.Thread(target=function, args=args, kwargs=fields, daemon=True)
   thread.start()
   thread.join(seconds)
 

@@ -100,6 +100,15 @@ def test_a_run_that_left_loses_nothing():
   assert "lost work" not in found and found["idle"] == 20 and found["compute"] == 10 + 4 + 6
 
 
+def test_steps_behind_the_last_save_of_a_run_that_was_stopped_at_once_are_no_checkpoint():
+  stopped = event("left", 1126, cause="process 1 ended: stopped at once")
+  found = spent([*WHOLE[:6], stopped])
+  assert found["checkpoint"] == 1 and found["compute"] == 10 + 1126 - 135
+  # Nor is what a run did that rolled back behind it, and then left.
+  back = [event("restore", 145, step=10, seconds=1), event("left", 149)]
+  assert spent([*WHOLE[:6], *back])["checkpoint"] == 1
+
+
 def test_all_steps_are_lost_where_nothing_had_been_saved():
   again = [{**e, "time": e["time"] + 100} for e in WHOLE]
   found = spent([*WHOLE[:4], *again], [row(5, 125.0)])

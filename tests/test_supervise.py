@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from bigtrain import supervise as supervise_module
 from bigtrain.exit_codes import Exit
 from bigtrain.supervise import VARIABLE, Restarts, Supervisor
 from tests import runs
@@ -59,7 +61,7 @@ def test_a_newer_checkpoint_begins_the_count_anew(tmp_path):
 
 
 def test_restarts_wait_twice_as_long_each_time_up_to_a_limit_and_are_recorded(tmp_path):
-  code = f"tell(dir={str(tmp_path / 'run')!r}, step=7); sys.exit(1)"
+  code = f"tell(dir={str(tmp_path / 'run')!r}, step=7, process=0); sys.exit(1)"
   assert supervise(tmp_path, code, wait=0.1, longest=0.25) == (Exit.FAILED, 4)
   found = runs.events(tmp_path / "run", "restart")
   assert [(e["attempt"], e["after_seconds"]) for e in found] == [(1, 0.1), (2, 0.2), (3, 0.25)]
@@ -68,8 +70,9 @@ def test_restarts_wait_twice_as_long_each_time_up_to_a_limit_and_are_recorded(tm
   assert times[1] - times[0] >= 0.1 and times[2] - times[1] >= 0.2
 
 
-def test_only_the_supervisor_of_the_first_process_records(tmp_path):
-  code = f"tell(dir={str(tmp_path / 'run')!r}, process=1); sys.exit(1)"
+@pytest.mark.parametrize("process", [1, None])
+def test_only_the_supervisor_of_what_is_known_to_be_the_first_process_records(tmp_path, process):
+  code = f"tell(dir={str(tmp_path / 'run')!r}, process={process}); sys.exit(1)"
   assert supervise(tmp_path, code) == (Exit.FAILED, 4)
   assert not (tmp_path / "run").exists()
 
@@ -82,19 +85,62 @@ def test_a_child_without_a_sign_of_life_is_ended(tmp_path, silent, capfd):
   assert "no sign of life for 1 s" in err and "ended without a sign of life at step 3" in err
 
 
+def test_a_child_that_closed_its_pipe_and_lives_is_ended_too(tmp_path):
+  since = time.monotonic()
+  code = "if start == 1:\n  tell(step=3)\n  os.close(pipe)\n  time.sleep(60)"
+  assert supervise(tmp_path, code, silence=0.7) == (Exit.DONE, 2)
+  assert time.monotonic() - since < 30
+
+
+def test_without_a_limit_a_child_may_be_silent(tmp_path):
+  assert supervise(tmp_path, "tell(step=3); time.sleep(1)", silence=0.0) == (Exit.DONE, 1)
+
+
+def test_a_child_that_cannot_be_killed_is_no_endless_wait(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(supervise_module, "KILL", 0.2)
+  monkeypatch.setattr(subprocess.Popen, "kill", lambda self: None)
+  code = "signal.signal(signal.SIGABRT, signal.SIG_IGN); tell(step=3); time.sleep(12)"
+  assert supervise(tmp_path, code, silence=0.7) == (Exit.DEADLINE, 1)
+  assert re.search(r"process \d+ cannot be killed and holds the run", capfd.readouterr().err)
+
+
+def test_the_first_command_is_given_until_a_child_has_made_steps(tmp_path):
+  said = tmp_path / "said"
+  tell = "tell(first=5, step=5 + (start > 2) * 3); time.sleep(0.3); sys.exit(start < 5)"
+  code = f"{CHILD}open({str(said)!r}, 'a').write(sys.argv[2]); {tell}"
+  first, later = (
+    [sys.executable, "-c", code, str(tmp_path / "starts"), word] for word in ("first ", "later ")
+  )
+  assert Supervisor(first, Restarts(wait=0.0), later).run() == Exit.DONE
+  assert said.read_text() == "first " * 3 + "later " * 2
+
+
 SUPERVISOR = """
 import sys
 from bigtrain.supervise import Restarts, Supervisor
-code = Supervisor([sys.executable, "-c", sys.argv[1], sys.argv[2]], Restarts(wait=60.0)).run()
+restarts = Restarts(wait=60.0, silence=float(sys.argv[3]))
+code = Supervisor([sys.executable, "-c", sys.argv[1], sys.argv[2]], restarts).run()
 assert "jax" not in sys.modules
 sys.exit(code)
 """
 
 
+def stop_and_go_on(process, seconds: float) -> None:
+  """A supervisor with its child; it wakes first, and finds that nothing was told."""
+  both = child_of(process), process.pid
+  for pid in both:
+    os.kill(pid, signal.SIGSTOP)
+  time.sleep(seconds)
+  for pid in reversed(both):
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(0.5)
+
+
 @contextlib.contextmanager
-def supervisor(tmp_path, child: str):
+def supervisor(tmp_path, child: str, silence: float = 180.0):
   """A supervisor that is a process, once its child has started."""
   command = [sys.executable, "-c", SUPERVISOR, CHILD + child, str(tmp_path / "starts")]
+  command.append(str(silence))
   process = subprocess.Popen(command, cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
   runs.wait_until(process, (tmp_path / "ready").exists)
   try:
@@ -116,6 +162,22 @@ open({str(ready)!r}, "w").close()
 for _ in range(600):
   time.sleep(0.1)  # A signal just before a sleep does not end it.
 """
+
+
+def test_a_supervisor_that_was_stopped_with_its_child_does_not_end_it(tmp_path):
+  ready = tmp_path / "ready"
+  child = f"""
+tell(step=1)
+open({str(ready)!r}, "w").close()
+until = time.monotonic() + 6
+while time.monotonic() < until:
+  time.sleep(0.2)
+  tell(step=2)
+"""
+  with supervisor(tmp_path, child, silence=3.0) as process:
+    stop_and_go_on(process, 4.0)
+    assert process.wait(20) == Exit.DONE
+    assert "no sign of life" not in process.stderr.read()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -166,6 +228,15 @@ def test_a_killed_run_is_started_again_and_changes_no_row(tmp_path):
   assert "killed by SIGKILL at step" in err and "restart 1 of 10 in 0.1 s" in err
 
 
+def test_a_supervised_run_that_was_stopped_as_a_whole_goes_on(tmp_path):
+  limits = ("--deadlines.silence", "3", "--deadlines.step", "3", "--deadlines.input", "3")
+  process = runs.start(tmp_path, *LONG, *limits, "--steps", "200")
+  runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 5)
+  stop_and_go_on(process, 6.0)
+  code, err = runs.finish(process)
+  assert code == Exit.DONE and "restart" not in err, err
+
+
 def test_what_is_refused_is_refused_once(tmp_path):
   code, err = runs.finish(runs.start(tmp_path, "--supervise", "--batch", "0"))
   assert code == Exit.REFUSED and err.count("batch must be at least 1") == 1
@@ -187,10 +258,10 @@ def test_a_child_does_not_outlive_its_supervisor(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_holds_pythons_lock_is_ended_with_its_stacks(tmp_path):
-  limits = ("--deadlines.silence", "4", "--restarts.limit", "0")
+  limits = ("--restarts.silence", "4", "--restarts.limit", "0")
   process = runs.start(tmp_path, *LONG, *limits, file="tests/troubled.py", TROUBLE="hold 0 160")
   code, err = runs.finish(process)
-  assert code == Exit.FAILED and "Timeout" in err and "in trouble\n" in err, err
+  assert code == Exit.DEADLINE and "Aborted" in err and "in trouble\n" in err, err
 
 
 @pytest.mark.slow

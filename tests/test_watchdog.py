@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from bigtrain import phases, watchdog
+from bigtrain import Checkpoints, phases, watchdog
 from bigtrain.config import Refused
 from bigtrain.deadlines import Deadlines, limit
 from bigtrain.exit_codes import Exit
-from bigtrain.heartbeats import Beat, latecomers, missing, stragglers
+from bigtrain.heartbeats import Beat, Ending, Heart, latecomers, missing, stragglers
 from bigtrain.supervise import Restarts
 from tests import runs
 
@@ -67,6 +67,13 @@ def test_the_docs_have_every_limit():
   assert limits.pop("step_times") == 20 and found == limits
 
 
+def test_a_save_may_not_take_longer_than_the_run_waits_for_it():
+  Deadlines().check_save(Checkpoints().within)
+  Deadlines(save=0.0).check_save(1e9)
+  with pytest.raises(Refused, match=r"give --deadlines.save 3600, or a smaller --checkpoints.with"):
+    Deadlines().check_save(3600.0)
+
+
 def test_a_negative_limit_is_refused():
   with pytest.raises(Refused, match=r"deadlines.save is -1.*at least 0"):
     Deadlines(save=-1.0).check()
@@ -100,14 +107,129 @@ def test_who_works_longer_at_each_step_than_most_is_named(own, found):
   assert not found or stragglers(before, after, 0.3)
 
 
-def test_time_in_which_the_whole_process_was_stopped_is_no_hang(monkeypatch):
+@pytest.fixture
+def dog():
+  """A watchdog that looks when it is asked to."""
   phases.doing.__init__()
-  dog = watchdog.Watchdog(Deadlines(start=60.0), "nowhere")
+  dog = watchdog.Watchdog(Deadlines(start=60.0, step=10.0, save=60.0), "nowhere")
   dog.stop()
+  yield dog
+  phases.doing.__init__()
+
+
+def test_time_in_which_the_whole_process_was_stopped_is_no_hang(dog):
   since = phases.doing.since
   assert dog._trouble(since + 59) is None and dog._trouble(since + 61)[0] == Exit.DEADLINE
-  dog._excused = since, 100.0
+  dog._excuse(since + 10, since + 110)
   assert dog._trouble(since + 159) is None and dog._trouble(since + 161)[0] == Exit.DEADLINE
+  dog._excuse(since - 50, since + 10)  # Of a phase that began in that time, what is of it.
+  assert dog._trouble(since + 169) is None and dog._trouble(since + 171)[0] == Exit.DEADLINE
+
+
+def test_a_hang_is_told_with_the_setting_that_limits_it(dog):
+  since = phases.doing.since
+  assert dog._trouble(since + 61)[1].endswith("its limit is 60 s (--deadlines.start)")
+  phases.enter("loop")
+  assert dog._trouble(since + 61)[1].endswith("its limit is 10 s (--deadlines.step)")
+  phases.enter("examine")
+  assert dog._trouble(since + 1900)[1].endswith("its limit is 1800 s (--deadlines.other)")
+
+
+class Values:
+  """The key-value store of jax's coordination service."""
+
+  def __init__(self):
+    self.values: dict[str, str] = {}
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    assert allow_overwrite or key not in self.values
+    self.values[key] = value
+
+  def key_value_dir_get(self, folder):
+    return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
+
+
+@pytest.fixture
+def pair(dog, monkeypatch):
+  """What a watchdog says seconds later, after two beats of both processes; and what these do."""
+  now, peer = [phases.doing.since], phases.Doing()
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  store, own = Values(), phases.doing
+  hearts = [Heart(store, p, 2, dog.deadlines) for p in range(2)]
+
+  def look(process: int, seconds: float):
+    now[0] += seconds
+    for p in (1, 0, 1, 0):
+      monkeypatch.setattr("bigtrain.heartbeats.doing", [own, peer][p])
+      hearts[p]._beat()
+    monkeypatch.setattr(watchdog, "doing", [own, peer][process])
+    dog.heart = hearts[process]
+    return dog._trouble(now[0])
+
+  def does(process: int, phase: str):
+    one = [own, peer][process]
+    one.name, one.since = phase, now[0]
+
+  return look, does
+
+
+@pytest.mark.parametrize("waiting, working", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("phase", ["step", "agree", "loop"])
+def test_who_waits_for_others_at_work_does_not_hang(pair, dog, waiting, working, phase):
+  look, does = pair
+  dog.deadlines.agree = 10.0
+  does(waiting, phase)
+  does(working, "save")
+  for _ in range(10):  # Within the 60 s that process may take.
+    assert look(waiting, 5.0) is None and look(working, 0.0) is None
+  does(working, "step")  # It has come to the others: from now on all wait.
+  assert look(waiting, 0.0) is None and look(waiting, 9.0) is None
+  assert look(waiting, 2.0)[0] == Exit.DEADLINE
+
+
+def test_who_waits_ends_when_the_other_has_taken_too_long_or_falls_silent(pair, monkeypatch):
+  look, does = pair
+  does(0, "step")
+  does(1, "save")
+  assert look(0, 59.0) is None
+  assert look(1, 2.0)[0] == Exit.DEADLINE  # Its own limit ends it, else that of the other would.
+  assert look(0, 7.0) is None and look(0, 2.0)[0] == Exit.DEADLINE
+  does(1, "save")
+  assert look(0, 1.0) is None
+  monkeypatch.setattr(Heart, "_beat", lambda heart: None)
+  assert look(0, 9.0) is None and look(0, 2.0)[0] == Exit.DEADLINE
+
+
+def test_all_in_one_phase_wait_for_nobody(pair):
+  look, does = pair
+  for p in range(2):
+    does(p, "loop")
+  assert look(0, 9.0) is None and look(0, 2.0)[0] == Exit.DEADLINE
+
+
+def test_who_is_done_ends_by_the_code_of_one_that_fails_in_the_end(pair, dog):
+  look, does = pair
+  for p in range(2):
+    does(p, "end")
+  assert look(0, 1.0) is None
+  dog.leave(Exit.DONE)
+  dog.heart.announce(Ending(1, Exit.FAILED, "a full disk"))
+  look(0, 1.0)
+  code, text = look(0, watchdog.GRACE + 1)
+  assert code == Exit.FAILED and "a full disk" in text
+
+
+def test_a_disk_that_hangs_while_a_straggler_is_told_does_not_stop_the_watch(
+  pair, dog, monkeypatch
+):
+  look, does = pair
+  monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
+  monkeypatch.setattr(watchdog, "add_event", lambda *_, **__: signal.pause())
+  does(0, "step")
+  does(1, "save")
+  look(0, 20.0)
+  dog._name_stragglers(dog.heart, 1e9)
+  assert dog._named.keys() == {1}
 
 
 # Real processes.
@@ -168,13 +290,15 @@ def test_a_stopped_process_ends_all_others_within_the_limit(tmp_path, processes,
 
 
 def test_a_process_that_waits_for_its_data_is_named_and_shows_where(tmp_path):
-  with started(tmp_path, 2, *SOON, *STEPS, TROUBLE="hang 1 80") as both:
+  limits = (*SOON, "--deadlines.input", "12")
+  with started(tmp_path, 2, *limits, *STEPS, TROUBLE="hang 1 80") as both:
     ended = [runs.finish(process) for process in both]
   assert [code for code, _ in ended] == [Exit.DEADLINE] * 2, ended
   (straggler,), (hang,) = runs.events(tmp_path, "straggler"), runs.events(tmp_path, "hang")
   assert straggler["process"] == 1 and "in input" in straggler["why"]
   assert hang["missing"] == [1] and "in input" in hang["where"]["1"]
-  assert "in trouble\n" in stacks(tmp_path)[1]  # Whose own limit had not passed.
+  # Who waited for it did so for longer than a step may last.
+  assert "input has lasted 12 s" in hang["cause"] and "in trouble\n" in stacks(tmp_path)[1]
 
 
 def test_a_process_that_fails_ends_the_others_at_once_and_all_by_its_code(tmp_path):
@@ -197,10 +321,35 @@ def test_a_slow_host_is_named_while_the_run_goes_on(tmp_path):
   assert straggler["process"] == 1 and straggler["seconds"] > 0.1
 
 
-def test_a_run_that_failed_waits_for_no_thread_of_a_library(monkeypatch):
+def test_processes_wait_for_one_that_prepares_data_and_compiles_for_longer(tmp_path):
+  limits = ("--deadlines.step", "4", "--deadlines.agree", "4")
+  with started(tmp_path, 2, *limits, LATE="1 8") as both:
+    ended = [runs.finish(process) for process in both]
+  assert [code for code, _ in ended] == [Exit.DONE] * 2, ended
+
+
+def test_a_last_save_that_one_process_finds_damaged_ends_all_alike(tmp_path):
+  arguments = ("--steps", "16", "--checkpoints.every", "8", "--evaluation.every", "0")
+  with started(tmp_path, 2, *arguments, TROUBLE="unsaved 0 16") as both:
+    ended = [runs.finish(process) for process in both]
+  assert [code for code, _ in ended] == [Exit.FAILED] * 2, ended
+  assert all("what was read back is damaged" in err for _, err in ended)
+  assert not runs.events(tmp_path, "end")
+
+
+def test_a_process_that_was_stopped_for_longer_than_a_step_may_last_goes_on(tmp_path):
+  limits = ("--deadlines.step", "3", "--deadlines.input", "3", "--deadlines.other", "3")
+  with started(tmp_path, 1, *limits, "--steps", "200") as (process,):
+    runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    code, err = runs.finish(process)
+  assert code == Exit.DONE, err
+
+
+def test_a_run_that_failed_waits_for_no_thread_of_a_library(dog, monkeypatch):
   monkeypatch.setattr(watchdog.hangs, "leave", sys.exit)
-  dog = watchdog.Watchdog(Deadlines(), "nowhere")
-  dog.stop()
   with pytest.raises(SystemExit) as ended:
     dog.leave(Exit.FAILED)
   assert ended.value.code == Exit.FAILED

@@ -2,7 +2,9 @@
 
 $TROUBLE says which, as in "hang 1 40": in process 1 at the first example from 40 on, "hang" waits
 for ever, "hold" does so with Python's lock, "fail" raises, "slow" takes half a second each time.
-"save 1" is a SIGTERM to process 1 in its first save, and so for any phase of `Run.away`.
+"save 1" is a SIGTERM to process 1 in its first save, and so for any phase of `Run.away`. "unsaved 0
+16" is a save of step 16 that process 0 finds to be damaged. With $LATE "1 8" process 1 takes 8
+seconds longer than others to prepare data, and to compile.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ import os
 import signal
 import time
 
-from bigtrain import Experiment, processes
+from bigtrain import Experiment, processes, written
 from bigtrain.config import config
 from bigtrain.data.text import TextData
 from bigtrain.run import Run
@@ -23,7 +25,7 @@ class Troubled(TextData):
   def make(self, seed):
     data = TextData.make(self, seed)
     kind, process, *first = os.environ.get("TROUBLE", "none 0").split()
-    if first:
+    if first and kind != "unsaved":
       batch = data.batch
 
       def troubled(example, size, rows=None):
@@ -43,7 +45,10 @@ def is_process(number: str) -> bool:
 @contextlib.contextmanager
 def signalled(self, phase, *, away=Run.away, **fields):
   wanted, number, *_ = os.environ.get("TROUBLE", "none 0").split()
+  late, seconds = os.environ.get("LATE", "0 0").split()
   with away(self, phase, **fields):
+    if phase in ("data", "compile") and is_process(late):
+      time.sleep(float(seconds))
     if phase == wanted and is_process(number):
       os.environ["TROUBLE"] = "none 0"
       os.kill(os.getpid(), signal.SIGTERM)
@@ -51,7 +56,15 @@ def signalled(self, phase, *, away=Run.away, **fields):
     yield
 
 
-Run.away = signalled
+def unsaved(place, *args, commit=written.commit):
+  wanted, number, *step = os.environ.get("TROUBLE", "none 0").split()
+  if wanted == "unsaved" and is_process(number) and place.name == step[0]:
+    time.sleep(3)
+    raise OSError("what was read back is damaged")
+  return commit(place, *args)
+
+
+Run.away, written.commit = signalled, unsaved
 
 
 def trouble(kind: str) -> None:

@@ -51,6 +51,11 @@ def read_only(*_):
   raise OSError(30, "Read-only file system")
 patch.setattr(type(epath.Path("/")), "write_text", read_only)
 """,
+  "stale": """
+def stale(*_):
+  raise OSError(116, "Stale file handle")
+patch.setattr(type(epath.Path("/")), "write_text", stale)
+""",
   "data": """
 patch.setattr(Text, "digest", lambda self: "other")
 """,
@@ -138,7 +143,6 @@ def told(folder):
     ("file", r"the experiment's file: runs.py \w{8} on host-0; runs.py \w{8} on host-1"),
     ("module", r"module tests.bigram: bigram.py \w{8} on host-0; bigram.py \w{8} on host-1"),
     ("flags", r"XLA_FLAGS: .* on host-0; --new .* on host-1"),
-    ("folder", r"folder-elsewhere is not what the first process sees there"),
     ("read_only", r"/read_only cannot be written: Read-only file system"),
     ("data", r"differ in data: data on host-1 \(process 1\), unlike the others"),
   ],
@@ -148,6 +152,19 @@ def test_all_processes_are_refused_and_told_which_host_it_is(folder, told, case,
     assert code == Exit.REFUSED and re.search(message, said), said
   assert not list((folder / case).glob("metrics.jsonl"))
   assert not list((folder / case).glob("preflight*"))
+
+
+@pytest.mark.parametrize(
+  "case, message",
+  [
+    ("folder", r"folder-elsewhere is not what the first process sees there"),
+    ("stale", r"Stale file handle"),
+  ],
+)
+def test_a_disk_that_may_be_well_again_fails_on_all_and_refuses_nothing(told, case, message):
+  for code, said in told[case]:
+    assert code == Exit.FAILED and re.search(message, said), said
+  assert "the run directory, on host-1 (process 1): " in told[case][0][1]
 
 
 def test_data_that_one_host_cannot_reach_fails_on_all_with_its_name(told):
