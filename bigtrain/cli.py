@@ -25,6 +25,7 @@ from bigtrain.hints import command as spelt
 from bigtrain.hints import of_command
 from bigtrain.secrets import excepthook, redacted
 from bigtrain.supervise import Restarts
+from bigtrain.tell import tell
 
 if TYPE_CHECKING:
   from bigtrain.experiment import Experiment
@@ -108,7 +109,7 @@ def _stop(number: int, frame) -> None:
 
   Nothing is closed: that may take minutes, and what is on disk survives a kill at any moment.
   """
-  os.write(2, b"bigtrain: stopped at once; what was saved before is whole\n")
+  tell("stopped at once; what was saved before is whole")
   watchdog.stop_at_once()
   os._exit(Exit.LEFT)
 

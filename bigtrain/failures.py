@@ -1,5 +1,6 @@
 """What libraries below raise for causes that people can do something about, said in one message."""
 
+import errno
 import os
 import re
 import sys
@@ -44,7 +45,10 @@ def explained(error: Exception) -> tuple[str, Exit] | None:
     )
   if isinstance(error, ImportError) and (found := re.search("|".join(STORES), text)):
     return f"{STORES[found[0]]} needs another package: pip install {found[0]}", Exit.REFUSED
-  return (text, Exit.FAILED) if isinstance(error, OSError) else None  # As by a full disk.
+  if not isinstance(error, OSError):
+    return None
+  full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+  return f"{text}{'; free some space, and the same command goes on' if full else ''}", Exit.FAILED
 
 
 def unraisable(found: "sys.UnraisableHookArgs") -> None:

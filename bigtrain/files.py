@@ -11,12 +11,15 @@ from etils import epath
 def replace(path: epath.Path | pathlib.Path, text: str) -> None:
   """Writes a file anew. Who reads meanwhile, or after a kill, finds the old text or the new one."""
   aside = path.with_name(f"{path.name}.unfinished")
-  with aside.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    if "://" not in str(path):
-      os.fsync(file.fileno())
-  aside.replace(path)
+  try:
+    with aside.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      if "://" not in str(path):
+        os.fsync(file.fileno())
+    aside.replace(path)
+  except OSError as error:  # Of a write it does not say of which file.
+    raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
 def replace_json(path: epath.Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from etils import epath
 
 from bigtrain.heartbeats import Beat
 from bigtrain.phases import doing
+from bigtrain.tell import tell
 
 
 def write(
@@ -59,7 +60,7 @@ def stacks() -> str:
 
 def say(process: int, text: str) -> None:
   """Tells people, not through objects that the main thread may hold."""
-  os.write(2, f"bigtrain: process {process}: {text}\n".encode())
+  tell(f"process {process}: {text}")
 
 
 def leave(code: int) -> NoReturn:

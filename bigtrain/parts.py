@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from bigtrain.config import Refused
+from bigtrain.tell import leaving, tell
 
 if TYPE_CHECKING:
   from bigtrain.run import Run
@@ -102,7 +103,7 @@ class Saver(Part):
 
 
 class Signals(Part):
-  """SIGTERM and Ctrl-C: the run saves at one step agreed by all processes, and leaves.
+  """SIGTERM, Ctrl-C, a terminal that was closed: all processes save at one agreed step, and leave.
 
   Ctrl-C after that does what it did before the run, as does every signal before the first step,
   when there is nothing to save.
@@ -118,7 +119,7 @@ class Signals(Part):
     self.steps += 1
     if not self.before and threading.current_thread() is threading.main_thread():
       # JAX itself catches SIGTERM where there are several processes, and tells all of them.
-      caught = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+      caught = set(leaving()) - ({signal.SIGTERM} if jax.process_count() > 1 else set())
       self.before = {number: signal.signal(number, self._handle) for number in caught}
     if jax.process_count() > 1:
       # Not the step, which may go back: jax agrees on one more than the last count it was told,
@@ -137,9 +138,7 @@ class Signals(Part):
       before = self.before[number]
       (before if callable(before) else signal.default_int_handler)(number, frame)
     self.received = signal.Signals(number).name
-    # Not by print, which the signal may have interrupted.
-    told = f"bigtrain: {self.received}: leaving after this step; Ctrl-C again stops at once\n"
-    os.write(2, told.encode())
+    tell(f"{self.received}: leaving after this step; Ctrl-C again stops at once")
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)
 

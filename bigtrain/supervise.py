@@ -26,6 +26,7 @@ from typing import Any
 
 from bigtrain.config import at_least_0, config
 from bigtrain.exit_codes import UNHELPED, Exit
+from bigtrain.tell import leaving, tell
 
 VARIABLE = "BIGTRAIN_SUPERVISOR"  # Of a child: the parent's process, and the pipe to it.
 FIRST = 600.0  # Seconds to the first sign of life: to import jax from a network file system.
@@ -83,7 +84,7 @@ class Supervisor:
 
   def run(self) -> int:
     """The exit code of the last child."""
-    before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, self._handle) for n in leaving()}
     try:
       return self._run()
     finally:
@@ -98,7 +99,7 @@ class Supervisor:
         return code
       if (self.told.first or 0) > newest:  # What earlier ones did was not in vain.
         in_a_row, newest = 0, self.told.first or 0
-      at = f"{how} at step {self.told.step}, in {self.told.phase}"
+      at = f"{how}, last heard of at step {self.told.step}, in {self.told.phase}"
       if self._child is not None:
         say(f"{at}; process {self._child.pid} cannot be killed and holds the run: giving up")
         return code
@@ -252,4 +253,4 @@ def tie() -> Callable[[dict[str, Any]], None] | None:
 
 
 def say(text: str) -> None:
-  os.write(2, f"bigtrain: supervisor: {text}\n".encode())
+  tell(f"supervisor: {text}")

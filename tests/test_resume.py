@@ -85,6 +85,17 @@ def test_a_kill_in_the_middle_of_a_save_changes_no_row(tmp_path, uninterrupted):
   finish_and_compare(tmp_path, uninterrupted)
 
 
+def test_a_terminal_that_is_closed_leads_it_to_save_and_leave(tmp_path, uninterrupted):
+  process = runs.start(tmp_path, *LONG)
+  runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") >= 5)
+  process.stderr.close()
+  process.stdout.close()
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(60) == Exit.LEFT
+  assert [event["signal"] for event in runs.events(tmp_path, "signal")] == ["SIGHUP"]
+  finish_and_compare(tmp_path, uninterrupted)
+
+
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path, uninterrupted):
   process = runs.start(tmp_path, *LONG)
   runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 7)

@@ -31,7 +31,7 @@ def faults(r: Records) -> Iterator[Finding]:
   # Behind a restart the same one may be met again.
   if not (found := list({e.get("step"): e for e in _of(r, "incident")}.values())):
     return
-  causes = Counter(e.get("cause") for e in found)
+  causes: Counter[str] = Counter(str(e.get("cause")) for e in found)
   cause = next((c for c, _ in causes.most_common() if c in REMEDIES), "unknown")
   told = next(e for e in found if cause in (e.get("cause"), "unknown"))
   first = f", the first bad tensor is {told['first_bad']}" if told.get("first_bad") else ""
