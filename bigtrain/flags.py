@@ -52,6 +52,11 @@ def parse(defaults: Sequence[Any], arguments: list[str], prog: str, about: str) 
   raise Refused(_explanation(defaults, arguments, unknown, text, prog))
 
 
+def names(defaults: Sequence[Any]) -> list[str]:
+  """The flags of these configs, without dashes."""
+  return list(_flags(defaults)[0])
+
+
 def _kind(node: Any) -> Any:
   """The class of a config; of a generic one what it may hold, of which tyro would warn."""
   kind: Any = type(node)

@@ -6,18 +6,19 @@ import pathlib
 import re
 import secrets
 import shlex
+import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
 from bigtrain import hints
 from bigtrain.annotations import check_types
-from bigtrain.cli import override, target
+from bigtrain.cli import RunFlags, override, target
 from bigtrain.config import Refused, config, nearest
 from bigtrain.console import say
 from bigtrain.exit_codes import Exit
-from bigtrain.flags import parse
+from bigtrain.flags import names, parse
 from bigtrain.launch.held import hold
-from bigtrain.launch.job import LAUNCH, NAME, Command, Job, Rendered
+from bigtrain.launch.job import LAUNCH, NAME, Job, Rendered
 from bigtrain.launch.jobset import JobSet
 from bigtrain.launch.remote import Gcloud, Held, Ssh
 from bigtrain.launch.skypilot import SkyPilot
@@ -38,6 +39,14 @@ gcloud (TPU VMs), or FILE.py:function that returns a bigtrain.launch.job.Job. Wh
 are flags and overrides of `train`. The engine restarts the run; through ssh and gcloud this command
 does, for as long as it runs."""
 HIDDEN = "***"
+# How a machine comes by the command that an engine is called by.
+OBTAINED = {
+  "sbatch": "launch where SLURM's own commands are, as on a login node",
+  "kubectl": "see kubernetes.io/docs/tasks/tools",
+  "sky": "uv tool install --with pip 'skypilot[gcp]', or of another cloud; see docs.skypilot.co",
+  "ssh": "install OpenSSH's client",
+  "gcloud": "see cloud.google.com/sdk/docs/install",
+}
 
 
 @config
@@ -47,9 +56,7 @@ class LaunchFlags:
   to: str = ""  # The engine, or the file and function of a job.
   out: str | None = None  # Folder for the rendered files and logs; launched/NAME unless given.
   dry_run: bool = False  # Print what would run, and run nothing.
-  plan: bool = (
-    True  # Ask the compiler first whether the step fits the chips, where it can be asked.
-  )
+  plan: bool = True  # Ask the chips' compiler first whether the step fits, where it is installed.
 
 
 def command(arguments: list[str]) -> int | None:
@@ -74,22 +81,24 @@ def command(arguments: list[str]) -> int | None:
   job = dataclasses.replace(job, environment=(started, *job.environment))
   train = [*shlex.split(job.command), "train", name, "--dir", str(job.dir), *of_train]
   out = flags.out or f"launched/{job.name}"
-  if flags.dry_run:
-    show(job.engine.render(job, train, out, dict.fromkeys(job.secrets, HIDDEN)))
-    return Exit.DONE
   values = _values(job)
+  if flags.dry_run:
+    show(job.engine.render(job, train, out, dict.fromkeys(values, HIDDEN)))
+    return Exit.DONE
+  rendered = job.engine.render(job, train, out, values)
+  _check_engine(rendered)
   if flags.plan:
     from bigtrain.launch.fits import fits
 
     say(fits(name, of_train, job, smoke=given.smoke))
-  return _run(job, job.engine.render(job, train, out, values))
+  return _run(job, rendered)
 
 
 def show(rendered: Rendered) -> None:
   """Prints files and commands as they would be."""
   for path, text in rendered.files.items():
     print(f"# {shlex.quote(path)}\n{text}")
-  for each in rendered.commands:
+  for each in (*rendered.checks, *rendered.commands):
     print(f"$ {shlex.join(each.argv)}")
     if each.stdin is not None:
       print(f"# which reads:\n{each.stdin.rstrip(chr(0))}")
@@ -110,8 +119,30 @@ def _described(arguments: list[str], name: str) -> tuple[LaunchFlags, Job]:
       raise Refused(f"{prog} needs --to: {', '.join(ENGINES)}, or FILE.py:function of a job")
     parse([LaunchFlags()], ["--help"], prog, ABOUT)
   job = _job(str(chosen))
-  flags, job = parse([LaunchFlags(), job], arguments, prog, ABOUT)
+  try:
+    flags, job = parse([LaunchFlags(), job], arguments, prog, ABOUT)
+  except Refused as error:
+    if not (found := _of_train(arguments, job, name)):
+      raise
+    raise Refused(
+      f"--{found} is a flag of train: those come after a bare --, as in `{prog} --to {chosen} ... "
+      f"-- --{found} ...`"
+    ) from error
   return flags, job
+
+
+def _of_train(arguments: list[str], job: Job, name: str) -> str | None:
+  """The first flag that only `train` has."""
+  from bigtrain.load import load
+
+  experiment, _ = load(name)
+  own, of_train = names([LaunchFlags(), job]), names([RunFlags(), experiment])
+  for word in arguments:
+    flag = word.removeprefix("--").partition("=")[0].replace("-", "_")
+    leaf = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", flag)  # As of --mesh.no_ulysses.
+    if word.startswith("--") and leaf in of_train and leaf not in own:
+      return flag
+  return None
 
 
 def _to(arguments: list[str]) -> str | None:
@@ -129,6 +160,9 @@ def _job(chosen: str) -> Job:
     return Job(engine=ENGINES[chosen]())
   if ".py" not in chosen:
     raise Refused(f"--to {chosen}: there is no such engine{nearest(chosen, ENGINES)}")
+  path = f"{chosen.rpartition('.py')[0]}.py"
+  if not os.path.isfile(path):
+    raise Refused(f"--to {chosen}: there is no file {path}, a function of which would return a Job")
   from bigtrain.load import load
 
   job, _ = load(chosen, Job)
@@ -152,9 +186,26 @@ def _check_experiment(experiment: "Experiment", job: Job) -> None:
 
 
 def _values(job: Job) -> dict[str, str]:
+  """Of the secrets, where the engine does not have them."""
+  if job.engine.keeps_secrets:
+    return {}
   if missing := [name for name in job.secrets if not os.environ.get(name)]:
-    raise Refused(f"--secrets {missing[0]}: it is not set here")
+    raise Refused(f"{missing[0]}, which --secrets names, is not set here")
   return {name: os.environ[name] for name in job.secrets}
+
+
+def _check_engine(rendered: Rendered) -> None:
+  """Refuses what the engine's commands would fail at each time, before a process begins."""
+  for program in dict.fromkeys(each.argv[0] for each in rendered.commands):
+    if shutil.which(program) is None:
+      remedy = OBTAINED.get(program, "install it")
+      raise Refused(f"there is no {program} here, which this engine is called by: {remedy}")
+  for each in rendered.checks:
+    done = subprocess.run(each.argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+      raise Refused(
+        f"`{shlex.join(each.argv)}` ended with {done.returncode}: {done.stderr.strip()}"
+      )
 
 
 def _run(job: Job, rendered: Rendered) -> int:
@@ -166,13 +217,6 @@ def _run(job: Job, rendered: Rendered) -> int:
     assert isinstance(job.engine, Held)
     engine = job.engine
     return hold(rendered.commands, restarts=job.restarts, grace=job.grace, pause=engine.pause)
-  return max(map(_call, rendered.commands))
-
-
-def _call(each: Command) -> int:
-  """Runs a command of an engine, which says itself what it did."""
-  try:
-    code = subprocess.run(each.argv).returncode
-  except FileNotFoundError:
-    raise Refused(f"there is no {each.argv[0]} here, which this engine is called by") from None
-  return Exit.FAILED if code else Exit.DONE
+  # An engine's commands say themselves what they did.
+  failed = any([subprocess.run(each.argv).returncode for each in rendered.commands])
+  return Exit.FAILED if failed else Exit.DONE

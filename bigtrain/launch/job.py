@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import shlex
+from typing import ClassVar
 
 from bigtrain.config import Refused, config
 from bigtrain.plan.topologies import Topology, topology
@@ -31,17 +32,21 @@ class Rendered:
   """What an engine makes of a job.
 
   `files` lie in the folder of `--out` when the commands run. Several commands, or one that is
-  `held`, are the processes of the run, which the launcher restarts; else the engine does.
+  `held`, are the processes of the run, which the launcher restarts; else the engine does. Unless
+  all `checks` end well before the first start, no process could be reached.
   """
 
   files: dict[str, str]
   commands: tuple[Command, ...]
   held: bool = False
+  checks: tuple[Command, ...] = ()
 
 
 @config
 class Engine:
   """What starts a job, and starts it again."""
+
+  keeps_secrets: ClassVar[bool] = False  # It has their values; else they are those set here.
 
   def render(self, job: "Job", train: list[str], out: str, secrets: dict[str, str]) -> Rendered:
     """What would run.
@@ -71,9 +76,7 @@ class Job:
 
   engine: Engine
   name: str | None = None  # At its engine; that of the run directory unless given.
-  dir: str | None = (
-    None  # Run directory that all hosts see, or a bucket; as of `train` unless given.
-  )
+  dir: str | None = None  # Run directory that all hosts see, or a bucket; that of `train` if None.
   chips: str | None = None  # Of a slice, as `plan` names them: v5e:4x4, v5p:2x2x4, h100:8.
   slices: int = 1  # Such slices; of GPUs, hosts.
   hosts: int | None = None  # Of a slice; by the chips, else 1, unless given.
@@ -87,11 +90,12 @@ class Job:
   restarts: int = 100  # How often in a row it goes on from no newer checkpoint; then it ends.
 
   def topology(self) -> Topology | None:
-    return None if self.chips is None else topology(self.chips, self.slices)
+    return None if self.chips is None else topology(self.chips, self.slices, "--chips")
 
   def platform(self) -> str | None:
     """ "tpu" or "gpu", None where no chips are named."""
-    return None if self.chips is None else topology(self.chips).chip.platform
+    there = self.topology()
+    return None if there is None else there.chip.platform
 
   def hosts_of_slice(self) -> int:
     """Hosts of one slice.

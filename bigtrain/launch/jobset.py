@@ -5,7 +5,7 @@ For slices, and for all other hosts, the set's own network names the first one.
 """
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from bigtrain.config import Refused, config
 from bigtrain.launch.job import Command, Engine, Job, Rendered
@@ -30,8 +30,10 @@ NODES = {
 class JobSet(Engine):
   """A JobSet of Kubernetes, made by kubectl. Needs the JobSet controller, 0.6 or newer."""
 
+  keeps_secrets: ClassVar[bool] = True
+
   image: str = ""  # The container, with the code in it.
-  namespace: str = "default"
+  namespace: str = "default"  # Of Kubernetes.
   queue: str | None = None  # Of Kueue.
   account: str | None = None  # Kubernetes' service account, as for access to a bucket.
   secret: str | None = None  # The Secret that holds `secrets` under their names.

@@ -5,6 +5,7 @@ follows the script is silence, and its end a lease that ran out: when the launch
 network, the host asks its process to save and leave.
 """
 
+import dataclasses
 import re
 
 from bigtrain.config import Refused, config
@@ -112,7 +113,7 @@ class Gcloud(Held):
   """The hosts of TPU VMs, which find each other."""
 
   nodes: tuple[str, ...] = ()  # The TPU VM of each slice, by name.
-  zone: str = ""
+  zone: str = ""  # Where they are, as us-east5-a.
   project: str | None = None  # gcloud's own unless given.
   internal_ip: bool = False  # Reach them inside their network.
 
@@ -121,20 +122,31 @@ class Gcloud(Held):
     if job.platform() != "tpu":
       raise Refused("--chips: say which TPU VMs these are, as --chips v5e:4x4")
     if len(self.nodes) != job.slices:
-      raise Refused(f"--engine.nodes are {len(self.nodes)}, and the job has {job.slices} slices")
+      slices = f"{job.slices} slice{'s' * (job.slices > 1)}"
+      raise Refused(f"--engine.nodes are {len(self.nodes)}, and the job has {slices}")
     if len(set(self.nodes)) < len(self.nodes):
       raise Refused("--engine.nodes names a TPU VM twice: each is one slice")
-    for value in (*self.nodes, self.zone, *([] if self.project is None else [self.project])):
+    if not self.zone:
+      raise Refused("--engine.zone: say where the TPU VMs are, as --engine.zone us-east5-a")
+    given = [("nodes", node) for node in self.nodes] + [("zone", self.zone)]
+    given += [] if self.project is None else [("project", self.project)]
+    for field, value in given:
       if not re.fullmatch(r"[a-z][-a-z0-9:.]*", value):
-        raise Refused(f"{value!r} is no name at Google: --engine.nodes, --engine.zone, .project")
+        raise Refused(f"--engine.{field} {value!r} is no name at Google")
 
   def render(self, job: Job, train: list[str], out: str, secrets: dict[str, str]) -> Rendered:
     where = ["--zone", self.zone, *(["--project", self.project] if self.project else [])]
     where += ["--internal-ip"] if self.internal_ip else []
-    begin = ("gcloud", "compute", "tpus", "tpu-vm", "ssh")
+    begin = ("gcloud", "compute", "tpus", "tpu-vm")
     reach = {
-      f"{node}/{worker}": (*begin, node, *where, "--quiet", "--worker", str(worker), "--command")
+      f"{node}/{worker}": (
+        *(*begin, "ssh", node, *where, "--quiet"),
+        *("--worker", str(worker), "--command"),
+      )
       for node in self.nodes
       for worker in range(job.hosts_of_slice())
     }
-    return self.rendered(job, train, secrets, reach, [[] for _ in reach])
+    # Without a login, or with a wrong name, its ssh ends with code 1, as a run that failed does.
+    checks = [Command((*begin, "describe", node, *where, "--quiet")) for node in self.nodes]
+    made = self.rendered(job, train, secrets, reach, [[] for _ in reach])
+    return dataclasses.replace(made, checks=tuple(checks))

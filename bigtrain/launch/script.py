@@ -8,6 +8,12 @@ from bigtrain.launch.job import Job
 MISSING = (126, 127)  # As a shell says it of a command that is not there.
 # After these codes no restart helps; all others are those of a run that can go on.
 FINAL = (*map(int, UNHELPED), *MISSING)
+NOT_FOUND = """\
+command_not_found_handle() {
+echo "bigtrain: this host has no command $1 on its PATH; --setup prepares a host, and --command\
+ says how it calls bigtrain, as --command 'uv run bigtrain' or .venv/bin/bigtrain" >&2
+return 127
+}"""
 LASTING = 600  # Seconds; a start that lasted longer failed at something else than starting.
 
 
@@ -26,7 +32,7 @@ def exports(variables: dict[str, str]) -> list[str]:
 def prepared(job: Job) -> list[str]:
   """Lines that come before the command on every host."""
   moved = [] if job.folder is None else [f"cd {quoted(job.folder)} || exit {Exit.REFUSED}"]
-  return [*exports(job.variables()), *moved, *job.setup.splitlines()]
+  return [*NOT_FOUND.splitlines(), *exports(job.variables()), *moved, *job.setup.splitlines()]
 
 
 def command(train: list[str]) -> str:

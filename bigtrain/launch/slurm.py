@@ -47,6 +47,9 @@ if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
 fi
 exit $code
 """
+# As sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds; after "days-" it begins with
+# hours.
+TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"
 
 
 @config
@@ -56,9 +59,9 @@ class Slurm(Engine):
   Its environment is that of who launches, as SLURM has it.
   """
 
-  partition: str | None = None
-  account: str | None = None
-  qos: str | None = None
+  partition: str | None = None  # The cluster's default unless given.
+  account: str | None = None  # Who is charged; your default unless given.
+  qos: str | None = None  # Quality of service; the account's default unless given.
   time: str | None = None  # Limit of one start, as "2-00:00:00"; SIGTERM comes `grace` before it.
   cpus: int | None = None  # Of a host; those that the partition gives to a task unless given.
   image: str | None = None  # A container, where the cluster has pyxis.
@@ -70,6 +73,11 @@ class Slurm(Engine):
         raise Refused(f"{value!r} holds a character that cannot be printed")
     if wrong := [each for each in self.options if not re.match("[a-z]", each)]:
       raise Refused(f"--engine.options {wrong[0]!r}: give options of sbatch, as constraint=h100")
+    if self.time is not None and not re.fullmatch(TIME, self.time, re.IGNORECASE):
+      raise Refused(
+        f"--engine.time {self.time!r} is no time of SLURM: give minutes, hours:minutes:seconds, or "
+        "days-hours:minutes:seconds, as 2-00:00:00"
+      )
     if self.cpus is not None and self.cpus < 1:
       raise Refused(f"--engine.cpus {self.cpus}: give 1 or more")
 

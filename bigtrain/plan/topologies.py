@@ -144,22 +144,21 @@ class Topology:
     return list(made.devices)
 
 
-def topology(name: str, slices: int = 1) -> Topology:
-  """What a name such as "v5e:4x4" or "h100:8" means.
+def topology(name: str, slices: int = 1, flag: str = "--topology") -> Topology:
+  """What a name such as "v5e:4x4" or "h100:8", which that flag gave, means.
 
   Raises:
     Refused: there is no such chip, or that is no shape of its torus.
   """
   kind, _, sizes = name.partition(":")
   if kind not in CHIPS:
-    raise Refused(f"--topology {name}: there is no chip {kind!r}{nearest(kind, CHIPS)}")
+    raise Refused(f"{flag} {name}: there is no chip {kind!r}{nearest(kind, CHIPS)}")
   chip = CHIPS[kind]
   example = "x".join(("8",) if chip.platform == "gpu" else ("4",) * chip.axes)
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") + 1 != chip.axes:
-    raise Refused(
-      f"--topology {name}: a {kind} slice is a grid of {chip.axes} axes, each of a positive number "
-      f"of chips, as in {kind}:{example}"
-    )
+    wanted = f"a {kind} slice is a grid of {chip.axes} axes, each of a positive number"
+    wanted = "give a number" if chip.axes == 1 else wanted
+    raise Refused(f"{flag} {name}: {wanted} of chips, as in {kind}:{example}")
   if slices < 1:
     raise Refused(f"--slices {slices}: there is at least 1 slice")
   return Topology(name, chip, tuple(map(int, sizes.split("x"))), slices)

@@ -15,6 +15,8 @@ exec sh -c "$3"
 """
 # TPU VMs tell jax of each other through a server of metadata, for which these variables stand here.
 GCLOUD = """#!/bin/bash
+[ -z "$STAND_INS_LOGGED_OUT" ] || { echo "You do not have an active account" >&2; exit 1; }
+[ "$*" != "compute tpus tpu-vm describe pod --zone us-east5-a --quiet" ] || exit 0
 [ "$1 $2 $3 $4" = "compute tpus tpu-vm ssh" ] || exit 2
 node=$5; shift 5
 while [ $# -gt 0 ]; do

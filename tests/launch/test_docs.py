@@ -23,6 +23,7 @@ def test_every_command_of_the_page_renders(command, capsys, monkeypatch):
 
 
 def test_the_description_of_the_page_renders(capsys, monkeypatch, tmp_path):
+  monkeypatch.setenv("WANDB_API_KEY", "correct-horse")
   monkeypatch.chdir(runs.ROOT)
   (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
   (tmp_path / "machines.py").write_text(code)

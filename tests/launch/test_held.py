@@ -117,6 +117,23 @@ def test_what_is_refused_is_not_started_again(tmp_path):
   assert "restart" not in err and "[there] bigtrain: " in out
 
 
+def test_without_a_login_nothing_is_started_and_nothing_again(tmp_path, monkeypatch):
+  monkeypatch.setenv("STAND_INS_LOGGED_OUT", "1")
+  where = ["--to", "gcloud", "--engine.nodes", "pod", "--engine.zone", "us-east5-a"]
+  process = stand_ins.launch(tmp_path, *where, "--chips", "v5e:2x2", "--no_plan")
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == Exit.REFUSED and "restart" not in err
+  assert "describe pod --zone us-east5-a --quiet` ended with 1: You do not have an active" in err
+
+
+def test_a_host_without_the_command_says_how_it_may_be_called(tmp_path):
+  process = ssh(tmp_path, "--command", "no_such_bigtrain")
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == Exit.REFUSED, (out, err)
+  assert "[there] bigtrain: this host has no command no_such_bigtrain on its PATH" in out
+  assert "as --command 'uv run bigtrain'" in out and "there 127" in err
+
+
 @pytest.mark.parametrize(
   "codes, expected",
   [

@@ -15,6 +15,7 @@ from bigtrain.cli import main
 from bigtrain.config import Refused
 from bigtrain.exit_codes import Exit
 from bigtrain.launch import slurm
+from bigtrain.launch.command import ENGINES as ENGINE_KINDS
 from bigtrain.launch.job import Job
 from bigtrain.launch.jobset import JobSet
 from bigtrain.launch.remote import RECEIVE, Gcloud, Ssh
@@ -302,6 +303,13 @@ def test_chips_are_what_each_process_is_told_to_find():
   assert given == {"BIGTRAIN_DEVICES": "cpu 2"}
 
 
+@pytest.mark.parametrize(
+  "time", ["90", "90:30", "1:30:00", "2-0", "2-12:30", "2-00:00:00", "UNLIMITED", "infinite"]
+)
+def test_slurm_is_given_each_kind_of_time_that_it_takes(time):
+  assert f"#SBATCH --time={time}\n" in next(iter(rendered(job(Slurm(time=time))).files.values()))
+
+
 def test_plain_values_are_no_secrets():
   plain = ("TOKENIZERS_PARALLELISM=false", "NCCL_DEBUG=INFO", "XLA_FLAGS=--xla_a=true", "AUTHOR=me")
   assert len(job(Slurm(), environment=plain).variables()) == 4
@@ -313,7 +321,8 @@ def test_plain_values_are_no_secrets():
     (Slurm(), {"name": "-x; rm"}, "a name at an engine is 40 lower-case letters"),
     (Slurm(), {"hosts": 0}, "--hosts 0: give 1 or more"),
     (Slurm(), {"chips": "v5e:4x4", "hosts": 3}, "are not that many equal parts"),
-    (Slurm(), {"chips": "v9:4x4"}, "there is no chip 'v9'"),
+    (Slurm(), {"chips": "v9:4x4"}, "--chips v9:4x4: there is no chip 'v9'"),
+    (Slurm(), {"chips": "h100"}, "--chips h100: give a number of chips, as in h100:8"),
     (Slurm(), {"environment": ("A B=1",)}, "give NAME=value"),
     (Slurm(), {"environment": ("HF_TOKEN=x",)}, "looks like a secret.*give --secrets HF_TOKEN"),
     (Slurm(), {"environment": ("PGPASSWORD=swordfish",)}, "looks like a secret"),
@@ -327,6 +336,9 @@ def test_plain_values_are_no_secrets():
     (Slurm(), {"dir": "a\nb"}, "cannot be printed"),
     (Slurm(partition="a\n#SBATCH --wrap=x"), {}, "cannot be printed"),
     (Slurm(options=("--x",)), {}, "give options of sbatch"),
+    (Slurm(time="2days"), {}, "--engine.time '2days' is no time of SLURM"),
+    (Slurm(time="1:2:3:4"), {}, "is no time"),
+    (Slurm(time="2-"), {}, "is no time"),
     (JobSet(), {}, "needs the image"),
     (JobSet(image="i", namespace="a b"), {}, "no name of Kubernetes"),
     (JobSet(image="i"), {"secrets": ("A",)}, "name the Secret that holds A"),
@@ -342,7 +354,11 @@ def test_plain_values_are_no_secrets():
     (Gcloud(nodes=("a",), zone="z"), {}, "say which TPU VMs"),
     (Gcloud(nodes=("a",), zone="z"), {"chips": "v5e:4x4", "slices": 2}, "has 2 slices"),
     (Gcloud(nodes=("a", "a"), zone="z"), {"chips": "v5e:4x4", "slices": 2}, "a TPU VM twice"),
-    (Gcloud(nodes=("--x",), zone="z"), {"chips": "v5e:4x4"}, "no name at Google"),
+    (Gcloud(zone="z"), {"chips": "v5e:4x4"}, "are 0, and the job has 1 slice$"),
+    (Gcloud(nodes=("--x",), zone="z"), {"chips": "v5e:4x4"}, "nodes '--x' is no name at Google"),
+    (Gcloud(nodes=("a",)), {"chips": "v5e:4x4"}, "--engine.zone: say where"),
+    (Gcloud(nodes=("a",), zone="Z"), {"chips": "v5e:4x4"}, "zone 'Z' is no name"),
+    (Gcloud(nodes=("a",), zone="z", project=""), {"chips": "v5e:4x4"}, "project '' is no name"),
   ],
 )
 def test_what_cannot_be_is_refused(engine, fields, message):
@@ -360,13 +376,56 @@ def test_what_cannot_be_is_refused(engine, fields, message):
     (["--to", "slurm", "--", "--dir", "x"], "--dir is a field of the job"),
     (["--to", "slurm", "--", "--stepps", "x"], "did you mean --steps"),
     (["--to", "slurm", "--chips", "v5e:4x4", "--", "--mesh.fsdp", "3"], "16"),
-    (["--to", "ssh", "--engine.machines", "a", "--secrets", "NOT_SET"], "it is not set here"),
+    (
+      ["--to", "ssh", "--engine.machines", "a", "--secrets", "NOT_SET"],
+      "NOT_SET, which --secrets names",
+    ),
+    (["--to", "slurm", "--secrets", "A_TOKEN", "--dry_run"], "A_TOKEN, which --secrets names, is"),
+    (["--to", "slurm", "--steps", "100"], "--steps is a flag of train: those come after a bare --"),
+    (["--to", "slurm", "--mesh.no_ulysses"], "--mesh.no_ulysses is a flag of train"),
+    (["--to", "nope.py:cluster"], "--to nope.py:cluster: there is no file nope.py, a function of"),
   ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(arguments, message, capsys, monkeypatch):
   monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something ran"))
   assert main(["launch", "experiments/quickstart.py", *arguments]) == Exit.REFUSED
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "to, program, remedy",
+  [
+    (["slurm"], "sbatch", "on a login node"),
+    (["skypilot", "--dir", "gs://bucket/run"], "sky", "uv tool install --with pip 'skypilot["),
+    (["ssh", "--engine.machines", "a"], "ssh", "OpenSSH"),
+  ],
+)
+def test_a_command_that_is_not_here_is_refused_with_its_remedy(
+  to, program, remedy, capsys, monkeypatch, tmp_path
+):
+  monkeypatch.setenv("PATH", str(tmp_path))
+  assert main(["launch", "experiments/quickstart.py", "--to", *to]) == Exit.REFUSED
+  said = capsys.readouterr().err
+  assert f"there is no {program} here" in said and remedy in said
+
+
+def test_a_secret_that_kubernetes_holds_need_not_be_set_here(capsys, monkeypatch):
+  monkeypatch.delenv("HF_TOKEN", raising=False)
+  to = ["--to", "jobset", "--engine.image", "i", "--engine.secret", "s", "--dir", "gs://bucket/run"]
+  secret = ["--secrets", "HF_TOKEN", "--dry_run"]
+  assert main(["launch", "experiments/quickstart.py", *to, *secret]) == Exit.DONE
+  assert "secretKeyRef" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", sorted(ENGINE_KINDS))
+def test_every_flag_says_what_it_is(to, capsys):
+  with pytest.raises(SystemExit):
+    main(["launch", "experiments/quickstart.py", "--to", to, "--help"])
+  text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+  flags = re.findall(r"(?<= )(--[a-z_.]+)(?:, --[a-z_.]+)? ([^(]*)\(default", text)
+  assert len(flags) > 15
+  nothing = r"(\{None\}\|)?(STR|INT|FLOAT)? ?(\[STR \[STR \.\.\.\]\])? ?"
+  assert [flag for flag, about in flags if re.fullmatch(nothing, about)] == []
 
 
 def test_a_job_may_stand_in_a_file_and_flags_change_it(tmp_path, capsys):
