@@ -206,8 +206,8 @@ def words(error: BaseException) -> str:
 def _cause(error: BaseException) -> str:
   """Its first words, and the system's, which tensorstore has behind long paths."""
   said = words(_root(error))
-  system = re.search(r"\[OS error .*?\]", said[150:])
-  return said[:150] + (f" ... {system[0]}" if system else "")
+  system = re.search(r": ([^:]*) \[os_error_code=", said[150:])
+  return said[:150] + (f" ... {system[1]}" if system else "")
 
 
 def _root(error: BaseException) -> BaseException:
