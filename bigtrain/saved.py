@@ -11,6 +11,7 @@ that does not answer: that may pass, and says nothing of the checkpoint.
 """
 
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ UNREAD = (
   "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "PERMISSION_DENIED",
   "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNAVAILABLE", "UNKNOWN",
 )  # fmt: skip
+
+
+# Orbax logs, with its traceback, what it also raises, and that a reader only reads.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Damaged(Refused):
