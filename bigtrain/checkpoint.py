@@ -12,7 +12,6 @@ removed. One that a kill kept from that is committed when it was restored, which
 
 import contextlib
 import functools
-import logging
 import re
 import threading
 import time
@@ -32,9 +31,6 @@ DAMAGED = "damaged"  # Where what is not what was saved is set aside.
 GONE = ".deleted"
 # Orbax reckons its limits by the wall clock, which may be set; a save is limited in `Background`.
 NEVER = 10 * 365 * 86400  # Seconds.
-
-# Orbax logs, with its traceback, what it also raises, and that a reader only reads.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class SaveFailed(OSError):
@@ -253,7 +249,7 @@ def _is_unfinished(place: epath.Path) -> bool:
 def _written(place: epath.Path) -> float:
   """When what is on a bucket was written last, in seconds since the epoch; else long ago."""
   times = [path.stat().mtime for path in place.glob("*")] if "://" in str(place) else []
-  return max(times, default=0)
+  return max(times, default=float("-inf"))
 
 
 def _remove(place: epath.Path) -> None:

@@ -11,6 +11,7 @@ that does not answer: that may pass, and says nothing of the checkpoint.
 """
 
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ UNREAD = (
   "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "PERMISSION_DENIED",
   "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNAVAILABLE", "UNKNOWN",
 )  # fmt: skip
+
+
+# Orbax logs, with its traceback, what it also raises, and that a reader only reads.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Damaged(Refused):
@@ -206,8 +211,8 @@ def words(error: BaseException) -> str:
 def _cause(error: BaseException) -> str:
   """Its first words, and the system's, which tensorstore has behind long paths."""
   said = words(_root(error))
-  system = re.search(r"\[OS error .*?\]", said[150:])
-  return said[:150] + (f" ... {system[0]}" if system else "")
+  system = re.search(r": ([^:]*) \[os_error_code=", said[150:])
+  return said[:150] + (f" ... {system[1]}" if system else "")
 
 
 def _root(error: BaseException) -> BaseException:
