@@ -75,7 +75,7 @@ def test_a_link_of_another_user_is_refused_where_only_its_owner_can_change_it(tm
   (tmp_path / "sticky" / "link").symlink_to(tmp_path / "own")
   check_own(tmp_path / "sticky" / "link", "")
   os.lchown(tmp_path / "sticky" / "link", 12345, 12345)
-  with pytest.raises(Refused, match="others can replace it, as .*/link is theirs"):
+  with pytest.raises(Refused, match=r"others can replace it, as .*/link is theirs"):
     check_own(tmp_path / "sticky" / "link", "")
 
 
