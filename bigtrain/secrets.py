@@ -101,7 +101,7 @@ def _text(text: str) -> str:
   kept, at = [], 0
   for found in ASSIGNED.finditer(text):  # A value may be an assignment: "error: password=x".
     value = VALUE.match(text, found.end(), found.end() + MOST)
-    if value and found.start() >= at and _is_assigned(*found.groups(), value[0]):
+    if value and found.start() >= at and _is_assigned(found[1], found[2], value[0]):
       kept += [text[at : found.end()], HIDDEN]
       at = VALUE.match(text, found.end()).end()  # pyright: ignore[reportOptionalMemberAccess]
   return "".join([*kept, text[at:]])
