@@ -3,7 +3,9 @@
     RUN/incidents/00000012/  incident.json  batch.npz  batch.txt or batch-00.png, batch-01.png, ...
 
 `batch.npz` has the rows under the names of the batch's arrays, and as `rows` where in the batch
-they stood. The text of a document is written as it was: whoever shows it has to escape it.
+they stood. The text of a document is written as it was: whoever shows it has to escape it. Of a run
+with many incidents the first ones have their batches, so that data which are bad for long fill no
+disk.
 """
 
 import dataclasses
@@ -18,6 +20,8 @@ from etils import epath
 from bigtrain import files
 from bigtrain.config import Refused
 from bigtrain.experiment import Data
+from bigtrain.lines import read_object
+from bigtrain.secrets import first_line, redacted
 
 if TYPE_CHECKING:
   from bigtrain.data.tokenizers import Tokenizer
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 Cause = Literal["data", "precision", "optimizer", "hardware", "unknown", "not examined"]
 ROWS = 64  # Of a batch that are kept, at most.
+BATCHES = 100  # Of a run that are kept: of later incidents there is incident.json alone.
 Batch = dict[str, np.ndarray]
 
 
@@ -91,29 +96,43 @@ def keep(run: "Run", found: Incident) -> tuple[Incident, str | None]:
   """
   if not run.directory.writes:
     return found, None
-  folder = run.directory.path / "incidents" / f"{found.step:08}"
-  number = 1
-  while (known := files.read_json(folder / "incident.json")) is not None:
-    if known["examples"] == list(found.examples):
-      break  # The same step, done again behind a restart.
-    number += 1  # A step of that number, with other data behind a rollback.
-    folder = folder.with_name(f"{found.step:08}-{number}")
-  data, (first, end) = run.data.stage(found.step - 1), found.examples
   try:
+    folder = _folder(run.directory.path / "incidents", found)
     folder.mkdir(parents=True, exist_ok=True)
-    keep_batch(folder, data, read(data, first, end - first, found.rows), found.rows)
-  except Exception as error:
-    found = _noted(found, f"its batch could not be kept: {type(error).__name__}: {error}")
+    kept = (folder / "batch.npz").exists() or len(list(folder.parent.iterdir())) <= BATCHES
+  except OSError as error:
+    return _noted(found, f"it could not be kept: {first_line(error)}"), None
+  if not kept:
+    found = _noted(found, f"its batch is not kept, as those of {BATCHES} incidents before it are")
+  else:
+    try:
+      data, (first, end) = run.data.stage(found.step - 1), found.examples
+      keep_batch(folder, data, read(data, first, end - first, found.rows), found.rows)
+    except Exception as error:
+      why = f"{type(error).__name__}: {first_line(error)}"
+      found = _noted(found, f"its batch could not be kept: {why}")
   about = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
   try:
-    files.replace_json(folder / "incident.json", _plain(about))
+    files.replace_json(folder / "incident.json", redacted(_plain(about)))
   except OSError as error:
-    found = _noted(found, f"it could not be kept: {error}")
+    found = _noted(found, f"it could not be kept: {first_line(error)}")
   return found, f"incidents/{folder.name}"
 
 
+def _folder(incidents: epath.Path, found: Incident) -> epath.Path:
+  """Where it is kept: as before where the same step is done again behind a restart."""
+  name, number = f"{found.step:08}", 1
+  folder = incidents / name
+  # A step of that number with other data, behind a rollback; or nobody knows which, if damaged.
+  while (folder / "incident.json").exists() and (
+    read_object(folder / "incident.json").get("examples") != list(found.examples)
+  ):
+    number += 1
+    folder = incidents / f"{name}-{number}"
+  return folder
+
+
 def _noted(found: Incident, note: str) -> Incident:
-  note = note[:300]
   return dataclasses.replace(found, note=f"{found.note}; {note}" if found.note else note)
 
 

@@ -34,6 +34,7 @@ from bigtrain.experiment import Experiment
 from bigtrain.mesh import Mesh
 from bigtrain.precision import compute_dtype
 from bigtrain.replay import TOLERANCES
+from bigtrain.secrets import first_line
 from bigtrain.state import State
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def examine(run: "Run", found: Incident) -> Incident:
   try:
     return Examination(run, found).conclude()
   except Exception as error:
-    note = f"the examination failed: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+    note = f"the examination failed: {type(error).__name__}: {first_line(error)}"
     return dataclasses.replace(found, cause="unknown", note=note)
 
 
@@ -187,7 +188,7 @@ class Examination:
         self.state, self.batch, self.step
       )
     except Exception as error:  # Such as of its memory.
-      return f"not done in float32: {str(error).splitlines()[0][:200]}"
+      return f"not done in float32: {first_line(error)}"
     return ""
 
   def _elsewhere(self) -> str:
@@ -204,7 +205,7 @@ class Examination:
         batch = jax.tree.map(move, self.batch)
         self.done["other devices"] = Check(experiment, mesh, state, batch)(state, batch, self.step)
     except Exception as error:
-      return f"not done on other devices: {str(error).splitlines()[0][:200]}"
+      return f"not done on other devices: {first_line(error)}"
     return ""
 
   def _other_devices(self, again: Checked) -> str:

@@ -12,6 +12,8 @@ def replace(path: epath.Path | pathlib.Path, text: str) -> None:
   """Writes a file anew. Who reads meanwhile, or after a kill, finds the old text or the new one."""
   aside = path.with_name(f"{path.name}.unfinished")
   try:
+    if os.path.islink(aside):  # In a folder of someone else it could lead to any file.
+      os.unlink(aside)
     with aside.open("w", encoding="utf-8") as file:
       file.write(text)
       file.flush()

@@ -1,11 +1,13 @@
-"""Files of JSON lines, to which records are added while others read. No jax is imported here.
+"""Records of JSON, of which others read while lines are added. No jax is imported here.
 
-What is read of them is not believed: a line that is not what it should be is left out.
+What is read is not believed: a line that is not what it should be is left out. What is read can be
+written again and reckoned with: there are no halves of UTF-16 pairs in its text, its whole numbers
+have 64 bits, it nests no deeper than any record does, and a step or a time is one.
 """
 
 import json
-import math
 import os
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +17,14 @@ from etils import epath
 from bigtrain import files
 from bigtrain.secrets import redacted
 
-# Fields of an event that others reckon with.
-NUMBERS = ("seconds", "step", "until", "to", "lost_steps", "lost_seconds", "devices")
+# Fields of events and rows that others reckon with: whole numbers, and seconds.
+COUNTS = ("step", "to", "lost_steps", "devices")
+TIMES = ("time", "until", "seconds", "lost_seconds")
+NEEDED = {"rollback": ("to",)}  # By events of that name.
+MOST = 2**53  # Of a count: larger ones have no float of their own.
+LATEST = 253_402_300_799  # The last second of the year 9999, behind which calendars end.
+LARGEST = 1e305  # Of a number: its multiples stay finite. A perplexity is e^700 at most.
+DEEPEST = 32  # Levels of lists and objects.
 
 
 def add_event(run_dir: str | os.PathLike, name: str, **fields) -> None:
@@ -65,33 +73,80 @@ def _is_torn(path: epath.Path) -> bool:
 
 def read_events(path: epath.Path) -> list[dict[str, Any]]:
   """The events in an events.jsonl; none where there is no such file."""
-  return [event for event in _objects(path) if _is_event(event)]
+  known = lambda name, value: value is not None or name not in (*COUNTS, *TIMES)
+  found = ({k: v for k, v in event.items() if known(k, v)} for event in _objects(path))
+  return list(filter(_is_event, found))
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl, with what in them is a number; none where there is no file."""
-  is_row = lambda row: isinstance(row.get("kind"), str) and type(row.get("step")) is int
-  keeps = lambda name, value: name == "kind" or value is None or is_number(value)
+  is_row = lambda row: isinstance(row.get("kind"), str) and _is_count(row.get("step"))
   rows = filter(is_row, _objects(path))
-  return [{name: value for name, value in row.items() if keeps(name, value)} for row in rows]
+  return [{name: value for name, value in row.items() if _is_of_row(name, value)} for row in rows]
+
+
+def read_object(path: epath.Path | pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file; empty where there is no such file, or another thing in it."""
+  try:
+    return _object(path.read_bytes()) or {}
+  except OSError:
+    return {}
 
 
 def _objects(path: epath.Path) -> Iterator[dict[str, Any]]:
   """A line that a kill cut short is not one."""
-  for line in path.read_bytes().split(b"\n") if path.exists() else ():
-    try:
-      found = json.loads(line)
-    except (ValueError, RecursionError):
-      continue
-    if isinstance(found, dict):
-      yield found
+  lines = path.read_bytes().split(b"\n") if path.exists() else ()
+  return filter(None, map(_object, lines))
 
 
-def is_number(value: Any) -> bool:
-  """Whether this is a finite number."""
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _object(text: bytes) -> dict[str, Any] | None:
+  try:
+    found = _tame(json.loads(text, parse_int=_integer), DEEPEST)
+  except (ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def _tame(value: Any, deepest: int) -> Any:
+  if isinstance(value, str):
+    return value if value.isascii() else value.encode(errors="replace").decode()
+  if not isinstance(value, dict | list):
+    return value
+  if not deepest:
+    raise ValueError("no record nests so deep")
+  if isinstance(value, list):
+    return [_tame(item, deepest - 1) for item in value]
+  return {_tame(name, 0): _tame(item, deepest - 1) for name, item in value.items()}
+
+
+def _integer(digits: str) -> int | float:
+  fits = len(digits) <= 20 and -(2**63) <= int(digits) < 2**63
+  return int(digits) if fits else float(digits)
+
+
+def _is_number(value: Any) -> bool:
+  # Ends of a range, for all that is compared with NaN is False.
+  return type(value) in (int, float) and -LARGEST <= value <= LARGEST
+
+
+def _is_count(value: Any) -> bool:
+  return type(value) is int and 0 <= value <= MOST
+
+
+def _is_time(value: Any) -> bool:
+  return _is_number(value) and 0 <= value <= LATEST
+
+
+def _is_of_row(name: str, value: Any) -> bool:
+  if name == "time":
+    return _is_time(value)
+  return name == "kind" or value is None or _is_number(value)
 
 
 def _is_event(event: dict[str, Any]) -> bool:
-  known = (event[name] for name in NUMBERS if event.get(name) is not None)
-  return isinstance(event.get("event"), str) and all(map(is_number, [event.get("time"), *known]))
+  return (
+    isinstance(event.get("event"), str)
+    and all(name in event for name in ("time", *NEEDED.get(event["event"], ())))
+    and all(_is_count(event[name]) for name in COUNTS if name in event)
+    and all(_is_time(event[name]) for name in TIMES if name in event)
+  )

@@ -21,6 +21,7 @@ from bigtrain.optim.average import averaged
 from bigtrain.phases import enter, within
 from bigtrain.program import Program, enable_compilation_cache
 from bigtrain.run_directory import RunDirectory
+from bigtrain.secrets import redacted
 from bigtrain.state import State, combine
 from bigtrain.validate import check_mesh
 
@@ -254,7 +255,7 @@ class Run:
         writer.end()
     except BaseException as error:
       with contextlib.suppress(OSError):  # A full disk, say, of which `error` tells.
-        self.directory.event("error", error=f"{type(error).__name__}: {error}"[:2000])
+        self.directory.event("error", error=redacted(f"{type(error).__name__}: {error}")[:2000])
       raise
     finally:
       with contextlib.ExitStack() as stack:

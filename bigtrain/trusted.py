@@ -3,6 +3,7 @@
 import os
 import pathlib
 import stat
+from collections.abc import Iterator
 
 from bigtrain.config import Refused
 
@@ -23,30 +24,35 @@ def check_own(path: str | os.PathLike, remedy: str) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
   except OSError as error:
     raise Refused(f"{folder} cannot be made: {error.strerror}; {remedy}") from error
-  # A link could be changed later, by whoever can write where it lies.
-  for place in {folder.resolve(), folder}:
-    _check(place, remedy)
-
-
-def _check(folder: pathlib.Path, remedy: str) -> None:
   found, own = folder.stat(), os.geteuid()
   if found.st_uid != own:
     why = f"it belongs to user {found.st_uid}, and this is user {own}"
   elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
     why = f"others can write to it (mode {stat.S_IMODE(found.st_mode):o})"
-  elif replaceable := _replaceable(folder):
-    why = f"others can replace it, as {replaceable} is theirs to change"
+  elif loose := next(filter(_is_loose, _way(folder)), None):
+    why = f"others can replace it, as {loose} is theirs to change"
   else:
     return
   raise Refused(f"{folder} holds programs that are executed, but {why}; {remedy}")
 
 
-def _replaceable(folder: pathlib.Path) -> pathlib.Path | None:
-  """The nearest folder above in which another user could put another folder in its place."""
-  for above in folder.parents:
-    found = above.stat()
-    # In a sticky folder, as /tmp is, only its owner can rename what lies there.
-    loose = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
-    if loose or found.st_uid not in (0, os.geteuid()):
-      return above
-  return None
+def _way(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """What leads to a folder: those above it and each link on the way, with those above that."""
+  at, names = pathlib.Path(folder.anchor), [*folder.parts[1:]]
+  while names:
+    yield at
+    place = at / names.pop(0)
+    if place.is_symlink():
+      yield place
+      names = [*place.readlink().parts, *names]  # If it is absolute, the first one is the root.
+    else:
+      at = at.parent if place.name == ".." else place
+
+
+def _is_loose(place: pathlib.Path) -> bool:
+  """Whether another user could put something else in the place of what it leads to."""
+  found = place.lstat()
+  # In a sticky folder, as /tmp is, only its owner can rename what lies there.
+  loose = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+  mine = found.st_uid in (0, os.geteuid())
+  return not mine or bool(loose and not stat.S_ISLNK(found.st_mode))

@@ -13,6 +13,7 @@ from bigtrain import checks, evidence, examine, sharding
 from bigtrain.checks import Check, Checked
 from bigtrain.data.feed import put
 from bigtrain.data.tokenizers import Bytes
+from bigtrain.experiment import Experiment
 from bigtrain.mesh import Mesh
 from bigtrain.program import Program
 from tests import faulty, packed, runs
@@ -80,6 +81,78 @@ def test_wrong_rows_are_kept_first_then_those_of_nan_then_the_largest_losses():
   assert len(rows) == evidence.ROWS and rows[:4] == (70, 4, 99, 98)
   first = Checked(0.0, 0.0, {}, {"x": np.zeros(3, bool)}, None)
   assert examine.worst_rows(first) == (0, 1, 2)
+
+
+def many_incidents() -> Experiment:
+  """Steps 3, 7 and 11 are faults."""
+  e = faulty.base()
+  e.data.at, e.steps = (2 * faulty.BATCH, 6 * faulty.BATCH, 10 * faulty.BATCH), 12
+  return e
+
+
+def test_of_many_incidents_the_first_ones_have_their_batches(tmp_path, monkeypatch):
+  monkeypatch.setattr(evidence, "BATCHES", 2)
+  path = faulty.trained(many_incidents(), tmp_path / "run")
+  kept = {name: faulty.kept(path, name) for name in ("00000003", "00000007", "00000011")}
+  assert [(folder / "batch.npz").exists() for _, folder in kept.values()] == [True, True, False]
+  notes = [about["note"] for about, _ in kept.values()]
+  assert notes == ["", "", "its batch is not kept, as those of 2 incidents before it are"]
+  assert [event.get("note", "") for event in runs.events(path, "incident")] == notes
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"exam', '{"examples": 3}'])
+def test_a_damaged_record_of_an_incident_ends_nothing_and_is_left_as_it_is(damage, tmp_path):
+  folder = tmp_path / "run" / "incidents" / "00000003"
+
+  def plant(run):
+    folder.mkdir(parents=True)
+    (folder / "incident.json").write_text(damage)
+
+  path = faulty.trained(many_incidents(), tmp_path / "run", parts=[faulty.Plant(1, plant)])
+  assert (folder / "incident.json").read_text() == damage
+  assert faulty.kept(path, "00000003-2")[0]["step"] == 3
+  assert runs.events(path, "incident")[0]["path"] == "incidents/00000003-2"
+
+
+def test_what_cannot_be_kept_ends_nothing(tmp_path):
+  def plant(run):
+    (tmp_path / "run" / "incidents").write_text("a file")
+
+  path = faulty.trained(many_incidents(), tmp_path / "run", parts=[faulty.Plant(1, plant)])
+  events = runs.events(path, "incident")
+  assert len(events) == 3 and all("it could not be kept" in event["note"] for event in events)
+
+
+def test_records_of_a_fault_hold_no_secret_and_no_half_of_one(tmp_path, monkeypatch):
+  """Wherever a message is cut."""
+  monkeypatch.setenv("STORE_PASSWORD", "correct-horse-77")
+
+  def fail(*_):
+    raise OSError("https://me:x1y2z3@store: " + "correct-horse-77 " * 200)
+
+  monkeypatch.setattr(evidence, "read", fail)
+  monkeypatch.setattr(examine, "Check", fail)
+  e = many_incidents()
+  e.faults.examine = 1
+  with pytest.raises(OSError, match="correct-horse"):
+    faulty.trained(e, tmp_path / "run", parts=[faulty.Plant(5, fail)])
+  written = [path for path in (tmp_path / "run").rglob("*.json*") if path.is_file()]
+  assert {"incident.json", "events.jsonl"} <= {path.name for path in written}
+  for path in written:
+    assert "corr" not in path.read_text() and "x1y2z3" not in path.read_text(), path
+  assert "https://me:[hidden]@store" in faulty.kept(tmp_path / "run", "00000003")[0]["note"]
+  assert "examination failed: OSError" in faulty.kept(tmp_path / "run", "00000003")[0]["note"]
+
+
+def test_an_examination_that_fails_without_a_word_ends_nothing(tmp_path, monkeypatch):
+  def fail(*_):
+    raise AssertionError
+
+  monkeypatch.setattr(examine, "Check", fail)
+  e = many_incidents()
+  e.faults.examine = 1
+  path = faulty.trained(e, tmp_path / "run")
+  assert faulty.kept(path, "00000003")[0]["note"] == "the examination failed: AssertionError: "
 
 
 @pytest.mark.slow

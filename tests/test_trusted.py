@@ -52,6 +52,33 @@ def test_a_link_is_looked_at_where_it_leads_and_where_it_lies(tmp_path):
     check_own(tmp_path / "open" / "link", "")
 
 
+def test_every_link_on_the_way_is_looked_at(tmp_path):
+  """link -> open/link -> own, where `open` is anyone's; also further up the path."""
+  for name in ("open", "own"):
+    (tmp_path / name).mkdir(mode=0o700)
+  (tmp_path / "own" / "programs").mkdir(mode=0o700)
+  (tmp_path / "open" / "link").symlink_to("../own")
+  (tmp_path / "link").symlink_to(tmp_path / "open" / "link")
+  for folder in (tmp_path / "link", tmp_path / "link" / "programs"):
+    check_own(folder, "")
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(Refused, match=r"others can replace it, as .*/open is theirs to change"):
+      check_own(folder, "")
+    (tmp_path / "open").chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
+def test_a_link_of_another_user_is_refused_where_only_its_owner_can_change_it(tmp_path):
+  (tmp_path / "own").mkdir(mode=0o700)
+  (tmp_path / "sticky").mkdir()
+  (tmp_path / "sticky").chmod(0o1777)
+  (tmp_path / "sticky" / "link").symlink_to(tmp_path / "own")
+  check_own(tmp_path / "sticky" / "link", "")
+  os.lchown(tmp_path / "sticky" / "link", 12345, 12345)
+  with pytest.raises(Refused, match=r"others can replace it, as .*/link is theirs"):
+    check_own(tmp_path / "sticky" / "link", "")
+
+
 def test_what_cannot_be_made_is_refused(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(Refused, match="cannot be made: Not a directory; do this"):

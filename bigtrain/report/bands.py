@@ -58,9 +58,12 @@ def bands(
     told += [f"{n} {s[i]:.0%}" for n, s in shares.items() if s[i] >= 0.005]
     frame = place(edges[i]), top, place(edges[i + 1]), bottom
     parts.append(hit(*frame, "\n".join(told)))
-  last = -math.inf
+  last, drawn = -math.inf, set()
   for t, said, title in marks:
     x = place(t)
+    if (said, round(x)) in drawn:  # Thousands of incidents are as many lines as there are pixels.
+      continue
+    drawn.add((said, round(x)))
     line = {"x1": f"{x:.1f}", "x2": f"{x:.1f}", "y1": 16, "y2": bottom, "class_": "mark"}
     parts.append(el("line", el("title", title), **line))
     if x - last > 9 * len(said):  # Else it would run into the one before.

@@ -39,18 +39,23 @@ def report(runs: list[str], out: str | None = None) -> epath.Path:
   """Writes the report of runs; returns the file.
 
   Raises:
-    Refused: a directory holds no run, matplotlib is not there, or the file cannot be written.
+    Refused: a directory holds no run, or none that can be read; matplotlib is not there; or the
+      file cannot be written.
   """
   from bigtrain.report.page import page
   from bigtrain.report.records import names, read
   from bigtrain.report.svg import check_library
 
-  found = [read(run) for run in runs]
+  try:
+    found = [read(run) for run in runs]
+  except OSError as error:
+    raise Refused(f"cannot read {error.filename}: {error.strerror or error}") from error
   check_library()
+  made = page(found, names(found))
   path = epath.Path(os.path.expanduser(out) if out else f"{found[0].path}/report.html")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(path, page(found, names(found)))
+    files.replace(path, made)
   except OSError as error:
     raise Refused(f"cannot write {path}: {error.strerror or error}; choose --out") from error
   return path

@@ -1,4 +1,7 @@
-"""Elements of HTML. Text that goes in is escaped unless it was made here."""
+"""Elements of HTML. Text that goes in is escaped unless it was made here.
+
+Names of files may hold bytes that are no text: in a page there are none.
+"""
 
 import html
 import math
@@ -22,8 +25,7 @@ def el(name: str, /, *inside: Any, **attributes: Any) -> Html:
       become hyphens.
   """
   given = "".join(
-    f" {key.rstrip('_').replace('_', '-')}"
-    + ("" if value is True else f'="{html.escape(str(value))}"')
+    f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{_escaped(value)}"')
     for key, value in attributes.items()
     if value is not None and value is not False
   )
@@ -34,7 +36,11 @@ def el(name: str, /, *inside: Any, **attributes: Any) -> Html:
 
 def joined(pieces: Iterable[Any], between: str = "") -> Html:
   """Pieces one after the other, each escaped unless it is Html."""
-  return Html(between.join(p if isinstance(p, Html) else html.escape(str(p)) for p in pieces))
+  return Html(between.join(p if isinstance(p, Html) else _escaped(p) for p in pieces))
+
+
+def _escaped(value: Any) -> str:
+  return html.escape(str(value)).encode(errors="replace").decode()
 
 
 def table(

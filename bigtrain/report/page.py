@@ -141,8 +141,8 @@ def _measures(run: Recorded) -> dict[str, str]:
       found[unit] = f"{np.nanmedian(train[name]):,.0f}"
   if "mfu" in train:
     found["MFU"] = f"{np.nanmedian(train['mfu']):.1%}"
-  if run.incidents:
-    found["Incidents"] = f"{len(run.incidents):,}"
+  if run.met:
+    found["Incidents"] = f"{run.met:,}"
   return found
 
 

@@ -1,8 +1,9 @@
 """The sections of a report that are not charts, each of one run."""
 
+import itertools
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,8 +145,26 @@ def _fields(record: dict[str, Any]) -> str:
 
 
 def incidents(run: Recorded) -> Html:
-  """Steps that were not like the others, with what they were trained on."""
-  return joined(map(_incident, run.incidents))
+  """Steps that were not like the others; the first and the last with what they were trained on."""
+  pieces = []
+  for whole, found in itertools.groupby(run.incidents, lambda incident: incident.whole):
+    show = _fully if whole else _briefly
+    pieces.append(show(found))
+  if missing := run.met - len(run.incidents):
+    pieces.append(el("p", f"{missing:,} more are not shown.", class_="note"))
+  return joined(pieces)
+
+
+def _fully(incidents: Iterable[Incident]) -> Html:
+  return joined(map(_incident, incidents))
+
+
+def _briefly(incidents: Iterable[Incident]) -> Html:
+  """Each in a row."""
+  names = ("step", "kind", "cause", "first_bad", "loss", "gradient_norm")
+  rows = [[_value(found.about.get(name)) for name in names] for found in incidents]
+  head = [name.replace("_", " ").capitalize() for name in names]
+  return table(head, rows, numbers=(0, 4, 5), kind="stack")
 
 
 def _incident(found: Incident) -> Html:
@@ -200,24 +219,11 @@ def data(run: Recorded) -> Html:
     if name == "data" or name.startswith("data.")
   ]
   pieces = [table([], rows)] if rows else []
-  for folder, manifest in run.prepared.items():
-    pieces += [el("h3", f"Prepared by `bigtrain data prepare` in {folder}"), _prepared(manifest)]
+  for folder, amounts in run.prepared.items():
+    pieces.append(el("h3", f"Prepared by `bigtrain data prepare` in {folder}"))
+    told = lambda of: ", ".join(f"{human(number)} {what}" for what, number in of.items())
+    pieces.append(table([], [[name.capitalize(), told(of)] for name, of in amounts.items()]))
   return joined(pieces)
-
-
-def _prepared(manifest: dict[str, Any]) -> Html:
-  code, splits, inputs = (manifest.get(name) for name in ("code", "splits", "inputs"))
-  rows = []
-  if isinstance(code, dict):
-    rows += [[f"Code: {name}", _value(value)] for name, value in code.items()]
-  if isinstance(inputs, list):
-    sizes = [i.get("bytes") for i in inputs if isinstance(i, dict)]
-    whole = sum(n for n in sizes if isinstance(n, int))
-    rows.append(["Inputs", f"{len(inputs):,} files, {human(whole)}B"])
-  if isinstance(splits, dict):
-    rows += [[f"Split {name}", _fields(of) if isinstance(of, dict) else _value(of)]
-             for name, of in splits.items()]  # fmt: skip
-  return table([], rows)
 
 
 def environment(run: Recorded) -> Html:

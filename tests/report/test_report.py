@@ -2,7 +2,9 @@
 
 import html.parser
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -210,6 +212,16 @@ def test_incidents_show_their_batches(tmp_path):
     ("events.jsonl", '{"time": 1e400, "event": "end"}\n{"time": 5, "event": "start"}\n'),
     ("events.jsonl", '{"time": 5, "event": "save", "step": [1]}\n{"time": 6, "event": "text"}\n'),
     ("events.jsonl", '{"time": 5, "event": "start"}\n{"time": 4, "event": "end", "seconds": 9}\n'),
+    ("metrics.jsonl", '{"step": 1, "kind": "train", "gradient_norm": 1.7e308, "loss": -1.7e308}\n'),
+    ("metrics.jsonl", f'{{"step": 1{"0" * 30}, "kind": "train", "loss": 1}}\n'),
+    ("metrics.jsonl", f'{{"step": 1, "kind": "train", "loss": 1{"0" * 400}}}\n'),
+    ("metrics.jsonl", r'{"step": 1, "kind": "layers", "gradient/\ud800": 1.0}'),
+    ("events.jsonl", '{"time": 1e18, "event": "start"}\n{"time": 5, "event": "start"}\n'),
+    ("events.jsonl", '{"time": 5, "event": "start"}\n{"time": 6, "event": "rollback"}\n'),
+    ("events.jsonl", r'{"time": 5, "event": "text", "prompt": "\ud800", "text": "\udfff"}'),
+    ("config.json", r'{"steps": 3, "\udc00": "\udcff"}'),
+    ("config.json", '{"data": {"class": "x:PreparedText", "path": "gs://nobodys-bucket/x"}}'),
+    ("config.json", '{"data": {"class": "x:PreparedText", "path": "s3://nobodys-bucket/x"}}'),
     ("config.json", "{"),
     ("config.json", '["x"]'),
     ("config.json", '{"class": 3, "steps": [], "data": {"class": "x:PreparedText", "path": 5}}'),
@@ -223,8 +235,94 @@ def test_records_that_are_not_what_they_should_be_leave_a_report(name, content, 
   bad = {"step": "x", "kind": 3, "layers": [1], "examples": None}
   (incident(run, 7) / "incident.json").write_text(json.dumps(bad))
   (incident(run, 8) / "incident.json").write_text("[]")
+  deep = '{"kind": ' * 800 + r'"\ud800"' + "}" * 800
+  (incident(run, 9) / "incident.json").write_text(deep)
+  odd = '{"kind": "\\ud800", "step": 1%s}' % ("0" * 400)
+  (incident(run, 10) / "incident.json").write_text(odd)
   parsed = Parsed(page(run))
   assert not parsed.open and "Incidents" in parsed.text
+
+
+def test_names_that_are_no_text_leave_a_report(tmp_path):
+  run = write(tmp_path / os.fsdecode(b"run\xff"))
+  (run / "hangs").mkdir()
+  (run / "hangs" / os.fsdecode(b"\xfe.txt")).write_text("stacks")
+  assert "stacks" in Parsed(page(run)).text and (run / "out.html").exists()
+
+
+def test_no_link_leads_out_of_a_run(tmp_path):
+  run, secret = write(tmp_path / "run"), tmp_path / "elsewhere"
+  secret.mkdir()
+  (secret / "x.txt").write_text("of my home")
+  (secret / "incident.json").write_text('{"step": 8, "kind": "of my home"}')
+  Image.fromarray(np.zeros((4, 4), np.uint8)).save(secret / "x.png")
+  folder = incident(run, 7)
+  (folder / "batch.txt").symlink_to(secret / "x.txt")
+  (folder / "batch-00.png").symlink_to(secret / "x.png")
+  (run / "incidents" / "00000008").symlink_to(secret)
+  (run / "hangs").symlink_to(secret)
+  os.mkfifo(folder / "batch-01.png")  # Who reads it waits for ever.
+  made = page(run)
+  assert "of my home" not in made and "<img" not in made and "Step 7" in made
+  within = tmp_path / "link"  # A run may lie anywhere, and have links within.
+  within.symlink_to(run)
+  (folder / "batch.txt").unlink()
+  (run / "text").write_text("of the run")
+  (folder / "batch.txt").symlink_to("../../text")
+  assert "of the run" in page(within)
+
+
+@pytest.mark.parametrize("name", ["config.json", "events.jsonl", "data.json"])
+def test_a_run_whose_records_are_links_out_of_it_is_refused(name, tmp_path):
+  run = write(tmp_path / "run")
+  (tmp_path / "x.json").write_text('{"password": "x", "home": "mine"}')
+  (run / name).unlink(missing_ok=True)
+  (run / name).symlink_to(tmp_path / "x.json")
+  with pytest.raises(Refused, match=f"{name} is not a file in .*/run, but a link out of it"):
+    report([str(run)])
+  (run / name).unlink()
+  os.mkfifo(run / name)
+  with pytest.raises(Refused, match=f"{name} is not a file in .*/run"):
+    report([str(run)])
+
+
+def test_a_report_is_not_written_through_a_link(tmp_path):
+  run, mine = write(tmp_path / "run"), tmp_path / "mine"
+  mine.write_text("mine")
+  for name in ("report.html", "report.html.unfinished"):
+    (run / name).symlink_to(mine)
+  assert Parsed(report([str(run)]).read_text()).text and mine.read_text() == "mine"
+
+
+def test_of_prepared_data_that_the_config_names_the_amounts_are_shown(tmp_path):
+  run, data = write(tmp_path / "run"), tmp_path / "data"
+  data.mkdir()
+  tree = {"data": {"class": "bigtrain.data.sources:PreparedText", "path": str(data)}}
+  (run / "config.json").write_text(json.dumps(tree))
+  split = {"documents": 1234, "bytes": 5000, "of my home": 1}
+  inputs = [{"file": "of my home", "bytes": 3000}, {"file": "x", "bytes": "of my home"}]
+  manifest = {"inputs": inputs, "splits": {"train": split, "of my home": split}}
+  (data / "manifest.json").write_text(json.dumps(manifest | {"code": {"revision": "of my home"}}))
+  made = page(run)
+  assert "of my home" not in made
+  for said in ("2 files, 3K bytes", "1.23K documents, 5K bytes"):
+    assert said in Parsed(made).text
+
+
+def test_of_many_incidents_the_first_and_the_last_have_their_batches(tmp_path):
+  run, noise = write(tmp_path / "run"), np.random.default_rng(0).integers(0, 255, (64, 64, 3))
+  for step in range(300):
+    folder = incident(run, step, first_bad=f"tensor {step}")
+    Image.fromarray(noise.astype(np.uint8)).save(folder / "batch-00.png")
+    for i in range(1, 32):
+      shutil.copy(folder / "batch-00.png", folder / f"batch-{i:02}.png")
+    (folder / "batch.txt").write_text(f"text of {step}. ")
+  made = page(run)
+  parsed = Parsed(made)
+  shown = [int(step) for step in re.findall(r"text of (\d+)\. ", parsed.text)]
+  assert shown == [0, 1, 2, 297, 298, 299] and len(made) < 5e6
+  assert "tensor 150" in parsed.text and "tensor 250" not in parsed.text
+  assert "94 more are not shown" in parsed.text and "Incidents300" in parsed.text
 
 
 def test_a_run_that_has_not_logged_yet_is_reported(tmp_path):
@@ -242,7 +340,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
   assert cli.main(["report"]) == Exit.REFUSED
   assert "takes run directories first" in capsys.readouterr().err
   (tmp_path / "file").touch()
-  with pytest.raises(Refused, match="cannot write"):
+  with pytest.raises(Refused, match=r"cannot write .*choose --out"):
     report([str(write(tmp_path / "run"))], str(tmp_path / "file" / "x.html"))
 
 

@@ -62,7 +62,7 @@ def read_records(folder: Path) -> Any:
   goodput.resume(directory, 4)
   goodput.of(directory)
   directory.close()
-  return page([read(folder)], ["run"])
+  return page([read(folder)], ["run"]).encode()  # As it is written: what is not text shows here.
 
 
 def make_checkpoint(folder: Path) -> list[Path]:
