@@ -71,7 +71,7 @@ def _named(secret: int, value: Any) -> Any:
 
 def is_secret(name: str, value: str) -> bool:
   """Whether a variable of that name holds a secret: by its name, or by the form of its value."""
-  return _is_secret(name, value) or _field(name, value) != value
+  return _is_secret(name, value) or _named(_secrecy(name), value) != value
 
 
 def _is_flag(word: Any) -> bool:

@@ -86,8 +86,10 @@ def test_a_kill_in_the_middle_of_a_save_changes_no_row(tmp_path, uninterrupted):
 
 
 def test_a_terminal_that_is_closed_leads_it_to_save_and_leave(tmp_path, uninterrupted):
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup a child would ignore it too.
   process = runs.start(tmp_path, *LONG)
   runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") >= 5)
+  signal.signal(signal.SIGHUP, before)
   process.stderr.close()
   process.stdout.close()
   process.send_signal(signal.SIGHUP)

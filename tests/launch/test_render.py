@@ -202,7 +202,9 @@ def test_skypilot_goes_on_after_each_code_but_those_of_a_refusal():
   assert codes == set(range(1, 256)) - {Exit.REFUSED, Exit.CHECK, 126, 127, 137}
 
 
-@pytest.mark.parametrize("ends, code", [("exit 2", 2), ("kill -KILL $$", 1), ("kill -HUP $$", 129)])
+@pytest.mark.parametrize(
+  "ends, code", [("exit 2", 2), ("kill -KILL $$", 1), ("kill -USR1 $$", 138)]
+)
 def test_a_killed_process_is_told_from_one_that_skypilot_ended(tmp_path, ends, code):
   put(tmp_path / "bigtrain", ends)
   script = tree(job(SkyPilot(), hosts=2))["run"]
