@@ -229,10 +229,10 @@ def test_a_killed_run_is_started_again_and_changes_no_row(tmp_path):
 
 
 def test_a_supervised_run_that_was_stopped_as_a_whole_goes_on(tmp_path):
-  limits = ("--deadlines.silence", "3", "--deadlines.step", "3", "--deadlines.input", "3")
-  process = runs.start(tmp_path, *LONG, *limits, "--steps", "200")
+  limits = ("--deadlines.silence", "5", "--deadlines.step", "5", "--deadlines.input", "5")
+  process = runs.start(tmp_path, *LONG, *limits)
   runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 5)
-  stop_and_go_on(process, 6.0)
+  stop_and_go_on(process, 8.0)
   code, err = runs.finish(process)
   assert code == Exit.DONE and "restart" not in err, err
 

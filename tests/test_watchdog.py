@@ -321,9 +321,10 @@ def test_a_slow_host_is_named_while_the_run_goes_on(tmp_path):
   assert straggler["process"] == 1 and straggler["seconds"] > 0.1
 
 
+@pytest.mark.slow
 def test_processes_wait_for_one_that_prepares_data_and_compiles_for_longer(tmp_path):
-  limits = ("--deadlines.step", "4", "--deadlines.agree", "4")
-  with started(tmp_path, 2, *limits, LATE="1 8") as both:
+  limits = ("--deadlines.step", "10", "--deadlines.agree", "10")
+  with started(tmp_path, 2, *limits, LATE="1 20") as both:
     ended = [runs.finish(process) for process in both]
   assert [code for code, _ in ended] == [Exit.DONE] * 2, ended
 
@@ -338,11 +339,11 @@ def test_a_last_save_that_one_process_finds_damaged_ends_all_alike(tmp_path):
 
 
 def test_a_process_that_was_stopped_for_longer_than_a_step_may_last_goes_on(tmp_path):
-  limits = ("--deadlines.step", "3", "--deadlines.input", "3", "--deadlines.other", "3")
-  with started(tmp_path, 1, *limits, "--steps", "200") as (process,):
+  limits = ("--deadlines.step", "5", "--deadlines.input", "5", "--deadlines.evaluate", "5")
+  with started(tmp_path, 1, *limits, "--steps", "100") as (process,):
     runs.wait_until(process, lambda: runs.lines(tmp_path / "metrics.jsonl") > 5)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(8)
     process.send_signal(signal.SIGCONT)
     code, err = runs.finish(process)
   assert code == Exit.DONE, err
