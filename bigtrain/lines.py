@@ -17,9 +17,10 @@ from etils import epath
 from bigtrain import files
 from bigtrain.secrets import redacted
 
-# Fields of events and rows that others reckon with: whole numbers, and seconds.
-COUNTS = ("step", "to", "lost_steps", "devices")
+# Fields of events and rows that others reckon with, or count: whole numbers, seconds, and words.
+COUNTS = ("step", "to", "lost_steps", "devices", "process")
 TIMES = ("time", "until", "seconds", "lost_seconds")
+WORDS = ("phase", "cause")
 NEEDED = {"rollback": ("to",)}  # By events of that name.
 MOST = 2**53  # Of a count: larger ones have no float of their own.
 LATEST = 253_402_300_799  # The last second of the year 9999, behind which calendars end.
@@ -73,7 +74,7 @@ def _is_torn(path: epath.Path) -> bool:
 
 def read_events(path: epath.Path) -> list[dict[str, Any]]:
   """The events in an events.jsonl; none where there is no such file."""
-  known = lambda name, value: value is not None or name not in (*COUNTS, *TIMES)
+  known = lambda name, value: value is not None or name not in (*COUNTS, *TIMES, *WORDS)
   found = ({k: v for k, v in event.items() if known(k, v)} for event in _objects(path))
   return list(filter(_is_event, found))
 
@@ -149,4 +150,5 @@ def _is_event(event: dict[str, Any]) -> bool:
     and all(name in event for name in ("time", *NEEDED.get(event["event"], ())))
     and all(_is_count(event[name]) for name in COUNTS if name in event)
     and all(_is_time(event[name]) for name in TIMES if name in event)
+    and all(isinstance(event[name], str) for name in WORDS if name in event)
   )

@@ -23,6 +23,7 @@ def written(path, *records) -> epath.Path:
   [
     {"step": 4.5}, {"step": -1}, {"step": MANY}, {"step": 2**60}, {"step": "x"}, {"step": True},
     {"time": 1e18}, {"time": -5.0}, {"time": None}, {"time": MANY}, {"time": float("nan")},
+    {"phase": ["x"]}, {"cause": {}}, {"process": [1]},
     {"seconds": 1e18}, {"until": -1}, {"event": 3}, {"event": "rollback"}, {"devices": 2.0},
   ],
 )  # fmt: skip

@@ -218,6 +218,12 @@ def test_incidents_show_their_batches(tmp_path):
     ("metrics.jsonl", r'{"step": 1, "kind": "layers", "gradient/\ud800": 1.0}'),
     ("events.jsonl", '{"time": 1e18, "event": "start"}\n{"time": 5, "event": "start"}\n'),
     ("events.jsonl", '{"time": 5, "event": "start"}\n{"time": 6, "event": "rollback"}\n'),
+    (
+      "events.jsonl",
+      '{"time": 5, "event": "hang", "phase": [1]}\n'
+      '{"time": 5, "event": "straggler", "process": [1]}\n'
+      '{"time": 5, "event": "incident", "cause": [1]}\n',
+    ),
     ("events.jsonl", r'{"time": 5, "event": "text", "prompt": "\ud800", "text": "\udfff"}'),
     ("config.json", r'{"steps": 3, "\udc00": "\udcff"}'),
     ("config.json", '{"data": {"class": "x:PreparedText", "path": "gs://nobodys-bucket/x"}}'),

@@ -41,6 +41,9 @@ def make_records(folder: Path) -> list[Path]:
     {"time": 1e9 + 6, "event": "resume", "step": 4, "lost_steps": 2, "lost_seconds": 1.0},
     {"time": 1e9 + 7, "event": "goodput", "goodput": 0.5, "wall": 7.0, "of": {"compute": 3.5}},
     {"time": 1e9 + 8, "event": "hang", "phase": "step", "seconds": 8.0, "missing": [1]},
+    {"time": 1e9 + 8, "event": "straggler", "process": 1, "seconds": 8.0, "why": "x"},
+    {"time": 1e9 + 8, "event": "incident", "step": 3, "kind": "spike", "cause": "data"},
+    {"time": 1e9 + 8, "event": "rollback", "step": 3, "to": 2, "example": 9},
     {"time": 1e9 + 9, "event": "end"},
   ]
   lines = lambda records: "".join(json.dumps(r) + "\n" for r in records)
