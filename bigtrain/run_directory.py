@@ -176,8 +176,9 @@ class RunDirectory:
     if (file := self._files.pop(path.name, None)) is not None:  # It is of the old rows.
       file.close()
     rows = read_rows(path)
-    files.replace(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    return [row for row in rows if row["step"] > step]
+    if dropped := [row for row in rows if row["step"] > step]:
+      files.replace(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return dropped
 
   def rows(self, kind: str) -> list[dict[str, Any]]:
     """The rows of that kind ("train" or "eval"), in order."""
