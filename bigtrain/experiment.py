@@ -264,6 +264,10 @@ class Checkpoints:
   verify: float = 1.0  # Share of the arrays of a save that are read back before it counts as one.
   within: float = 1800.0  # Seconds in which a save must be durable and verified.
 
+  def check(self) -> None:
+    if self.verify > 1:
+      raise Refused(f"checkpoints.verify is {self.verify}; it is a share, 1.0 for all arrays")
+
 
 @config
 class Logging:

@@ -16,7 +16,7 @@ from bigtrain.data.sources import Files
 from bigtrain.data.spans import Spans
 from bigtrain.data.text import TextData
 from bigtrain.data.tokenizers import TokenizerFile
-from bigtrain.experiment import Evaluation
+from bigtrain.experiment import Checkpoints, Evaluation
 from bigtrain.mesh import AXES, OTHER_NAMES, Mesh
 from bigtrain.models.attention import AttentionConfig
 from bigtrain.models.encoder import EncoderConfig, TextClassifierConfig
@@ -98,6 +98,7 @@ def of_command():
     ({"steps": 0, "epochs": 0.0}, "epochs must be above 0, not 0.0"),
     ({"steps": "100"}, "steps must be int, not '100' (str)"),
     ({"evaluation": Evaluation(every=-1)}, "evaluation.every must be at least 0, not -1"),
+    ({"checkpoints": Checkpoints(verify=2)}, "checkpoints.verify is 2; it is a share"),
     ({"evaluation": Evaluation(temperature=-0.5)}, "evaluation.temperature must be at least 0"),
     ({"batch_stages": ((9, 32), (5, 32))}, "batch_stages start at steps [9, 5]"),
     ({"batch_stages": ((9, 0),)}, "batch_stages: every batch must be at least 1"),
