@@ -24,6 +24,7 @@ from etils import epath
 
 from bigtrain import digest, files, leaves, preflight, processes
 from bigtrain.config import Refused, listed, nearest
+from bigtrain.secrets import redacted
 
 FORMAT = 2  # Raise it when an older version could not read what is written now.
 ITEM = "default"  # Where in the directory of a step format 1 had its arrays.
@@ -205,7 +206,8 @@ def is_damage(error: BaseException) -> bool:
 
 def words(error: BaseException) -> str:
   """The first line of what an error says, which may be nothing."""
-  return str(error).strip().split("\n")[0] or type(error).__name__
+  said = redacted(str(error)).strip()  # Before it is cut: half of a secret would stay.
+  return said.split("\n")[0] or type(error).__name__
 
 
 def _cause(error: BaseException) -> str:
