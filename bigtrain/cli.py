@@ -4,6 +4,7 @@ A command takes the arguments after its name and returns an exit code, or None f
 here imports jax before a command needs it, so that help is quick.
 """
 
+import atexit
 import dataclasses
 import importlib
 import inspect
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from bigtrain import supervise, watchdog
+from bigtrain import hangs, supervise, watchdog
 from bigtrain.annotations import check_types
 from bigtrain.config import Refused, config, nearest
 from bigtrain.deadlines import Deadlines
@@ -68,10 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, handler)
     sys.unraisablehook, sys.excepthook = unraisable, excepthook
-  code = Exit.FAILED
+    # The first handler to be registered is the last to be called: behind jax's, which meets the
+    # other processes. What Python would then do to threads of libraries makes some of them abort.
+    atexit.register(lambda: hangs.leave(code))
+  code: int = Exit.FAILED
   try:
     with of_command():
       code = _run(name, arguments)
+  except SystemExit as error:  # As of --help.
+    code = error.code if isinstance(error.code, int) else Exit.FAILED if error.code else Exit.DONE
+    raise
   except Exception:
     if not own:
       raise
