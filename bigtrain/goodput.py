@@ -286,4 +286,5 @@ class Meter:
   def add(self, seconds: float, waited: float) -> float:
     """Counts an interval of steps, of which so much was waiting; returns the goodput so far."""
     self._kept += max(seconds - waited, 0.0)
-    return self._kept / max(time.time() - self._began, seconds)
+    # The wall clock may be set back; no more than all of the time is kept.
+    return self._kept / max(time.time() - self._began, self._kept, seconds)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bigtrain.goodput import KINDS, account, resume
+from bigtrain import goodput
+from bigtrain.goodput import KINDS, Meter, account, resume
 from bigtrain.run_directory import RunDirectory
 from tests import runs
 
@@ -217,3 +218,13 @@ def test_a_rollback_within_a_start_tells_what_it_lost(tmp_path):
   (told,) = [e for e in directory.events() if e["event"] == "resume"]
   assert (told["step"], told["lost_steps"], told["lost_seconds"], told["until"]) == (10, 6, 7, 141)
   assert [r["step"] for r in directory.rows("train")] == [10]
+
+
+def test_a_wall_clock_that_is_set_back_makes_no_more_than_all_of_the_time(tmp_path, monkeypatch):
+  now = [1000.0]
+  monkeypatch.setattr(goodput.time, "time", lambda: now[0])
+  meter = Meter(RunDirectory(tmp_path))
+  now[0] = 1010.0
+  assert meter.add(8.0, 3.0) == pytest.approx(0.5)
+  now[0] = 500.0
+  assert meter.add(5.0, 0.0) == 1.0
