@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from bigtrain import hangs
 from bigtrain.deadlines import Deadlines, limit, setting
@@ -32,6 +32,7 @@ from bigtrain.phases import doing, enter
 TICK = 0.25  # Seconds between looks.
 PATIENCE = 20.0  # Seconds that writing a report may take, then the process leaves without it.
 GRACE = 5.0  # Seconds to end by itself for a process that hears that another one failed.
+T = TypeVar("T")
 AGAIN = 600.0  # Seconds before a straggler is named again.
 STDERR = 2  # Whatever stands for sys.stderr.
 WINDOW = 20  # Steps over which processes are compared.
@@ -80,10 +81,14 @@ class Watchdog:
       return
     if self.heart is None:
       hangs.leave(code)  # A library's thread that still writes would abort an orderly end.
-    ending = self.heart.announce(Ending(self.heart.process, code, self.text))
-    if ending.process == self.heart.process:
+    ending = own = Ending(self.heart.process, code, self.text)
+    answers = self.heart.hears()  # Not where process 0 is stopped: whoever asks then waits.
+    if answers:
+      ending = _bounded(PATIENCE, self.heart.announce, own) or own
+    if ending.process == own.process:
       self._ends.acquire(timeout=PATIENCE)
-      self.heart.goodbye(PATIENCE)
+      if answers:
+        _bounded(PATIENCE, self.heart.goodbye, PATIENCE)
       hangs.leave(code)
     self._end(ending.code, f"{ending}; here {self.text}")
 
@@ -223,11 +228,14 @@ def _processes() -> ModuleType | None:
   return sys.modules.get("bigtrain.processes")
 
 
-def _bounded(seconds: float, function: Callable[..., object], /, *args, **fields) -> None:
-  """Calls a function that may never return, and waits for it so long."""
-  thread = threading.Thread(target=function, args=args, kwargs=fields, daemon=True)
+def _bounded(seconds: float, function: Callable[..., T], /, *args, **fields) -> T | None:
+  """Calls a function that may never return; what it returned in that time, else None."""
+  found: list[T] = []
+  work = lambda: found.append(function(*args, **fields))
+  thread = threading.Thread(target=work, daemon=True)
   thread.start()
   thread.join(seconds)
+  return found[0] if found else None
 
 
 _current: list[Watchdog] = []

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+import types
 
 import pytest
 
@@ -356,6 +357,19 @@ def test_a_run_that_failed_waits_for_no_thread_of_a_library(dog, monkeypatch):
   assert ended.value.code == Exit.FAILED
   dog.leave(Exit.DONE)
   assert dog.code == Exit.DONE
+
+
+def test_a_run_that_failed_asks_nobody_where_the_first_process_is_stopped(dog, monkeypatch):
+  monkeypatch.setattr(watchdog.hangs, "leave", sys.exit)
+  asked = []
+  silent = types.SimpleNamespace(
+    key_value_set=lambda *_, **__: asked.append("set"), key_value_dir_get=asked.append
+  )
+  dog.heart = Heart(silent, 1, 2, dog.deadlines)
+  dog.heart.heard -= 100
+  with pytest.raises(SystemExit) as ended:
+    dog.leave(Exit.FAILED)
+  assert ended.value.code == Exit.FAILED and asked == []
 
 
 def test_one_process_that_hangs_ends_too_and_says_where(tmp_path):
