@@ -21,7 +21,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bigtrain import config, digest, files, leaves, preflight, processes, saved, written
+from bigtrain import config, digest, files, leaves, processes, saved, written
 from bigtrain.background import Background
 from bigtrain.config import Refused
 from bigtrain.experiment import Checkpoints, Experiment
@@ -64,7 +64,7 @@ class Store(Saved):
 
   def _by_first(self, work: Callable[[], None]) -> None:
     """Has the first process do what is to be done once; all hear of it if that fails."""
-    with preflight.together(f"the checkpoints in {self.path}"):
+    with processes.together(f"the checkpoints in {self.path}"):
       if processes.is_first():
         work()
 

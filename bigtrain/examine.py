@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigtrain import checks, evidence, guard, preflight, processes, self_check, sharding
+from bigtrain import checks, evidence, guard, processes, self_check, sharding
 from bigtrain.checks import Check, Checked
 from bigtrain.config import configs
 from bigtrain.data.feed import put
@@ -122,7 +122,7 @@ class Examination:
     first = self.run.feed.example_at(step)
     read = lambda rows: data.batch(first, size, rows)
     # Who cannot read it must not leave the others alone in what all of them compute.
-    with preflight.together("a batch"):
+    with processes.together("a batch"):
       return put(read, size, sharding.batch_sharding())
 
   def _with_other_batches(self, own: Check) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from etils import epath
 
+VISIBLE = 20.0  # Seconds that a file system may take to show a file to another host.
+
 
 def replace(path: epath.Path | pathlib.Path, text: str) -> None:
   """Writes a file anew. Who reads meanwhile, or after a kill, finds the old text or the new one."""

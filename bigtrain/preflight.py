@@ -15,25 +15,23 @@ import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import jax
 from etils import epath
 
-from bigtrain import processes
+from bigtrain import files, processes
 from bigtrain.config import FILE_MODULE, Refused, listed
 from bigtrain.launch.job import DEVICES, LAUNCH
 from bigtrain.lines import add_event, read_events
-from bigtrain.processes import called, differences, gather
+from bigtrain.processes import called, differences, gather, together
 from bigtrain.run_directory import PACKAGES, PASSING
 
 # Besides what a run records: what compiles, and what saves.
 FURTHER = ("libtpu", "jax-cuda13-plugin", "tensorstore", "ml-dtypes", "tokamax")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # Programs that differ by these wait for each other.
 SKEW = 1.0  # Seconds between clocks that are worth a word; nothing computed depends on them.
-VISIBLE = 20.0  # Seconds that a file system may take to show a file to another host.
 
 
 def check_devices(begun: bool = False) -> None:
@@ -115,29 +113,6 @@ def check(run_dir: epath.Path) -> list[str]:
   ]
 
 
-@contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-  """In here all processes do the same; where one is refused or fails, all of them hear of it.
-
-  Raises:
-    Its own error on the process that failed; on the others Refused if it was, or OSError.
-  """
-  failure = None
-  try:
-    yield
-  except Exception as error:
-    failure = error
-  refused = isinstance(failure, Refused)
-  own = {"host": socket.gethostname(), "refused": refused, "why": failure and str(failure)}
-  told = gather(own)
-  if failure is not None:
-    raise failure
-  failed = [(i, t) for i, t in enumerate(told) if t["why"] is not None]
-  if failed:
-    lines = [f"{what}, on {called(i, t['host'])}: {t['why']}" for i, t in failed[:8]]
-    raise (Refused if any(t["refused"] for _, t in failed) else OSError)("\n".join(lines))
-
-
 def installed() -> dict[str, str]:
   """What has to be the same everywhere, by name."""
   found = {}
@@ -214,7 +189,7 @@ def _versions(name: str, told: list[dict]) -> str:
 
 def _see(probe: epath.Path) -> None:
   """Finds the first process's file, and writes one: checkpoints are written by all processes."""
-  until = time.monotonic() + VISIBLE
+  until = time.monotonic() + files.VISIBLE
   while not probe.exists():
     if time.monotonic() > until:
       # No refusal: a file system that is late today may not be when all are started again.

@@ -6,6 +6,7 @@ BIGTRAIN_PROCESS (which one this is, from 0). BIGTRAIN_PROCESSES=1 alone says: n
 the launcher. BIGTRAIN_TIMEOUT is how many seconds a process waits for the others to start.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import socket
 import threading
 import urllib.request
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -104,6 +105,29 @@ def any_said(text: str) -> str:
 def all_said(text: str) -> str:
   """Meets all processes; what any of them said, in their order."""
   return "; ".join(filter(None, gather(text)))
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+  """In here all processes do the same; where one is refused or fails, all of them hear of it.
+
+  Raises:
+    Its own error on the process that failed; on the others Refused if it was, or OSError.
+  """
+  failure = None
+  try:
+    yield
+  except Exception as error:
+    failure = error
+  refused = isinstance(failure, Refused)
+  own = {"host": socket.gethostname(), "refused": refused, "why": failure and str(failure)}
+  told = gather(own)
+  if failure is not None:
+    raise failure
+  failed = [(i, t) for i, t in enumerate(told) if t["why"] is not None]
+  if failed:
+    lines = [f"{what}, on {called(i, t['host'])}: {t['why']}" for i, t in failed[:8]]
+    raise (Refused if any(t["refused"] for _, t in failed) else OSError)("\n".join(lines))
 
 
 def differences(told: Sequence[dict]) -> dict[str, list[str]]:

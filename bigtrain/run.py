@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from bigtrain import checkpoint, console, goodput, load, marks, preflight, processes, saved
+from bigtrain import checkpoint, console, goodput, load, marks, processes, saved
 from bigtrain.checkpoint import Store
 from bigtrain.columns import Columns, columns
 from bigtrain.config import Refused, nearest
@@ -247,7 +247,7 @@ class Run:
         yield
         enter("save")  # Until all that was saved is verified.
         # All end alike: one that is started again alone would never meet the others.
-        with preflight.together("the last save"):
+        with processes.together("the last save"):
           self.store.wait()
         self.tell_saves()
       self.account = goodput.close(self.directory, "left" if self.left else "end")

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bigtrain import digest, files, leaves, preflight, processes
+from bigtrain import digest, files, leaves, processes
 from bigtrain.config import Refused, listed, nearest
 from bigtrain.secrets import redacted
 
@@ -91,7 +91,7 @@ class Saved:
   def agreed_steps(self) -> list[int]:
     """The steps as the first process sees them: a shared folder may show others an older list."""
     own: list[int] = []
-    with preflight.together(f"the checkpoints in {self.path}"):
+    with processes.together(f"the checkpoints in {self.path}"):
       if processes.is_first():
         own = self.steps()
     return processes.gather(own)[0]
@@ -154,7 +154,7 @@ class Saved:
 
   def _wait_for(self, step: int) -> None:
     """Returns when this process sees what the first one has listed."""
-    until = time.monotonic() + preflight.VISIBLE
+    until = time.monotonic() + files.VISIBLE
     while not processes.is_first() and step not in self.steps():
       if time.monotonic() > until:
         raise OSError("it is not seen here, but by the first process")

@@ -87,7 +87,7 @@ def train(
   enable_compilation_cache()
   with contextlib.closing(directory):
     as_asked = dataclasses.replace(experiment, mesh=asked.mesh, microbatches=asked.microbatches)
-    with preflight.together("the run directory"):
+    with processes.together("the run directory"):
       directory.begin(as_asked, source, allow_changes=allow_changes)
     for remark in told:
       directory.event("preflight", told=remark)
@@ -165,7 +165,7 @@ def begin(run: Run, program: Program, *, restart: bool) -> int:
     found = run.store.newest(like, run.tell_damaged, until=back and back.to)
   if found is not None:
     return go_on(run, *found)
-  with preflight.together("the checkpoints"):
+  with processes.together("the checkpoints"):
     if processes.is_first() and not restart and run.directory.has_saved():
       raise NothingWhole(
         f"{run.directory.path} has had checkpoints and none is whole: put one back into "
@@ -206,7 +206,7 @@ def go_on(run: Run, step: int, state: State) -> int:
 
 def check_data(run: Run, step: int) -> None:
   """Reads a first row, and refuses data that are not those which the run began with."""
-  with run.away("data"), preflight.together("the data"):
+  with run.away("data"), processes.together("the data"):
     digest = run.data.digest()
     run.data.stage(step).batch(0, 1)
   run.directory.check_data(digest)

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from etils.epath import backend, gpath
 
-from bigtrain import Checkpoints, digest, preflight, processes, written
+from bigtrain import Checkpoints, digest, files, processes, written
 from bigtrain.checkpoint import NothingWhole, SaveFailed, Store
 from bigtrain.parts import Part
 from bigtrain.run_directory import RunDirectory
@@ -200,11 +200,10 @@ def test_a_process_takes_the_step_that_the_first_one_has_listed(tmp_path, monkey
 
   monkeypatch.setattr(processes, "is_first", lambda: False)
   monkeypatch.setattr(processes, "gather", gather)
-  monkeypatch.setattr(preflight, "gather", gather)
   monkeypatch.setattr(Saved, "steps", lambda self: next(looks, None) or listed(self))
   assert opened.newest(LIKE, unexpected)[0] == 5
   monkeypatch.setattr(Saved, "steps", lambda self: [3])
-  monkeypatch.setattr(preflight, "VISIBLE", 0.0)
+  monkeypatch.setattr(files, "VISIBLE", 0.0)
   with pytest.raises(
     OSError, match=r"/5 can just now not be read: it is not seen .*, in process 1"
   ):

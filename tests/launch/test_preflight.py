@@ -77,13 +77,13 @@ import contextlib, io, json, os, pathlib, socket, sys, time
 from importlib import metadata
 import pytest
 from etils import epath
-from bigtrain import cli, preflight
+from bigtrain import cli, files, preflight
 from bigtrain.config import FILE_MODULE
 from bigtrain.data.text import Text
 import tests.bigram
 number = os.environ["BIGTRAIN_PROCESS"]
 socket.gethostname = lambda: f"host-{number}"
-preflight.VISIBLE = 0.5
+files.VISIBLE = 0.5
 told = {}
 for name, particular in json.loads(sys.argv[2]).items():
   arguments = ["train", "tests/runs.py", "--steps", "2", "--quiet", "--dir"]
